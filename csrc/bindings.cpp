@@ -1,0 +1,91 @@
+// Registers the C++ operators with torch, and tells Python how the extension was built and what its pack cache holds.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "cpu/lora_linear.h"
+#include "cpu/matmul.h"
+#include "cpu/pack_cache.h"
+
+namespace py = pybind11;
+using namespace peftkernels;
+
+// The schemas are declared in peftkernels/_ops.py, which is imported first.
+TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
+  m.impl("lora_linear_fwd.cpu", cpu::lora_linear_forward);
+  m.impl("lora_linear_bwd.cpu", cpu::lora_linear_backward);
+}
+
+namespace {
+
+// Without native fp16 instructions ATen's kernel falls back to a slow loop, which the library's own matmul beats.
+bool computes_in_fp16() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+  return cpu::depth_group<at::Half>() == 2 || __builtin_cpu_supports("avx512fp16");
+#else
+  return cpu::depth_group<at::Half>() == 2;
+#endif
+}
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  facts["compiler"] = std::string("clang ") + __clang_version__;
+#elif defined(__GNUC__)
+  facts["compiler"] = std::string("gcc ") + __VERSION__;
+#else
+  facts["compiler"] = "unknown";
+#endif
+#if defined(_OPENMP)
+  facts["openmp"] = true;
+#else
+  facts["openmp"] = false;
+#endif
+  facts["bf16_pairs"] = cpu::depth_group<at::BFloat16>() == 2;
+  facts["fp16_kernels"] = computes_in_fp16();
+  return facts;
+}
+
+const char* name_of(cpu::PackMode mode) {
+  switch (mode) {
+    case cpu::PackMode::Both:
+      return "both";
+    case cpu::PackMode::ForwardOnly:
+      return "forward";
+    default:
+      return "off";
+  }
+}
+
+void set_pack_mode(const std::string& mode) {
+  for (const auto candidate : {cpu::PackMode::Both, cpu::PackMode::ForwardOnly, cpu::PackMode::Off}) {
+    if (mode == name_of(candidate)) {
+      cpu::set_pack_mode(candidate);
+      return;
+    }
+  }
+  throw py::value_error("mode: found '" + mode + "', expected 'both', 'forward' or 'off'");
+}
+
+py::dict pack_cache_stats() {
+  const auto stats = cpu::pack_cache_stats();
+  py::dict result;
+  result["mode"] = name_of(cpu::pack_mode());
+  result["entries"] = stats.entries;
+  result["bytes"] = stats.bytes;
+  result["hits"] = stats.hits;
+  result["misses"] = stats.misses;
+  return result;
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_facts", &build_facts);
+  m.def("pack_cache_stats", &pack_cache_stats);
+  m.def("set_pack_mode", &set_pack_mode);
+  m.def("clear_pack_cache", &cpu::clear_pack_cache);
+}

@@ -1,0 +1,73 @@
+"""Loads the compiled extension, which implements the `.cpu` overloads in C++ (csrc/cpu), and says why it cannot."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+
+PACK_MODES = ("both", "forward", "off")
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension and None, or None and the reason in words."""
+    try:
+        from peftkernels import _C
+    except ImportError as error:
+        if "_C" in str(error) and "cannot import name" in str(error):
+            return None, "the C++ extension was not built (no compiler at installation, or installed without torch)"
+        return None, f"the C++ extension does not load with torch {torch.__version__}: {error}"
+    built_with = _C.build_facts()["torch"]
+    if built_with.split("+")[0] != torch.__version__.split("+")[0]:
+        return None, f"the C++ extension was built for torch {built_with}, found {torch.__version__}: reinstall"
+    mode = os.environ.get("PEFTKERNELS_CPU_PACK", "both")
+    if mode not in PACK_MODES:
+        raise ValueError(f"PEFTKERNELS_CPU_PACK: found {mode!r}, expected one of {', '.join(PACK_MODES)}")
+    _C.set_pack_mode(mode)
+    return _C, None
+
+
+def unavailable_reason() -> str | None:
+    """None when the C++ kernels can run, else why not."""
+    return _load()[1]
+
+
+def _extension() -> ModuleType:
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(f"impl='cpu' cannot run: {reason}")
+    return extension
+
+
+def computes_in_fp16() -> bool:
+    """Whether this processor's matrix kernels compute in fp16; few do. All compute in fp32 and bf16."""
+    return bool(build_facts()["fp16_kernels"])
+
+
+def build_facts() -> dict[str, object]:
+    """How the extension was built and what it found on this processor."""
+    return dict(_extension().build_facts())
+
+
+def pack_cache_stats() -> dict[str, int | str]:
+    """The pack cache: `mode`, live `entries`, their `bytes`, and `hits` and `misses` since the start."""
+    return dict(_extension().pack_cache_stats())
+
+
+def set_pack_mode(mode: str) -> None:
+    """Choose which packed copies of frozen weights are kept: "both", "forward" or "off".
+
+    "both" keeps one for the forward and one for the backward pass (twice the weight's bytes), "forward" only the
+    first, "off" packs anew in every call. Packs that the new mode does not keep are freed.
+    """
+    if mode not in PACK_MODES:
+        raise ValueError(f"mode: found {mode!r}, expected one of {', '.join(PACK_MODES)}")
+    _extension().set_pack_mode(mode)
+
+
+def clear_pack_cache() -> None:
+    """Free every pack; the next call on a weight packs it again."""
+    _extension().clear_pack_cache()

@@ -1,0 +1,69 @@
+"""`reference.py` behind the operators: slow, exact at any precision, for checking the others through the same door."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftkernels import _ops, reference
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    rank_state: Tensor | None,
+    rank_order: Tensor | None,
+    rank_counts: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    save_shrink: bool,
+) -> tuple[Tensor, Tensor]:
+    scale = scaling if scaling_tensor is None else scaling_tensor
+    y, shrink = reference.lora_linear_forward(
+        x, weight, lora_A, lora_B, bias, gate, rank_state, scale, dropout_p, dropout_seed
+    )
+    return y, shrink if save_shrink else shrink.new_empty((0, lora_A.shape[0]))
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor | None,
+    gate: Tensor | None,
+    rank_state: Tensor | None,
+    rank_order: Tensor | None,
+    rank_counts: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    scale = scaling if scaling_tensor is None else scaling_tensor
+    # What is missing was not saved because no gradient asked for it: any value serves.
+    rows = grad_y.new_zeros((*grad_y.shape[:-1], weight.shape[1])) if x is None else x
+    if shrink is None:
+        shrink = grad_y.new_zeros((grad_y.shape[:-1].numel(), lora_A.shape[0]))
+    gradients = reference.lora_linear_backward(
+        grad_y, rows, weight, lora_A, lora_B, gate, shrink, rank_state, scale, dropout_p, dropout_seed
+    )
+    empty = _ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6)
+    return tuple(
+        gradient.to(nothing.dtype) if need else nothing
+        for gradient, nothing, need in zip(gradients, empty, needs, strict=True)
+    )
+
+
+def register() -> None:
+    """Implement the `.reference` overloads on every device."""
+    _ops.library.impl("lora_linear_fwd.reference", _forward, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_linear_bwd.reference", _backward, "CompositeExplicitAutograd")

@@ -1,0 +1,94 @@
+"""Which implementation serves a call, and the reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftkernels import _ops
+from peftkernels.backends import cpu, eager, oracle
+
+IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
+REGISTERED = _ops.IMPLEMENTATIONS
+
+oracle.register()
+eager.register()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_unavailable_reason() -> str | None:
+    return cpu.unavailable_reason()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_computes_in_fp16() -> bool:
+    return cpu.computes_in_fp16()
+
+
+def backend_status() -> dict[str, str | None]:
+    """For every implementation by name: None when it can run in this process, else why it cannot."""
+    no_gpu_kernels = "this version of peftkernels has no {} kernels"
+    return {
+        "reference": None,
+        "eager": None,
+        "cpu": _cpu_unavailable_reason(),
+        "triton": no_gpu_kernels.format("Triton"),
+        "cuda": no_gpu_kernels.format("CUDA"),
+    }
+
+
+def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
+    """None when `impl` can serve this call (x and weight in the dtype of computation), else why it cannot."""
+    if impl in ("reference", "eager"):
+        return None
+    if impl == "cpu":
+        if x.device.type != "cpu":
+            return f"x is on {x.device}, the C++ kernels run on the CPU"
+        reason = _cpu_unavailable_reason()
+        if reason is not None:
+            return reason
+        if weight.requires_grad:
+            return "weight requires grad, the C++ kernels serve frozen weights"
+        if x.dtype is torch.float64 or (x.dtype is torch.float16 and not _cpu_computes_in_fp16()):
+            return f"x is {x.dtype}, which this processor's matrix kernels do not compute in"
+        return None
+    return backend_status()[impl]
+
+
+def choose(impl: str, x: Tensor, weight: Tensor) -> str:
+    """The implementation that serves a call.
+
+    "auto" takes the fastest that can; any other name is taken or refused, never replaced. Raises ValueError for an
+    unknown name and RuntimeError, with the reason, for one that cannot serve.
+    """
+    if impl == "auto":
+        return "cpu" if refusal("cpu", x, weight) is None else "eager"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    reason = refusal(impl, x, weight)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot serve this call: {reason}")
+    return impl
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `impl="auto"` takes for a call, and why each faster implementation was not taken."""
+
+    chosen: str
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"lora_linear runs on {self.chosen!r}"]
+        lines += [f"  not {name!r}: {reason}" for name, reason in self.why_not.items()]
+        return "\n".join(lines)
+
+
+def explain_choice(x: Tensor, weight: Tensor) -> Explanation:
+    """`choose("auto", …)` with its reasons, fastest implementation first."""
+    chosen = choose("auto", x, weight)
+    faster = ("cuda", "triton", "cpu", "eager")
+    why_not = {name: refusal(name, x, weight) for name in faster[: faster.index(chosen)]}
+    return Explanation(chosen, {name: reason for name, reason in why_not.items() if reason is not None})

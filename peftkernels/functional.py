@@ -1,0 +1,231 @@
+"""The public operator: argument checks, the choice of implementation, and one autograd boundary per call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkernels import dispatch
+from peftkernels._checks import check_arguments
+from peftkernels.rank_plan import RankPlan
+
+_FORWARD = torch.ops.peftkernels.lora_linear_fwd
+_BACKWARD = torch.ops.peftkernels.lora_linear_bwd
+_OVERLOADS = {
+    name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED
+}
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEED_END = 2**63 - 1
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    """Passes first-order gradients through and raises when somebody differentiates them again."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> Any:
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated"
+        )
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        rank_state: Tensor | None,
+        rank_order: Tensor | None,
+        rank_counts: Tensor | None,
+        scaling: float,
+        scaling_tensor: Tensor | None,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        impl: str,
+    ) -> Tensor:
+        needs_x, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
+        save_shrink = needs_B or needs_gate
+        y, shrink = _OVERLOADS[impl][0](
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            gate,
+            rank_state,
+            rank_order,
+            rank_counts,
+            scaling,
+            scaling_tensor,
+            dropout_p,
+            dropout_seed,
+            save_shrink,
+        )
+        ctx.save_for_backward(
+            x if needs_A or needs_weight else None,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            shrink if save_shrink else None,
+            gate,
+            rank_state,
+            rank_order,
+            rank_counts,
+            scaling_tensor,
+            dropout_seed,
+        )
+        ctx.scaling = scaling
+        ctx.dropout_p = dropout_p
+        ctx.impl = impl
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        (
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            shrink,
+            gate,
+            rank_state,
+            rank_order,
+            rank_counts,
+            scaling_tensor,
+            dropout_seed,
+        ) = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        gradients = _OVERLOADS[ctx.impl][1](
+            grad_y,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            shrink,
+            gate,
+            rank_state,
+            rank_order,
+            rank_counts,
+            ctx.scaling,
+            scaling_tensor,
+            ctx.dropout_p,
+            dropout_seed,
+            needs,
+        )
+        asked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            asked = list(_NoDoubleBackward.apply(grad_y, *asked))
+        return *asked, None, None, None, None, None, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    rank_plan: RankPlan | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A frozen linear layer plus a gated low-rank adapter whose ranks can be masked, in one operator.
+
+        y = x·Wᵀ + bias + scaling · ((drop(x)·Aᵀ) ⊙ ĝ)·Bᵀ,   ĝ_i = gate_i where rank i is ACTIVE, else 0
+
+    x             (..., K)  float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only)
+    weight        (N, K)    frozen; x's dtype (under autocast any autocast dtype)
+    lora_A        (r, K)    any float dtype; cast to x's dtype, x never to it
+    lora_B        (N, r)    lora_A's dtype
+    bias          (N,)      weight's dtype
+    gate          (r,) or (r, 1), any float dtype; None means ones
+    rank_plan     which ranks are ACTIVE, PROBE (contribute nothing, receive the gate's gradient) or DEAD (nothing at
+                  all); None means every rank is ACTIVE
+    scaling       float, or a 0-dim floating-point tensor on x's device, which the host never reads
+    dropout_p     in [0, 1]; drops elements of the adapter's input, never of the frozen product's
+    dropout_seed  int or 0-dim int64 tensor: the same seed gives the same mask on every implementation, and the
+                  backward pass recomputes it; drawn from torch's generator when None and dropout_p > 0
+    impl          "auto" (the fastest that can serve; see `explain`), or by name: "reference", "eager", "cpu",
+                  "triton", "cuda"; a named implementation is never replaced by another
+
+    Returns y (..., N) in x's dtype, or in the autocast dtype under autocast. Any subset of x, weight, lora_A, lora_B,
+    bias and gate may require grad; gradients come in each parameter's dtype and nothing else is computed. Saved for
+    backward: x, S = drop(x)·Aᵀ (M, r), and the parameters themselves. Sums are float32 (float64 for float64).
+
+    Raises TypeError or ValueError, before any kernel runs, for an argument of the wrong type, dtype, shape, device or
+    range; RuntimeError when a named `impl` cannot serve, and when the gradients are differentiated again.
+
+    Source: LoRA (arXiv 2106.09685), AdaLoRA's gates and masks (arXiv 2303.10512), Philox4x32-10 (Salmon et al. 2011).
+    """
+    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.dtype in _AUTOCAST_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device.type))
+    chosen = dispatch.choose(impl, x, weight)
+
+    seed: Tensor | None = None
+    if dropout_p > 0:
+        if dropout_seed is None:
+            seed = torch.randint(_SEED_END, (), dtype=torch.int64, device=device)
+        elif isinstance(dropout_seed, Tensor):
+            seed = dropout_seed
+        else:
+            seed = torch.full((), dropout_seed, dtype=torch.int64, device=device)
+    state, order, counts = (None, None, None) if rank_plan is None else (rank_plan.state, rank_plan.order, rank_plan.counts)
+    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
+    scaling_value = 1.0 if isinstance(scaling, Tensor) else float(scaling)
+
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (gate is not None and gate.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoraLinear.apply(
+            x, weight, lora_A, lora_B, bias, gate, state, order, counts, scaling_value, scaling_tensor, dropout_p, seed, chosen
+        )
+    return _OVERLOADS[chosen][0](
+        x, weight, lora_A, lora_B, bias, gate, state, order, counts, scaling_value, scaling_tensor, dropout_p, seed, False
+    )[0]
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    rank_plan: RankPlan | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+) -> dispatch.Explanation:
+    """Which implementation `lora_linear` with the same arguments and `impl="auto"` takes, and why no faster one.
+
+    Arguments and errors as for `lora_linear`; nothing is computed.
+    """
+    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST_DTYPES:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return dispatch.explain_choice(x, weight)

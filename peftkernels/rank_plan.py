@@ -1,0 +1,104 @@
+"""Rank states and the plan that kernels read: masks as device tensors whose shapes never change."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class RankState(IntEnum):
+    """What a rank does in a step.
+
+    ACTIVE  contributes to the output and receives every gradient.
+    PROBE   contributes nothing and still receives the gradient of its gate, by which it can come back.
+    DEAD    contributes nothing, receives nothing, costs nothing.
+    """
+
+    DEAD = 0
+    PROBE = 1
+    ACTIVE = 2
+
+
+def _check_state(state: Tensor, name: str = "state") -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: found {type(state).__name__}, expected a uint8 tensor of shape (r,)")
+    if state.dtype != torch.uint8:
+        raise TypeError(f"{name}: found dtype {state.dtype}, expected torch.uint8")
+    if state.dim() != 1:
+        raise ValueError(f"{name}: found shape {tuple(state.shape)}, expected (r,)")
+
+
+def _order(state: Tensor) -> Tensor:
+    return torch.sort(state, descending=True, stable=True).indices.to(torch.int32)
+
+
+def _counts(state: Tensor) -> Tensor:
+    return torch.stack(((state == RankState.ACTIVE).sum(), (state != RankState.DEAD).sum())).to(torch.int32)
+
+
+class RankPlan:
+    """Rank states together with the compact order that kernels walk.
+
+    state   uint8 (r,)   one `RankState` per rank
+    order   int32 (r,)   ACTIVE ranks first, then PROBE, then DEAD, each in ascending index order
+    counts  int32 (2,)   [n_active, n_active + n_probe]
+
+    The constructor wraps existing tensors without copying or checking their contents; use `from_state` or
+    `from_mask` to build a plan.
+    """
+
+    __slots__ = ("counts", "order", "state")
+
+    def __init__(self, state: Tensor, order: Tensor, counts: Tensor) -> None:
+        self.state = state
+        self.order = order
+        self.counts = counts
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> RankPlan:
+        """Build a plan from `state`, uint8 (r,), which is copied.
+
+        Raises TypeError or ValueError for another dtype or shape, and ValueError for a value that is no `RankState`;
+        checking the values reads them back once from an accelerator.
+        """
+        _check_state(state)
+        if state.numel() and int(state.max()) > RankState.ACTIVE:
+            raise ValueError(f"state: found value {int(state.max())}, expected 0 (DEAD), 1 (PROBE) or 2 (ACTIVE)")
+        state = state.detach().clone().contiguous()
+        return cls(state, _order(state), _counts(state))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, masked: RankState = RankState.PROBE) -> RankPlan:
+        """Build a plan from `mask`, bool (r,): True is ACTIVE, False is `masked` (PROBE or DEAD).
+
+        Raises TypeError or ValueError for another dtype or shape.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: found {found}, expected a torch.bool tensor of shape (r,)")
+        if mask.dim() != 1:
+            raise ValueError(f"mask: found shape {tuple(mask.shape)}, expected (r,)")
+        state = torch.full(mask.shape, int(RankState(masked)), dtype=torch.uint8, device=mask.device)
+        state.masked_fill_(mask, int(RankState.ACTIVE))
+        return cls(state, _order(state), _counts(state))
+
+    def update_(self, state: Tensor) -> RankPlan:
+        """Take new states in place, on the device, without synchronising with the host (CUDA graphs may capture it).
+
+        state: uint8 (r,) on the plan's device, values of `RankState`; values are not checked, since that would read
+        them back. Raises TypeError or ValueError for another dtype, shape or device.
+        """
+        _check_state(state)
+        if state.shape != self.state.shape:
+            raise ValueError(f"state: found shape {tuple(state.shape)}, expected {tuple(self.state.shape)}")
+        if state.device != self.state.device:
+            raise ValueError(f"state: found device {state.device}, expected {self.state.device}")
+        self.state.copy_(state)
+        self.order.copy_(_order(self.state))
+        self.counts.copy_(_counts(self.state))
+        return self
+
+    def __repr__(self) -> str:
+        return f"RankPlan(state={self.state!r}, counts={self.counts!r})"

@@ -1,0 +1,70 @@
+"""Builds the C++ extension where torch and a compiler are, and a working pure-Python package where they are not.
+
+PEFTKERNELS_BUILD=auto (default) warns and goes on without the extension when it cannot be built; `required` fails
+instead; `off` does not try. The CUDA sources are added when torch has CUDA, nvcc is found, and there are any.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+MODES = ("auto", "required", "off")
+
+
+def extension_arguments(required: bool) -> dict[str, Any]:
+    """The `ext_modules` and `cmdclass` arguments of setup, empty when torch is not there to build against."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        if required:
+            raise
+        warn(f"torch cannot be imported ({error})")
+        return {}
+
+    class Build(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                if required:
+                    raise
+                warn(str(error))
+                # What was not built must not be looked for when files are copied.
+                self.extensions = []
+
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    cuda_sources = [*(ROOT / "csrc" / "cuda").glob("*.cu")]
+    use_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(cuda_sources)
+    extension = cpp_extension.CUDAExtension if use_cuda else cpp_extension.CppExtension
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    cxx = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp]
+    module = extension(
+        "peftkernels._C",
+        [str(path.relative_to(ROOT)) for path in [*sources, *(cuda_sources if use_cuda else [])]],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DNDEBUG"]},
+        extra_link_args=openmp,
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+def warn(reason: str) -> None:
+    print(
+        f"peftkernels: the C++ kernels were not built: {reason}\n"
+        "peftkernels: the package will run on its PyTorch backend. To build the kernels, install torch and a C++ "
+        "compiler, then install with --no-build-isolation.",
+        file=sys.stderr,
+    )
+
+
+mode = os.environ.get("PEFTKERNELS_BUILD", "auto")
+if mode not in MODES:
+    raise SystemExit(f"PEFTKERNELS_BUILD: found {mode!r}, expected one of {', '.join(MODES)}")
+setup(**({} if mode == "off" else extension_arguments(mode == "required")))
