@@ -20,15 +20,6 @@ TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
 
 namespace {
 
-// Without native fp16 instructions ATen's kernel falls back to a slow loop, which the library's own matmul beats.
-bool computes_in_fp16() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-  return cpu::depth_group<at::Half>() == 2 || __builtin_cpu_supports("avx512fp16");
-#else
-  return cpu::depth_group<at::Half>() == 2;
-#endif
-}
-
 py::dict build_facts() {
   py::dict facts;
   facts["torch"] = TORCH_VERSION;
@@ -44,8 +35,9 @@ py::dict build_facts() {
 #else
   facts["openmp"] = false;
 #endif
-  facts["bf16_pairs"] = cpu::depth_group<at::BFloat16>() == 2;
-  facts["fp16_kernels"] = computes_in_fp16();
+  // Without such instructions ATen's kernel is a slow loop, which the library's own matmul beats.
+  facts["bf16_kernels"] = cpu::depth_group<at::BFloat16>() == 2;
+  facts["fp16_kernels"] = cpu::depth_group<at::Half>() == 2;
   return facts;
 }
 

@@ -16,9 +16,9 @@
 namespace peftkernels::cpu {
 
 // Rows of x or G that are worked on at a time.
-constexpr int64_t kRowBlock = 64;
+constexpr int64_t kRowBlock = 128;
 // Depth of one step through the frozen product: the rows' share then stays in the first-level caches.
-constexpr int64_t kDepthBlock = 512;
+constexpr int64_t kDepthBlock = 768;
 
 // The ranks of a call in the order kernels walk them: `index` holds the ACTIVE ranks and, when asked for, the PROBE
 // ranks behind them; `factor` is scaling · gate of each ACTIVE rank.
@@ -82,11 +82,17 @@ LeftRows<T> left_rows(const at::Tensor& rows) {
   return {rows.const_data_ptr<T>(), rows.size(0) > 1 ? rows.stride(0) : rows.size(1)};
 }
 
+// Fewer multiply-adds than this take less time than waking a second thread and waiting for it.
+constexpr int64_t kSerialWork = int64_t{1} << 19;
+
+inline int64_t threads_for(int64_t multiply_adds) {
+  return multiply_adds < kSerialWork ? 1 : at::get_num_threads();
+}
+
 // How a call's row blocks are shared out: whole, with everything that depends on a block done while its rows are in
 // cache, or, where that would leave threads idle, in `shares` column ranges a block after a first pass over the rows.
 struct Schedule {
-  Schedule(int64_t rows, int64_t panels) : row_blocks(divide_up(rows, kRowBlock)) {
-    const int64_t threads = at::get_num_threads();
+  Schedule(int64_t rows, int64_t panels, int64_t threads) : row_blocks(divide_up(rows, kRowBlock)) {
     whole = row_blocks >= 4 * threads || row_blocks % threads == 0;
     shares = whole ? 1 : std::min(panels, divide_up(4 * threads, row_blocks));
   }
@@ -96,12 +102,12 @@ struct Schedule {
   bool whole;
 };
 
-// Runs task(0) … task(tasks - 1) on the intra-op threads, each taking the next when free. Every task writes results
+// Runs task(0) … task(tasks - 1) on up to `threads` intra-op threads, each taking the next when free. Every task writes results
 // of its own, so who runs which does not change them. `done` is called once by each thread.
 template <typename Task, typename Done>
-void run_tasks(int64_t tasks, const Task& task, const Done& done) {
+void run_tasks(int64_t tasks, int64_t threads, const Task& task, const Done& done) {
   std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(tasks, at::get_num_threads());
+  const int64_t workers = std::min(tasks, threads);
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) {
       task(i);
@@ -112,23 +118,24 @@ void run_tasks(int64_t tasks, const Task& task, const Done& done) {
 
 // first(block) for every row block, then second(block, begin, end) for column panels [begin, end) of every row block.
 template <typename First, typename Second, typename Done>
-void run_row_blocks(int64_t rows, int64_t panels, const First& first, const Second& second, const Done& done) {
-  const Schedule schedule(rows, panels);
+void run_row_blocks(
+    int64_t rows, int64_t panels, int64_t threads, const First& first, const Second& second, const Done& done) {
+  const Schedule schedule(rows, panels, threads);
   if (schedule.whole) {
     const auto both = [&](int64_t block) {
       first(block);
       second(block, 0, panels);
     };
-    run_tasks(schedule.row_blocks, both, done);
+    run_tasks(schedule.row_blocks, threads, both, done);
     return;
   }
-  run_tasks(schedule.row_blocks, first, done);
+  run_tasks(schedule.row_blocks, threads, first, done);
   const auto share_of = [&](int64_t task) {
     const int64_t share = task / schedule.row_blocks;
     second(
         task % schedule.row_blocks, share * panels / schedule.shares, (share + 1) * panels / schedule.shares);
   };
-  run_tasks(schedule.row_blocks * schedule.shares, share_of, done);
+  run_tasks(schedule.row_blocks * schedule.shares, threads, share_of, done);
 }
 
 } // namespace peftkernels::cpu

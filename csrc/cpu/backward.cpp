@@ -67,14 +67,15 @@ class Backward {
     pack_factors(expands);
     const auto done = [this] { release_matmul<scalar_t>(group_); };
     run_row_blocks(
-        rows_, needs_.x ? divide_up(depth_, kPanelColumns) : 0, [&](int64_t block) { expand_rows(block, expands); },
+        rows_, needs_.x ? divide_up(depth_, kPanelColumns) : 0,
+        threads_for(rows_ * columns_ * (needs_.x ? depth_ : ranks_.live())), [&](int64_t block) { expand_rows(block, expands); },
         [this](int64_t block, int64_t begin, int64_t end) { input_tiles(block, begin, end); }, done);
     sum_gate(blocks);
 
     const int64_t a_panels = needs_.A ? divide_up(depth_, kPanelColumns) : 0;
     const int64_t b_panels = needs_.B || needs_.bias ? divide_up(columns_, kPanelColumns) : 0;
     run_tasks(
-        a_panels + b_panels,
+        a_panels + b_panels, threads_for(rows_ * ranks_.active * (depth_ + columns_)),
         [&](int64_t task) { task < a_panels ? sum_A(task) : sum_B(task - a_panels); }, done);
   }
 

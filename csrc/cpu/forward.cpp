@@ -47,7 +47,7 @@ class Forward {
     tail_ = tail_rows_.template data_ptr<scalar_t>();
     pack_adapter(panels);
     run_row_blocks(
-        rows_, panels, [this](int64_t block) { shrink_rows(block); },
+        rows_, panels, threads_for(rows_ * columns_ * depth_), [this](int64_t block) { shrink_rows(block); },
         [this](int64_t block, int64_t begin, int64_t end) { output_tiles(block, begin, end); },
         [this] { release_matmul<scalar_t>(group_); });
   }

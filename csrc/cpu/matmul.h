@@ -6,11 +6,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace peftkernels::cpu {
 
@@ -22,15 +21,10 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return divide_up(value, multiple) * multiple;
 }
 
-// How many consecutive depth elements of one column lie side by side in a right operand: 2 for VNNI, else 1.
+// How many consecutive depth elements of one column lie side by side in a right operand: 2 where the processor's
+// 16-bit kernels want pairs (VNNI), else 1. ATen does not tell, so a small product is tried once.
 template <typename T>
-int64_t depth_group() {
-  if constexpr (std::is_same_v<T, float>) {
-    return 1;
-  } else {
-    return at::native::cpublas::could_pack(c10::CppTypeToScalarType<T>::value) ? 2 : 1;
-  }
-}
+int64_t depth_group();
 
 // `depth` must be a multiple of `group`; rows of A hold `depth` readable elements.
 template <typename T>
@@ -46,6 +40,51 @@ void release_matmul(int64_t group) {
   at::native::cpublas::brgemm_release(group == 2);
 }
 
+// One rounding from the source's dtype to the operand's.
+template <typename To, typename From>
+To converted(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else {
+    return static_cast<To>(static_cast<float>(value));
+  }
+}
+
+template <int64_t Group, bool DepthInner, typename To, typename From, typename DepthOffset, typename WidthOffset>
+void pack_groups(
+    const From* from, int64_t depth, int64_t width, int64_t ld, DepthOffset depth_offset, WidthOffset width_offset,
+    To* to) {
+  // Blocks of source and result that fit the first-level cache together, whichever of the two is walked across.
+  constexpr int64_t kBlock = 16;
+  for (int64_t begin = 0; begin < depth; begin += kBlock) {
+    const int64_t end = std::min(depth, begin + kBlock);
+    To* const block = to + begin * ld;
+    const auto copy = [&](int64_t d, int64_t w) {
+      const int64_t step = d - begin;
+      block[(step / Group) * ld * Group + w * Group + step % Group] =
+          converted<To>(from[depth_offset(d) + width_offset(w)]);
+    };
+    if constexpr (DepthInner) {
+      for (int64_t w = 0; w < width; ++w) {
+        for (int64_t d = begin; d < end; ++d) {
+          copy(d, w);
+        }
+      }
+    } else {
+      for (int64_t d = begin; d < end; ++d) {
+        for (int64_t w = 0; w < width; ++w) {
+          copy(d, w);
+        }
+      }
+    }
+  }
+  for (int64_t d = 0; d < round_up(depth, Group); ++d) {
+    for (int64_t w = d < depth ? width : 0; w < ld; ++w) {
+      to[(d / Group) * ld * Group + w * Group + d % Group] = To(0.0f);
+    }
+  }
+}
+
 // Writes the right operand of `depth` x `width` whose element (d, w) is from[depth_offset(d) + width_offset(w)],
 // grouped by `group` along the depth and zero-padded to whole groups and to `ld` columns.
 // DepthInner walks the source along its depth, for sources that are contiguous in that direction.
@@ -53,29 +92,10 @@ template <bool DepthInner, typename To, typename From, typename DepthOffset, typ
 void pack_operand(
     const From* from, int64_t depth, int64_t width, int64_t ld, int64_t group, DepthOffset depth_offset,
     WidthOffset width_offset, To* to) {
-  constexpr int64_t kBlock = 16;
-  const int64_t padded_depth = round_up(depth, group);
-  const auto place = [=](int64_t d, int64_t w) { return (d / group) * ld * group + w * group + d % group; };
-  for (int64_t begin = 0; begin < depth; begin += kBlock) {
-    const int64_t end = std::min(depth, begin + kBlock);
-    if constexpr (DepthInner) {
-      for (int64_t w = 0; w < width; ++w) {
-        for (int64_t d = begin; d < end; ++d) {
-          to[place(d, w)] = static_cast<To>(static_cast<float>(from[depth_offset(d) + width_offset(w)]));
-        }
-      }
-    } else {
-      for (int64_t d = begin; d < end; ++d) {
-        for (int64_t w = 0; w < width; ++w) {
-          to[place(d, w)] = static_cast<To>(static_cast<float>(from[depth_offset(d) + width_offset(w)]));
-        }
-      }
-    }
-  }
-  for (int64_t d = 0; d < padded_depth; ++d) {
-    for (int64_t w = d < depth ? width : 0; w < ld; ++w) {
-      to[place(d, w)] = To(0.0f);
-    }
+  if (group == 2) {
+    pack_groups<2, DepthInner>(from, depth, width, ld, depth_offset, width_offset, to);
+  } else {
+    pack_groups<1, DepthInner>(from, depth, width, ld, depth_offset, width_offset, to);
   }
 }
 
