@@ -101,14 +101,16 @@ def check_arguments(
 ) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_linear` that does not fit the others."""
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        _float_tensor(name, value)
-    if x.dim() == 0:
+        if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+            _float_tensor(name, value)
+    x_shape = x.shape
+    if not x_shape:
         raise ValueError("x: found a 0-dim tensor, expected shape (..., K)")
     if weight.dim() != 2:
         raise ValueError(f"weight: found shape {tuple(weight.shape)}, expected (N, K)")
     n, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: found shape {tuple(x.shape)}, expected (..., K) with weight's K = {k}")
+    if x_shape[-1] != k:
+        raise ValueError(f"x: found shape {tuple(x_shape)}, expected (..., K) with weight's K = {k}")
     if lora_A.dim() != 2 or lora_A.shape[1] != k:
         raise ValueError(f"lora_A: found shape {tuple(lora_A.shape)}, expected (r, K) with weight's K = {k}")
     r = lora_A.shape[0]
@@ -117,16 +119,20 @@ def check_arguments(
     if lora_B.dtype != lora_A.dtype:
         raise TypeError(f"lora_B: found dtype {lora_B.dtype}, expected lora_A's, {lora_A.dtype}")
     _matches_x("weight", weight, x)
-    for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        _device(name, value, x)
+    if not x.device == weight.device == lora_A.device == lora_B.device:
+        for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            _device(name, value, x)
     if bias is not None:
         _float_tensor("bias", bias)
-        _shape("bias", bias, (n,), "(N,)")
+        if bias.shape != (n,):
+            _shape("bias", bias, (n,), "(N,)")
         _matches_x("bias", bias, x)
         _device("bias", bias, x)
     if gate is not None:
         _check_gate(gate, r, x)
     if rank_plan is not None:
         _check_plan(rank_plan, r, x)
-    _check_scaling(scaling, x)
-    _check_dropout(dropout_p, dropout_seed, x)
+    if type(scaling) is not float:
+        _check_scaling(scaling, x)
+    if dropout_p != 0.0 or dropout_seed is not None or type(dropout_p) is not float:
+        _check_dropout(dropout_p, dropout_seed, x)

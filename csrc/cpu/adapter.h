@@ -43,8 +43,11 @@ Dropout dropout_of(double p, const std::optional<at::Tensor>& seed);
 // x viewed as (rows, columns) with unit column stride; copied only when its strides allow no such view.
 at::Tensor as_rows(const at::Tensor& x, int64_t columns);
 
+// What a thread's scratch buffers hold; one name, one buffer, so that no two uses at the same time share one.
+enum class Scratch { Rows, Products, PaddedRows, Tile, ShrinkOperand, TailOperand, TailRows };
+
 // A buffer of the calling thread that keeps its memory between calls; contents are undefined.
-template <typename T, int Slot>
+template <typename T, Scratch Slot>
 T* thread_scratch(int64_t count) {
   static thread_local std::vector<T> buffer;
   if (static_cast<int64_t>(buffer.size()) < count) {
@@ -62,7 +65,7 @@ struct LeftRows {
 
 // Rows [first, first + count) of `from`, `depth` elements each, readable to `padded_depth`: as they lie where they can
 // be, else copied to the thread's scratch buffer `Slot`.
-template <typename T, int Slot>
+template <typename T, Scratch Slot>
 LeftRows<T> padded_rows(const LeftRows<T>& from, int64_t first, int64_t count, int64_t depth, int64_t padded_depth) {
   const T* const rows = from.data + first * from.stride;
   if (padded_depth == depth) {

@@ -143,11 +143,11 @@ class Backward {
     if (!expands || live == 0) {
       return;
     }
-    auto* const products = thread_scratch<float, 1>(count * live);
+    auto* const products = thread_scratch<float, Scratch::Products>(count * live);
     if (columns_ == 0) {
       std::fill(products, products + count * live, 0.0f);
     } else {
-      const auto grads = padded_rows<scalar_t, 0>(grads_, first, count, columns_, padded_columns_);
+      const auto grads = padded_rows<scalar_t, Scratch::Rows>(grads_, first, count, columns_, padded_columns_);
       matmul(
           count, live, padded_columns_, grads.data, grads.stride, right_B_, right_B_stride_, products, live, false,
           group_);
@@ -182,7 +182,7 @@ class Backward {
   // ∂x: the adapter's share first, since dropout's mask falls on it alone.
   void input_tiles(int64_t block, int64_t first_panel, int64_t end_panel) {
     const int64_t first = block * kRowBlock, count = block_rows(block);
-    const auto grads = padded_rows<scalar_t, 2>(grads_, first, count, columns_, padded_columns_);
+    const auto grads = padded_rows<scalar_t, Scratch::PaddedRows>(grads_, first, count, columns_, padded_columns_);
     const auto* const packed = pack_.template const_data_ptr<scalar_t>();
     const auto* const tail = tail_rows_.template const_data_ptr<scalar_t>() + first * tail_depth_;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
@@ -220,7 +220,7 @@ class Backward {
       const at::Tensor& left, const LeftRows<scalar_t>& from, int64_t column, int64_t width, bool dropped) const {
     const int64_t left_count = left.size(0);
     const auto* const left_data = left.template const_data_ptr<scalar_t>();
-    float* const sums = thread_scratch<float, 3>(left_count * width);
+    float* const sums = thread_scratch<float, Scratch::Tile>(left_count * width);
     if (rows_ == 0) {
       std::fill(sums, sums + left_count * width, 0.0f);
     }
@@ -229,7 +229,7 @@ class Backward {
       const scalar_t* right = from.data + first * from.stride + column;
       int64_t stride = from.stride;
       if (dropped) {
-        auto* const copy = thread_scratch<scalar_t, 0>(count * width);
+        auto* const copy = thread_scratch<scalar_t, Scratch::Rows>(count * width);
         for (int64_t row = 0; row < count; ++row) {
           dropout_.apply((first + row) * depth_ + column, width, right + row * stride, copy + row * width);
         }
@@ -237,7 +237,7 @@ class Backward {
         stride = width;
       }
       if (group_ > 1) {
-        auto* const pairs = thread_scratch<scalar_t, 2>(round_up(count, group_) * width);
+        auto* const pairs = thread_scratch<scalar_t, Scratch::PaddedRows>(round_up(count, group_) * width);
         pack_operand<false>(
             right, count, width, width, group_, [stride](int64_t d) { return d * stride; },
             [](int64_t w) { return w; }, pairs);

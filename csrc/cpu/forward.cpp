@@ -43,8 +43,7 @@ class Forward {
 
   void run() {
     const int64_t panels = divide_up(columns_, kPanelColumns);
-    tail_rows_ = at::empty({rows_, tail_depth_}, pack_.options());
-    tail_ = tail_rows_.template data_ptr<scalar_t>();
+    tail_ = thread_scratch<scalar_t, Scratch::TailRows>(rows_ * tail_depth_);
     pack_adapter(panels);
     run_row_blocks(
         rows_, panels, threads_for(rows_ * columns_ * depth_), [this](int64_t block) { shrink_rows(block); },
@@ -58,17 +57,16 @@ class Forward {
     const auto& index = ranks_.index;
     const int64_t live = ranks_.live();
     if (rows_ > kDotRows) {
-      shrink_pack_ = at::empty({padded_depth_ * live}, pack_.options());
+      shrink_operand_ = thread_scratch<scalar_t, Scratch::ShrinkOperand>(padded_depth_ * live);
       pack_operand<true>(
           a_, depth_, live, live, group_, [](int64_t d) { return d; },
-          [&](int64_t w) { return index[w] * depth_; }, shrink_pack_.template data_ptr<scalar_t>());
+          [&](int64_t w) { return index[w] * depth_; }, shrink_operand_);
     }
-    tail_pack_ = at::empty({panels, tail_depth_ * kPanelColumns}, pack_.options());
-    auto* const tail_pack = tail_pack_.template data_ptr<scalar_t>();
+    tail_operand_ = thread_scratch<scalar_t, Scratch::TailOperand>(panels * tail_depth_ * kPanelColumns);
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * kPanelColumns;
       const int64_t width = std::min(kPanelColumns, columns_ - first);
-      auto* const to = tail_pack + panel * tail_depth_ * kPanelColumns;
+      auto* const to = tail_operand_ + panel * tail_depth_ * kPanelColumns;
       pack_operand<false>(
           b_, ranks_.active, width, kPanelColumns, group_, [&](int64_t d) { return index[d]; },
           [&](int64_t w) { return (first + w) * r_; }, to);
@@ -94,8 +92,8 @@ class Forward {
       fill_tail(first, count, nullptr);
       return;
     }
-    const auto rows = dropout_ ? dropped_rows(first, count) : padded_rows<scalar_t, 0>(x_, first, count, depth_, padded_depth_);
-    auto* const products = thread_scratch<float, 1>(count * live);
+    const auto rows = dropout_ ? dropped_rows(first, count) : padded_rows<scalar_t, Scratch::Rows>(x_, first, count, depth_, padded_depth_);
+    auto* const products = thread_scratch<float, Scratch::Products>(count * live);
     if (rows_ <= kDotRows) {
       for (int64_t row = 0; row < count; ++row) {
         for (int64_t i = 0; i < live; ++i) {
@@ -106,7 +104,7 @@ class Forward {
       std::fill(products, products + count * live, 0.0f);
     } else {
       matmul(
-          count, live, padded_depth_, rows.data, rows.stride, shrink_pack_.template const_data_ptr<scalar_t>(), live, products,
+          count, live, padded_depth_, rows.data, rows.stride, shrink_operand_, live, products,
           live, false, group_);
     }
     if (shrink_ != nullptr) {
@@ -133,7 +131,7 @@ class Forward {
   }
 
   LeftRows<scalar_t> dropped_rows(int64_t first, int64_t count) const {
-    auto* const to = thread_scratch<scalar_t, 0>(count * padded_depth_);
+    auto* const to = thread_scratch<scalar_t, Scratch::Rows>(count * padded_depth_);
     for (int64_t row = 0; row < count; ++row) {
       dropout_.apply((first + row) * depth_, depth_, x_.data + (first + row) * x_.stride, to + row * padded_depth_);
       std::fill(to + row * padded_depth_ + depth_, to + (row + 1) * padded_depth_, scalar_t(0.0f));
@@ -143,7 +141,7 @@ class Forward {
 
   void output_tiles(int64_t block, int64_t first_panel, int64_t end_panel) {
     const int64_t first = block * kRowBlock, count = block_rows(block);
-    const auto rows = padded_rows<scalar_t, 2>(x_, first, count, depth_, padded_depth_);
+    const auto rows = padded_rows<scalar_t, Scratch::PaddedRows>(x_, first, count, depth_, padded_depth_);
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       const int64_t column = panel * kPanelColumns;
       const int64_t width = std::min(kPanelColumns, columns_ - column);
@@ -158,8 +156,7 @@ class Forward {
         accumulate = true;
       }
       if (tail_depth_ > 0) {
-        const auto* const right =
-            tail_pack_.template const_data_ptr<scalar_t>() + panel * tail_depth_ * kPanelColumns;
+        const scalar_t* const right = tail_operand_ + panel * tail_depth_ * kPanelColumns;
         matmul(
             count, width, tail_depth_, tail_ + first * tail_depth_, tail_depth_, right, kPanelColumns, tile.sums(),
             tile.stride(), accumulate, group_);
@@ -182,8 +179,8 @@ class Forward {
   int64_t group_, padded_depth_, tail_depth_;
   at::Tensor pack_;
   const scalar_t* packed_;
-  at::Tensor shrink_pack_, tail_pack_, tail_rows_;
-  scalar_t* tail_ = nullptr;
+  // The calling thread's scratch, read by all: the adapter's right operands, and S ⊙ ĝ · scaling of every row.
+  scalar_t *shrink_operand_ = nullptr, *tail_operand_ = nullptr, *tail_ = nullptr;
 };
 
 } // namespace

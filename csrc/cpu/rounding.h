@@ -32,7 +32,7 @@ class OutputTile {
       sums_ = to;
       stride_ = to_stride;
     } else {
-      sums_ = thread_scratch<float, 3>(rows * columns);
+      sums_ = thread_scratch<float, Scratch::Tile>(rows * columns);
       stride_ = columns;
     }
   }
