@@ -63,7 +63,7 @@ def _check_scaling(scaling: Any, x: Tensor) -> None:
         _float_tensor("scaling", scaling)
         _device("scaling", scaling, x)
         if scaling.requires_grad:
-            raise ValueError("scaling: found a tensor that requires grad, expected one that does not; gate is trainable")
+            raise ValueError("scaling: found a tensor that requires grad, expected one that does not (gate may)")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scaling: found {type(scaling).__name__}, expected a float or a 0-dim tensor")
 

@@ -61,9 +61,7 @@ def empty_gradients(
     grad_x_shape = (*grad_y.shape[:-1], weight.shape[1])
     likes = (weight, lora_A, lora_B, grad_y if bias is None else bias, lora_A if gate is None else gate)
     grad_x = grad_y.new_empty(grad_x_shape if needs[0] else (0,))
-    return grad_x, *(
-        like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs[1:], strict=True)
-    )
+    return grad_x, *(like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs[1:], strict=True))
 
 
 def _backward_fake(

@@ -23,8 +23,13 @@ def _cpu_unavailable_reason() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _cpu_computes_in_fp16() -> bool:
-    return cpu.computes_in_fp16()
+def _cpu_has_bf16_kernels() -> bool:
+    return cpu.has_kernels_for(torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def _cpu_has_fp16_kernels() -> bool:
+    return cpu.has_kernels_for(torch.float16)
 
 
 def backend_status() -> dict[str, str | None]:
@@ -51,10 +56,22 @@ def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
             return reason
         if weight.requires_grad:
             return "weight requires grad, the C++ kernels serve frozen weights"
-        if x.dtype is torch.float64 or (x.dtype is torch.float16 and not _cpu_computes_in_fp16()):
+        if x.dtype is torch.float64 or (x.dtype is torch.float16 and not _cpu_has_fp16_kernels()):
             return f"x is {x.dtype}, which this processor's matrix kernels do not compute in"
         return None
     return backend_status()[impl]
+
+
+def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
+    """None when "auto" may take `impl`, else why it cannot or would be slower than the library's matmuls."""
+    reason = refusal(impl, x, weight)
+    if reason is not None or impl != "cpu":
+        return reason
+    if x.dtype is torch.bfloat16 and not _cpu_has_bf16_kernels():
+        return "x is torch.bfloat16, for which this processor has no fast matrix kernels"
+    if not cpu.keeps_packs():
+        return "PEFTKERNELS_CPU_PACK is off, and packing the weight in every call costs more than it saves"
+    return None
 
 
 def choose(impl: str, x: Tensor, weight: Tensor) -> str:
@@ -64,7 +81,7 @@ def choose(impl: str, x: Tensor, weight: Tensor) -> str:
     unknown name and RuntimeError, with the reason, for one that cannot serve.
     """
     if impl == "auto":
-        return "cpu" if refusal("cpu", x, weight) is None else "eager"
+        return "cpu" if disadvantage("cpu", x, weight) is None else "eager"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     reason = refusal(impl, x, weight)
@@ -90,5 +107,5 @@ def explain_choice(x: Tensor, weight: Tensor) -> Explanation:
     """`choose("auto", …)` with its reasons, fastest implementation first."""
     chosen = choose("auto", x, weight)
     faster = ("cuda", "triton", "cpu", "eager")
-    why_not = {name: refusal(name, x, weight) for name in faster[: faster.index(chosen)]}
+    why_not = {name: disadvantage(name, x, weight) for name in faster[: faster.index(chosen)]}
     return Explanation(chosen, {name: reason for name, reason in why_not.items() if reason is not None})

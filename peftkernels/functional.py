@@ -13,9 +13,7 @@ from peftkernels.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
-_OVERLOADS = {
-    name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED
-}
+_OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEED_END = 2**63 - 1
 
@@ -53,7 +51,7 @@ class _LoraLinear(torch.autograd.Function):
         dropout_seed: Tensor | None,
         impl: str,
     ) -> Tensor:
-        needs_x, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
+        _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
         save_shrink = needs_B or needs_gate
         y, shrink = _OVERLOADS[impl][0](
             x,
@@ -188,7 +186,9 @@ def lora_linear(
             seed = dropout_seed
         else:
             seed = torch.full((), dropout_seed, dtype=torch.int64, device=device)
-    state, order, counts = (None, None, None) if rank_plan is None else (rank_plan.state, rank_plan.order, rank_plan.counts)
+    state, order, counts = (
+        (None, None, None) if rank_plan is None else (rank_plan.state, rank_plan.order, rank_plan.counts)
+    )
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     scaling_value = 1.0 if isinstance(scaling, Tensor) else float(scaling)
 
@@ -201,10 +201,36 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
     ):
         return _LoraLinear.apply(
-            x, weight, lora_A, lora_B, bias, gate, state, order, counts, scaling_value, scaling_tensor, dropout_p, seed, chosen
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            gate,
+            state,
+            order,
+            counts,
+            scaling_value,
+            scaling_tensor,
+            dropout_p,
+            seed,
+            chosen,
         )
     return _OVERLOADS[chosen][0](
-        x, weight, lora_A, lora_B, bias, gate, state, order, counts, scaling_value, scaling_tensor, dropout_p, seed, False
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        gate,
+        state,
+        order,
+        counts,
+        scaling_value,
+        scaling_tensor,
+        dropout_p,
+        seed,
+        False,
     )[0]
 
 

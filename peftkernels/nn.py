@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import Self
 
 from peftkernels.dispatch import IMPLEMENTATIONS
 from peftkernels.functional import lora_linear
@@ -89,12 +90,12 @@ class _AdapterLinear(nn.Module):
         self._frozen_weight = None
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         # A checkpoint holds the weight without the adapter, so that is what the layer must hold when it is filled.
         if self.merged:
             self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         text = (
@@ -168,10 +169,10 @@ class LoRALinear(_AdapterLinear):
         return _at_least_float32(self.lora_A.weight), _at_least_float32(self.lora_B.weight)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         _drop_adapter_name(state_dict, prefix, ("lora_A", "lora_B"), ".weight", errors)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class AdaLoRALinear(_AdapterLinear):
@@ -264,7 +265,7 @@ class AdaLoRALinear(_AdapterLinear):
         return gated_A, _at_least_float32(self.lora_B[:, active])
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         _drop_adapter_name(state_dict, prefix, ("lora_A", "lora_B", "lora_E", "ranknum"), "", errors)
         rank_number = state_dict.pop(prefix + "ranknum", None)
@@ -281,7 +282,7 @@ class AdaLoRALinear(_AdapterLinear):
         if states is not None and not states.is_meta and bool((states > RankState.ACTIVE).any()):
             errors.append(f'"{prefix}rank_state": found value {int(states.max())}, expected 0, 1 or 2 for each rank')
             del state_dict[prefix + "rank_state"]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.rank_order.device != self.rank_state.device:
             # Only with load_state_dict(assign=True), which replaces tensors of another device, "meta" for one.
             self.rank_order = torch.empty_like(self.rank_order, device=self.rank_state.device)
@@ -289,9 +290,7 @@ class AdaLoRALinear(_AdapterLinear):
         self.rank_plan.update_(self.rank_state)
 
 
-def _check_arguments(
-    linear: Any, r: Any, lowest_rank: int, lora_alpha: Any, lora_dropout: Any, impl: Any
-) -> None:
+def _check_arguments(linear: Any, r: Any, lowest_rank: int, lora_alpha: Any, lora_dropout: Any, impl: Any) -> None:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: found {type(linear).__name__}, expected a torch.nn.Linear")
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
@@ -302,8 +301,9 @@ def _check_arguments(
         raise ValueError("linear: found a parametrized weight or bias, expected plain parameters")
     if linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError("linear: found forward hooks, which would not run, expected none")
-    if linear.weight.dtype not in _WEIGHT_DTYPES:
-        raise TypeError(f"linear: found weight dtype {linear.weight.dtype}, expected float32, bfloat16, float16 or float64")
+    dtype = linear.weight.dtype
+    if dtype not in _WEIGHT_DTYPES:
+        raise TypeError(f"linear: found weight dtype {dtype}, expected float32, bfloat16, float16 or float64")
     if not isinstance(r, int) or isinstance(r, bool):
         raise TypeError(f"r: found {r!r} ({type(r).__name__}), expected an int")
     if r < lowest_rank:
@@ -333,18 +333,16 @@ def _save_frozen_weight(module: _AdapterLinear, state_dict: Any, prefix: str, lo
         state_dict[prefix + "base_layer.weight"] = module._frozen_weight.detach()
 
 
-def _drop_adapter_name(
-    state_dict: Any, prefix: str, names: Iterable[str], suffix: str, errors: list[str]
-) -> None:
+def _drop_adapter_name(state_dict: Any, prefix: str, names: Iterable[str], suffix: str, errors: list[str]) -> None:
     """Rename "<prefix><name>.<adapter><suffix>" to "<prefix><name><suffix>", if that is one adapter's."""
     renamed: dict[str, str] = {}
     adapters = set()
     for name in names:
-        start = f"{prefix}{name}."
+        start, own = f"{prefix}{name}.", f"{prefix}{name}{suffix}"
         for key in state_dict:
             adapter = key[len(start) :].removesuffix(suffix)
-            if key.startswith(start) and key.endswith(suffix) and key != f"{prefix}{name}{suffix}" and "." not in adapter:
-                renamed[key] = f"{prefix}{name}{suffix}"
+            if key != own and key.startswith(start) and key.endswith(suffix) and "." not in adapter:
+                renamed[key] = own
                 adapters.add(adapter)
     if len(adapters) > 1:
         errors.append(f'"{prefix}": found the adapters {", ".join(sorted(adapters))}, expected the names of one')

@@ -41,7 +41,7 @@ def philox4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Ten
 
 def dropout_threshold(p: float) -> int:
     """The smallest 32-bit word that keeps an element: an element is kept where its random word is >= round(p·2³²)."""
-    return int(round(p * 2.0**32))
+    return round(p * 2.0**32)
 
 
 def dropout_factor(seed: Tensor, p: float, rows: int, columns: int) -> Tensor:
@@ -128,9 +128,9 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, lora_A, lora_B, bias and gate, given G = ∂L/∂y (..., N) and the forward's shrink S.
 
-        H = G·B      ∂gate_i = scaling · Σ_t S_ti·H_ti                      (ACTIVE and PROBE)
-        ∂A_i = scaling · ĝ_i · Σ_t H_ti·X_t      ∂B_i = scaling · ĝ_i · Σ_t S_ti·G_t      (ACTIVE; zero elsewhere)
-        ∂x = G·W + drop'(scaling · (H ⊙ ĝ)·A)      ∂W = Gᵀ·x      ∂bias = Σ_t G_t
+    H = G·B      ∂gate_i = scaling · Σ_t S_ti·H_ti                      (ACTIVE and PROBE)
+    ∂A_i = scaling · ĝ_i · Σ_t H_ti·X_t      ∂B_i = scaling · ĝ_i · Σ_t S_ti·G_t      (ACTIVE; zero elsewhere)
+    ∂x = G·W + drop'(scaling · (H ⊙ ĝ)·A)      ∂W = Gᵀ·x      ∂bias = Σ_t G_t
     """
     dtype = x.dtype
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 
 import torch
 
 PACK_MODES = ("both", "forward", "off")
+_mode = os.environ.get("PEFTKERNELS_CPU_PACK", "both")
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     """The extension and None, or None and the reason in words."""
     try:
-        from peftkernels import _C
+        extension = importlib.import_module("peftkernels._C")
+    except ModuleNotFoundError:
+        return None, "the C++ extension was not built (no compiler at installation, or installed without torch)"
     except ImportError as error:
-        if "_C" in str(error) and "cannot import name" in str(error):
-            return None, "the C++ extension was not built (no compiler at installation, or installed without torch)"
         return None, f"the C++ extension does not load with torch {torch.__version__}: {error}"
-    built_with = _C.build_facts()["torch"]
+    built_with = extension.build_facts()["torch"]
     if built_with.split("+")[0] != torch.__version__.split("+")[0]:
         return None, f"the C++ extension was built for torch {built_with}, found {torch.__version__}: reinstall"
-    mode = os.environ.get("PEFTKERNELS_CPU_PACK", "both")
-    if mode not in PACK_MODES:
-        raise ValueError(f"PEFTKERNELS_CPU_PACK: found {mode!r}, expected one of {', '.join(PACK_MODES)}")
-    _C.set_pack_mode(mode)
-    return _C, None
+    if _mode not in PACK_MODES:
+        raise ValueError(f"PEFTKERNELS_CPU_PACK: found {_mode!r}, expected one of {', '.join(PACK_MODES)}")
+    extension.set_pack_mode(_mode)
+    return extension, None
 
 
 def unavailable_reason() -> str | None:
@@ -42,9 +43,18 @@ def _extension() -> ModuleType:
     return extension
 
 
-def computes_in_fp16() -> bool:
-    """Whether this processor's matrix kernels compute in fp16; few do. All compute in fp32 and bf16."""
-    return bool(build_facts()["fp16_kernels"])
+def has_kernels_for(dtype: torch.dtype) -> bool:
+    """Whether this processor has matrix instructions for `dtype` that ATen's kernels use; fp32 always does.
+
+    bf16 is computed all the same, in a loop slower than the library's own matmul; fp16 is not.
+    """
+    facts = build_facts()
+    return dtype is torch.float32 or bool(facts.get({torch.bfloat16: "bf16_kernels"}.get(dtype, "fp16_kernels")))
+
+
+def keeps_packs() -> bool:
+    """Whether the packed copies of frozen weights outlive a call."""
+    return _mode != "off"
 
 
 def build_facts() -> dict[str, object]:
@@ -65,7 +75,9 @@ def set_pack_mode(mode: str) -> None:
     """
     if mode not in PACK_MODES:
         raise ValueError(f"mode: found {mode!r}, expected one of {', '.join(PACK_MODES)}")
+    global _mode
     _extension().set_pack_mode(mode)
+    _mode = mode
 
 
 def clear_pack_cache() -> None:

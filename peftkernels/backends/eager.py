@@ -1,4 +1,4 @@
-"""Library matmuls plus one in-place `addmm_`: runs on every device and in every dtype, the floor the others must beat."""
+"""Library matmuls and one in-place `addmm_`: runs on every device, in every dtype; the floor the others must beat."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def _forward(
     with _without_autocast(x.device.type):
         dtype = x.dtype
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        live = _LiveRanks(
-            lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor
-        )
+        live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         shrink = F.linear(_dropped(rows, dropout_p, dropout_seed), live.A)
         y.addmm_(live.gated(shrink), live.active_B.T)
@@ -139,9 +137,7 @@ def _backward(
         needs_x, needs_weight, needs_A, needs_B, needs_bias, needs_gate = needs
         results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6))
         grads = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
-        live = _LiveRanks(
-            lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor
-        )
+        live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         rows = None if x is None else x.reshape(grads.shape[0], x.shape[-1])
         expanded = grads @ live.B if needs_x or needs_A or needs_gate else None
         gated = None if expanded is None else live.gated(expanded)

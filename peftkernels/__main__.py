@@ -1,0 +1,8 @@
+"""``python -m peftkernels``, the same as the command ``peftkernels``."""
+
+import sys
+
+from peftkernels.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
