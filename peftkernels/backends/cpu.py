@@ -43,13 +43,15 @@ def _extension() -> ModuleType:
     return extension
 
 
+@functools.cache
 def has_kernels_for(dtype: torch.dtype) -> bool:
     """Whether this processor has matrix instructions for `dtype` that ATen's kernels use; fp32 always does.
 
     bf16 is computed all the same, in a loop slower than the library's own matmul; fp16 is not.
     """
-    facts = build_facts()
-    return dtype is torch.float32 or bool(facts.get({torch.bfloat16: "bf16_kernels"}.get(dtype, "fp16_kernels")))
+    if dtype is torch.float32:
+        return True
+    return bool(build_facts()["bf16_kernels" if dtype is torch.bfloat16 else "fp16_kernels"])
 
 
 def keeps_packs() -> bool:

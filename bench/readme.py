@@ -1,0 +1,121 @@
+"""Writes the tables between the markers of README.md from the files under `bench/results/`.
+
+    python -m bench.readme
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.lora_linear import EAGER, FUSED, PASSES, TOKENS, WIDTHS
+from peftkernels.cli.demo.recipe import TITLES
+from peftkernels.cli.demo.timing import FROZEN
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is aligned left and the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def layer_tables(path: Path) -> str:
+    """Ratios to the bare frozen layer by width and tokens, one table for each dtype and pass."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    ratios = {
+        (row["dtype"], row["direction"], f"{row['K']}x{row['N']}", int(row["M"]), row["contestant"]): float(row["ratio"])
+        for row in rows
+    }
+    sample = rows[0]
+    commits = sorted({row["commit"] for row in rows})
+    parts = [
+        f"Time relative to the bare frozen `F.linear` of the same round, {FUSED} (eager LoRA in brackets); r = "
+        f"{sample['rank']}, {sample['threads']} threads, {sample['processor']}, torch {sample['torch']}, "
+        f"{sample['date']}, commit {', '.join(commits)}. Every factor takes part and gets its gradient."
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for direction in PASSES:
+            table, cells = [], []
+            for widths in WIDTHS:
+                line = [widths.replace("x", "×")]
+                for tokens in TOKENS:
+                    fused = ratios.get((dtype, direction, widths, tokens, FUSED))
+                    eager = ratios.get((dtype, direction, widths, tokens, EAGER))
+                    line.append("" if fused is None or eager is None else f"{fused:.2f} ({eager:.2f})")
+                    if fused is not None and eager is not None:
+                        cells.append((fused, eager))
+                table.append(line)
+            if not cells:
+                continue
+            mean = [statistics.geometric_mean(column) for column in zip(*cells, strict=True)]
+            title = f"{dtype}, {direction.replace('+', ' + ')}: geometric mean {mean[0]:.2f} ({mean[1]:.2f})"
+            parts += [f"**{title}**", markdown(["K×N", *(f"M = {tokens}" for tokens in TOKENS)], table)]
+    return "\n\n".join(parts)
+
+
+def demo_table(path: Path) -> str:
+    """The demo's table, as it printed it."""
+    found = json.loads(path.read_text())
+    machine, timing = found["machine"], found["timing"]
+    rows = [
+        [
+            "frozen, forward + backward" if name == FROZEN else TITLES[name],
+            "" if run["accuracy"] is None else f"{run['accuracy']:.3f}",
+            f"{run['milliseconds']:.0f}",
+            f"{run['ratio']:.2f} ({run['ratio_p25']:.2f}–{run['ratio_p75']:.2f})",
+            "" if run["total_ranks"] is None else f"{run['live_ranks']} / {run['total_ranks']}",
+            f"{run['trainable_parameters']:,}",
+            f"{run['saved_bytes'] / 1e6:.1f} MB",
+        ]
+        for name, run in found["runs"].items()
+    ]
+    header = [
+        "run",
+        "test accuracy",
+        "ms per step",
+        "× frozen step (quartiles)",
+        "ranks, live / all",
+        "trainable parameters",
+        "saved for backward",
+    ]
+    note = (
+        f"{machine['processor']}, {machine['threads']} threads, torch {found['versions']['torch']}, "
+        f"peft {found['versions']['peft']}, {found['date'][:10]}; {timing['rounds']} paired rounds, "
+        f"{timing['discarded']} disturbed ones left out"
+        + (", the machine was never quiet." if timing["disturbed"] else ".")
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def replace_between(text: str, marker: str, content: str) -> str:
+    """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"{README.name}: found no markers {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main() -> None:
+    text = README.read_text()
+    layers = sorted(RESULTS.glob("*.csv"))
+    demos = sorted(RESULTS.glob("demo-*.json"))
+    if not layers or not demos:
+        raise SystemExit(f"{RESULTS}: expected a .csv of bench.lora_linear and a demo-*.json")
+    text = replace_between(text, "layers", "\n\n".join(layer_tables(path) for path in layers))
+    text = replace_between(text, "demo", "\n\n".join(demo_table(path) for path in demos))
+    beside = README.with_suffix(".partial")
+    beside.write_text(text)
+    os.replace(beside, README)
+
+
+if __name__ == "__main__":
+    main()
