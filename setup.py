@@ -39,12 +39,14 @@ def extension_arguments(required: bool) -> dict[str, Any]:
                 # What was not built must not be looked for when files are copied.
                 self.extensions = []
 
+    # The environment's ninja, which is on nobody's path when pip is called by its full name.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
     cuda_sources = [*(ROOT / "csrc" / "cuda").glob("*.cu")]
     use_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(cuda_sources)
     extension = cpp_extension.CUDAExtension if use_cuda else cpp_extension.CppExtension
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    cxx = ["-O3", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp]
+    cxx = ["-O3", "-g0", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp]
     module = extension(
         "peftkernels._C",
         [str(path.relative_to(ROOT)) for path in [*sources, *(cuda_sources if use_cuda else [])]],
