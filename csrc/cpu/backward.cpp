@@ -181,6 +181,9 @@ class Backward {
 
   // ∂x: the adapter's share first, since dropout's mask falls on it alone.
   void input_tiles(int64_t block, int64_t first_panel, int64_t end_panel) {
+    if (!needs_.x) {
+      return;
+    }
     const int64_t first = block * kRowBlock, count = block_rows(block);
     const auto grads = padded_rows<scalar_t, Scratch::PaddedRows>(grads_, first, count, columns_, padded_columns_);
     const auto* const packed = pack_.template const_data_ptr<scalar_t>();

@@ -1,0 +1,70 @@
+"""Running an allocator after every optimizer step, and noticing when nobody runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from peftkernels.allocation.protocol import FACTORS, GatedLayer
+
+
+def run_after_step(optimizer: Optimizer, run: Callable[[], None], layers: Mapping[str, GatedLayer]) -> RemovableHandle:
+    """Call `run` after every `optimizer.step()` until the returned handle is removed.
+
+    A wrapper that never initialised itself as an Optimizer and keeps the one that steps in `.optimizer`, as
+    accelerate's does, is looked through: a hook on the wrapper would never run. Raises TypeError for anything but an
+    optimizer, and ValueError where it does not train every adapter factor of the layers, naming those it misses.
+    """
+    inner: Any = optimizer
+    while isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" not in vars(inner):
+        inner = getattr(inner, "optimizer", None)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer: found {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    trained = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    missing = [
+        f"{name}.{factor}"
+        for name, layer in layers.items()
+        for factor in FACTORS
+        if id(getattr(layer, factor)) not in trained
+    ]
+    if missing:
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        raise ValueError(
+            f"optimizer: found param groups without {shown}, expected every lora_A, lora_B and lora_E of the layers"
+        )
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        run()
+
+    return inner.register_step_post_hook(after_step)
+
+
+class IdleWatch:
+    """Notices that the gates are being trained while the allocator is not stepped.
+
+    A gate's version counter moves whenever it is written in place. Loading a checkpoint moves it too, as does swapping
+    averaged weights in and out for an evaluation, so two movements between two allocator steps prove nothing; three do.
+    """
+
+    def __init__(self, layers: Mapping[str, GatedLayer]) -> None:
+        self._layers = list(layers.values())
+        self.reset()
+
+    def reset(self) -> None:
+        """The allocator has just run, or taken over a saved state."""
+        self._versions = self._read()
+        self._movements = 0
+
+    def idle(self) -> bool:
+        """Look again; True once the gates have moved between two looks for the third time since `reset`."""
+        versions = self._read()
+        if versions != self._versions:
+            self._versions = versions
+            self._movements += 1
+        return self._movements >= 3
+
+    def _read(self) -> list[int]:
+        return [layer.lora_E._version for layer in self._layers]

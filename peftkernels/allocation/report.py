@@ -1,0 +1,89 @@
+"""An allocator's last decision in a form that can be read and logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModuleAllocation:
+    """What happened to the ranks of one layer.
+
+    kept       one bool per rank
+    scores     the score of each rank at the last decision; empty before the first
+    threshold  scores at or below it were masked; None before the first decision
+    why        the decision in words
+    """
+
+    name: str
+    kept: tuple[bool, ...]
+    scores: tuple[float, ...]
+    threshold: float | None
+    why: str
+
+    @property
+    def n_kept(self) -> int:
+        return sum(self.kept)
+
+    @property
+    def score(self) -> float | None:
+        """The sum of the layer's rank scores."""
+        return sum(self.scores) if self.scores else None
+
+    @property
+    def margin(self) -> float | None:
+        """The smallest distance of a rank's score from the threshold: how near the layer is to another decision."""
+        if self.threshold is None or not self.scores:
+            return None
+        return min(abs(score - self.threshold) for score in self.scores)
+
+
+@dataclass(frozen=True)
+class AllocationReport:
+    """The state of an allocation after optimizer step `step`.
+
+    budget            ranks the schedule allows at `step`
+    decided_at        the step of the last decision, None before the first
+    threshold         the threshold of that decision
+    nonfinite_steps   steps whose gradients were not finite and left the score averages unchanged
+    """
+
+    step: int
+    phase: str
+    budget: int
+    decided_at: int | None
+    threshold: float | None
+    nonfinite_steps: int
+    modules: tuple[ModuleAllocation, ...] = field(repr=False)
+
+    @property
+    def n_kept(self) -> int:
+        return sum(module.n_kept for module in self.modules)
+
+    @property
+    def n_total(self) -> int:
+        return sum(len(module.kept) for module in self.modules)
+
+    def __str__(self) -> str:
+        decided = "no decision yet" if self.decided_at is None else f"decided at step {self.decided_at}"
+        lines = [
+            f"step {self.step} ({self.phase}): {self.n_kept} of {self.n_total} ranks kept, budget {self.budget}, "
+            f"threshold {_number(self.threshold)}, {decided}"
+        ]
+        if self.nonfinite_steps:
+            lines.append(
+                f"{self.nonfinite_steps} steps had gradients that were not finite and left the scores as they were"
+            )
+        rows = [("module", "kept", "score", "margin", "why")]
+        for module in self.modules:
+            kept = f"{module.n_kept}/{len(module.kept)}"
+            rows.append((module.name, kept, _number(module.score), _number(module.margin), module.why))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines += [
+            "  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[4]]) for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,34 @@
+"""How many ranks may be alive at a step: AdaLoRA's cubic schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """The budget of ranks, over all layers, after optimizer step t = 1, 2, … (AdaLoRA, arXiv 2303.10512, eq. 12).
+
+        t <= tinit                  initial_budget, no mask
+        t >  last_allocation        final_budget, mask
+        else  μ = 1 - (t - tinit)/(last_allocation - tinit),  b = int((b0 - bT)·μ³ + bT),  mask where t mod deltaT == 0
+
+    with b0 = initial_budget, bT = final_budget and last_allocation = total_step - tfinal. All arithmetic is in
+    float64, in this order, so that `int` rounds down as it does in HF peft.
+    """
+
+    initial_budget: int
+    final_budget: int
+    tinit: int
+    last_allocation: int
+    deltaT: int
+
+    def __call__(self, step: int) -> tuple[int, bool]:
+        """The budget after `step` and whether the schedule asks for a mask there."""
+        if step <= self.tinit:
+            return self.initial_budget, False
+        if step > self.last_allocation:
+            return self.final_budget, True
+        remaining = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
+        budget = int((self.initial_budget - self.final_budget) * (remaining**3) + self.final_budget)
+        return budget, step % self.deltaT == 0

@@ -1,0 +1,40 @@
+"""Which ranks a budget keeps, given one score per rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice of ranks at a step: scores (b0,) and threshold (0-dim) stay on their device until somebody asks."""
+
+    step: int
+    budget: int
+    scores: Tensor
+    threshold: Tensor
+
+    def to(self, device: torch.device) -> Decision:
+        return Decision(self.step, self.budget, self.scores.to(device), self.threshold.to(device))
+
+
+def select_ranks(scores: Tensor, budget: int, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """The ranks to keep (bool, the shape of `scores`) and the threshold (0-dim), both on the device of `scores`.
+
+    scores: (b0,) float, one per rank. With b0 - budget ranks to mask, the threshold is the (b0 - budget)-th smallest
+    score and rank i is kept where not (scores_i <= threshold): ties at the threshold all go, so fewer than `budget`
+    ranks may stay. `exact=True` keeps `budget` ranks: among ties at the threshold those that come first stay, and the
+    threshold is the highest score that was masked. A budget of b0 or more keeps all (threshold -inf).
+    """
+    masked = scores.numel() - budget
+    if masked <= 0:
+        return torch.ones_like(scores, dtype=torch.bool), scores.new_full((), -torch.inf)
+    if not exact:
+        threshold = torch.kthvalue(scores, masked).values
+        return ~(scores <= threshold), threshold
+    ordered, ranks = torch.sort(scores, descending=True, stable=True)
+    keep = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, ranks[:budget], True)
+    return keep, ordered[budget]

@@ -1,0 +1,1 @@
+"""What plugs peftkernels into other libraries, one file a library."""
