@@ -46,7 +46,17 @@ def extension_arguments(required: bool) -> dict[str, Any]:
     use_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(cuda_sources)
     extension = cpp_extension.CUDAExtension if use_cuda else cpp_extension.CppExtension
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    cxx = ["-O3", "-g0", "-DNDEBUG", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *openmp]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-DNDEBUG",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        *openmp,
+    ]
     module = extension(
         "peftkernels._C",
         [str(path.relative_to(ROOT)) for path in [*sources, *(cuda_sources if use_cuda else [])]],
