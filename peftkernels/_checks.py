@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkernels._autocast import CASTABLE, autocast_enabled
 from peftkernels.rank_plan import RankPlan
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_AUTOCAST = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _INT64 = 2**63
 
 
@@ -35,8 +35,7 @@ def _matches_x(name: str, value: Tensor, x: Tensor) -> None:
     """The frozen tensors share x's dtype, except under autocast, which casts both sides."""
     if value.dtype == x.dtype:
         return
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype in _AUTOCAST and value.dtype in _AUTOCAST:
+    if autocast_enabled(x.device.type) and x.dtype in CASTABLE and value.dtype in CASTABLE:
         return
     raise TypeError(f"{name}: found dtype {value.dtype}, expected x's, {x.dtype}")
 
@@ -134,5 +133,5 @@ def check_arguments(
         _check_plan(rank_plan, r, x)
     if type(scaling) is not float:
         _check_scaling(scaling, x)
-    if dropout_p != 0.0 or dropout_seed is not None or type(dropout_p) is not float:
+    if type(dropout_p) is not float or dropout_p != 0.0 or dropout_seed is not None:
         _check_dropout(dropout_p, dropout_seed, x)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from peftkernels import dispatch
+from peftkernels._autocast import autocast_dtype
 from peftkernels._checks import check_arguments
 from peftkernels.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
 _OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
-_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEED_END = 2**63 - 1
 
 
@@ -174,8 +174,9 @@ def lora_linear(
     """
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
     device = x.device
-    if torch.is_autocast_enabled(device.type) and x.dtype in _AUTOCAST_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device.type))
+    dtype = autocast_dtype(x.dtype, device.type)
+    if dtype is not x.dtype:
+        x = x.to(dtype)
     chosen = dispatch.choose(impl, x, weight)
 
     seed: Tensor | None = None
@@ -252,6 +253,5 @@ def explain(
     Arguments and errors as for `lora_linear`; nothing is computed.
     """
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in _AUTOCAST_DTYPES:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x.dtype, x.device.type))
     return dispatch.explain_choice(x, weight)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels import _ops
+from peftkernels._autocast import autocast_enabled
 from peftkernels.reference import dropout_factor
 
 
 def _without_autocast(device_type: str) -> Any:
     """The operators state their own dtypes: autocast would round the fp32 parts of the arithmetic."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -1,0 +1,20 @@
+"""What autocast asks of a call."""
+
+from __future__ import annotations
+
+import torch
+
+# Autocast leaves every other dtype, float64 among them, as it is.
+CASTABLE = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False for types that know no autocast, such as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype that x of `dtype` is computed in: autocast's where it is on and applies, else `dtype` itself."""
+    if autocast_enabled(device_type) and dtype in CASTABLE:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
