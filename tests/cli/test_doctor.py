@@ -1,0 +1,82 @@
+"""The doctor runs what it calls usable, and its exit code says whether the package can serve calls."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from peftkernels.cli import doctor
+from peftkernels.cli.main import main
+
+
+def test_json_report_of_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"peftkernels", "python", "torch", "triton", "peft", "transformers"} == set(found["versions"])
+    assert {"avx2", "avx512", "avx512_bf16", "amx"} == set(found["machine"]["features"])
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert set(found["backends"]) == {"reference", "eager", "cpu", "triton", "cuda"}
+    for name in ("reference", "eager"):
+        backend = found["backends"][name]
+        assert backend["usable"]
+        assert 0 <= backend["error"] < 1e-5
+    for backend in found["backends"].values():
+        assert backend["usable"] or backend["reason"]
+    assert (found["pack_cache"] is not None) == (found["backends"]["cpu"]["reason"] is None)
+
+
+def test_text_report_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name in ("reference", "eager", "cpu", "triton", "cuda"):
+        assert f"\n  {name} " in text
+    assert "can serve calls" in text
+
+
+def test_unavailable_backend_is_explained_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "backend_status", lambda: {"eager": None, "cpu": "no compiler was found"})
+    assert main(["doctor"]) == 0
+    assert "cpu           cannot run: no compiler was found" in capsys.readouterr().out
+
+
+def test_backend_that_raises_fails_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "backend_status", lambda: {"eager": None, "triton": None})
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["eager"]["usable"]
+    assert not found["backends"]["triton"]["usable"]
+    assert "a small call failed" in found["backends"]["triton"]["reason"]
+
+
+@pytest.mark.parametrize("wrong", ["scaled", "nan"])
+def test_backend_that_computes_wrong_fails_the_doctor(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = doctor._small_call
+
+    def call(impl: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        tensors = right(impl, dtype, device)
+        if impl == "eager":
+            tensors[2] = tensors[2] * (1.001 if wrong == "scaled" else float("nan"))
+        return tensors
+
+    monkeypatch.setattr(doctor, "_small_call", call)
+    assert main(["doctor"]) == 1
+    assert "CANNOT serve calls" in capsys.readouterr().out
+
+
+def test_refused_setting_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> dict[str, str | None]:
+        raise ValueError("PEFTKERNELS_CPU_PACK: found 'x', expected one of both, forward, off")
+
+    monkeypatch.setattr(doctor, "backend_status", refuse)
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"].startswith("PEFTKERNELS_CPU_PACK")

@@ -1,0 +1,41 @@
+"""Fresh random numbers in every run, and how to get the same ones again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_RUN_SEED = int(os.environ.get("PEFTKERNELS_TEST_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
+
+# Times vary with what else the machine does; a slow example is no failure.
+settings.register_profile(
+    "operators",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("operators")
+
+
+def pytest_report_header() -> str:
+    return f"random numbers: PEFTKERNELS_TEST_SEED={_RUN_SEED} repeats this run's"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number of this run and this test, printed when the test fails."""
+    digest = hashlib.sha256(f"{_RUN_SEED} {request.node.nodeid}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed and "seed" in getattr(item, "fixturenames", ()):
+        report.sections.append(("random numbers", f"PEFTKERNELS_TEST_SEED={_RUN_SEED} repeats this test's"))
+    return report

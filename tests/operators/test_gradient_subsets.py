@@ -1,0 +1,81 @@
+"""Work is done for the gradients that were asked for, and they do not depend on which others were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.cases import TRAINABLE, make_call, run
+from support.checks import subsets_agree
+from support.implementations import skip_unless_served, threads
+
+from peftkernels import functional, lora_linear
+
+CALLS: dict[str, dict[str, Any]] = {
+    "LoRA": {"gate": False},
+    "rank_plan": {"plan": True},
+    "dropout": {"plan": True, "dropout_p": 0.25},
+    "bf16": {"plan": True, "dtype": "bf16-fp32_factors"},
+    "two_blocks": {"leading": (2, 131), "n": 70, "k": 66, "plan": True, "dropout_p": 0.25},
+}
+
+
+@pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
+def test_every_subset_gets_the_same_bits(impl: str, arguments: dict[str, Any], seed: int) -> None:
+    subsets_agree(make_call(seed, **arguments), impl)
+
+
+@pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
+def test_every_subset_gets_the_same_bits_on_two_threads(arguments: dict[str, Any], seed: int) -> None:
+    """The C++ kernels share out their work by what was asked for."""
+    skip_unless_served("cpu")
+    with threads(2):
+        subsets_agree(make_call(seed, **arguments), "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("others", [(), ("x",), TRAINABLE], ids=["alone", "with_x", "with_all"])
+def test_weight_gradient_is_served(impl: str, others: tuple[str, ...], seed: int) -> None:
+    call = make_call(seed, leading=(5, 3), dropout_p=0.5, dtype="fp64")
+    outcome = run(call, impl, ("weight", *others))
+    expected = call.grad_y.flatten(0, 1).T @ call.x.flatten(0, 1)
+    torch.testing.assert_close(outcome.gradients["weight"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B",), ("bias",), ("gate",)], ids="+".join)
+def test_the_backward_operator_is_told_what_is_needed(
+    impl: str, needs: tuple[str, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, backward = functional._OVERLOADS[impl]
+    asked: list[list[bool]] = []
+    returned: list[list[int]] = []
+
+    def watched(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        gradients = backward(*arguments)
+        returned.append([gradient.numel() for gradient in gradients])
+        return gradients
+
+    monkeypatch.setitem(functional._OVERLOADS, impl, (forward, watched))
+    call = make_call(seed, plan=True)
+    run(call, impl, needs)
+    names = ("x", "weight", "lora_A", "lora_B", "bias", "gate")
+    assert asked == [[name in needs for name in names]]
+    assert returned == [[call.tensors()[name].numel() if name in needs else 0 for name in names]]
+
+
+def test_a_call_that_needs_no_gradient_runs_no_autograd_function(impl: str, seed: int) -> None:
+    call = make_call(seed)
+    y = lora_linear(call.x, call.weight, call.lora_A, call.lora_B, impl=impl, **call.optional)
+    assert not y.requires_grad
+    assert y.grad_fn is None
+
+
+def test_auto_serves_a_trainable_weight(seed: int) -> None:
+    call = make_call(seed)
+    weight = call.weight.clone().requires_grad_()
+    lora_linear(call.x, weight, call.lora_A, call.lora_B).backward(call.grad_y)
+    assert weight.grad is not None
+    expected = call.grad_y.double().T @ call.x.double()
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,1 @@
+"""What the operator tests share: random cases, the oracle with its error budgets, checks, and deliberate faults."""
