@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peftkernels.cli.load import ForeignLoad
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import peftkernels
 from peftkernels import lora_linear
+from peftkernels.cli.demo.load import ForeignLoad
 from peftkernels.cli.machine import machine
 
 WIDTHS = ("384x384", "768x768", "768x3072", "3072x768", "1024x1024", "2048x2048", "4096x4096")

@@ -30,10 +30,11 @@ def layer_tables(path: Path) -> str:
     """Ratios to the bare frozen layer by width and tokens, one table for each dtype and pass."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    ratios = {
-        (row["dtype"], row["direction"], f"{row['K']}x{row['N']}", int(row["M"]), row["contestant"]): float(row["ratio"])
-        for row in rows
-    }
+
+    def place(row: dict[str, str]) -> tuple[str, str, str, int, str]:
+        return row["dtype"], row["direction"], f"{row['K']}x{row['N']}", int(row["M"]), row["contestant"]
+
+    ratios = {place(row): float(row["ratio"]) for row in rows}
     sample = rows[0]
     commits = sorted({row["commit"] for row in rows})
     parts = [

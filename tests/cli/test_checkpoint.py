@@ -109,7 +109,7 @@ def test_states_come_back_and_a_finished_training_drops_its_checkpoint(tmp_path:
 def test_leftovers_of_a_kill_are_removed_by_resume(tmp_path: Path) -> None:
     store = Store(tmp_path, GIVEN)
     store.open(resume=False)
-    leftover = tmp_path / f".{TRAINING}.abc"
+    leftover = tmp_path / f".{TRAINING}.123.partial"
     leftover.write_bytes(b"half")
     store.open(resume=True)
     assert not leftover.exists()

@@ -85,9 +85,12 @@ def _strided(value: Tensor, kind: str) -> Tensor:
     raise ValueError(kind)
 
 
-KINDS = ("contiguous", "transposed", "every_second", "row_padded", "offset", "expanded_rows", "expanded_everywhere")
-kinds = st.sampled_from(KINDS)
+KINDS = ("contiguous", "transposed", "every_second", "row_padded", "offset", "expanded_rows")
 STRIDED = ("x", "weight", "lora_A", "lora_B", "grad_y")
+# Where both factors of a sum's terms repeat, all its roundings err in one direction and nothing averages out: only x
+# may be one number everywhere, and G's rows repeat only where those of x do not.
+kinds = {name: st.sampled_from(KINDS) for name in STRIDED}
+kinds["x"] = st.sampled_from((*KINDS, "expanded_everywhere"))
 
 
 def _assert_within_budget_and_equal_bits(call: Call, impl: str, strided: dict[str, Tensor]) -> None:
@@ -113,7 +116,7 @@ def test_any_strides(name: str) -> None:
         n=st.sampled_from([1, 3, 65, 130]),
         k=st.sampled_from([1, 4, 65, 770]),
         r=st.sampled_from([1, 2, 9, 33]),
-        of=st.fixed_dictionaries(dict.fromkeys(STRIDED, kinds)),
+        of=st.fixed_dictionaries(kinds),
         dtype=dtypes,
         p=st.sampled_from([0.0, 0.4]),
         plan=st.booleans(),
@@ -134,7 +137,6 @@ def test_any_strides(name: str) -> None:
         call = make_call(seed, leading=leading, n=n, k=k, r=r, dtype=dtype, dropout_p=p, plan=plan)
         strided = {argument: _strided(getattr(call, argument), kind) for argument, kind in of.items()}
         if of["x"].startswith("expanded"):
-            # With both repeated every term of a sum over rows has the same error, and the errors no longer average out.
             strided["grad_y"] = call.grad_y
         _assert_within_budget_and_equal_bits(call, name, strided)
 

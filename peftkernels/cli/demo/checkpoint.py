@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,20 +22,21 @@ ARGUMENTS = "arguments.json"
 TRAINING = "training.pt"
 RUNS = "runs"
 RESULTS = "results.json"
+_PARTIAL = ".partial"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` with a file beside ``path`` and move it to ``path`` once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -110,10 +110,8 @@ class Store:
                 )
 
     def _remove_leftovers(self) -> None:
-        for folder in (self.directory, self.directory / RUNS):
-            for pattern in (f".{ARGUMENTS}.*", f".{RESULTS}.*", ".*.pt.*"):
-                for leftover in folder.glob(pattern):
-                    leftover.unlink(missing_ok=True)
+        for leftover in self.directory.rglob(f".*{_PARTIAL}"):
+            leftover.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         for path in [self.directory / RESULTS, self.directory / TRAINING, *(self.directory / RUNS).glob("*.pt")]:

@@ -112,7 +112,7 @@ class Run:
         self.model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        pass
+        self.load_allocation_state(state["allocation"])
         self.steps_done = state["steps_done"]
 
     def allocation_state(self) -> Any:
