@@ -87,8 +87,10 @@ def _strided(value: Tensor, kind: str) -> Tensor:
 
 KINDS = ("contiguous", "transposed", "every_second", "row_padded", "offset", "expanded_rows")
 STRIDED = ("x", "weight", "lora_A", "lora_B", "grad_y")
-# Where both factors of a sum's terms repeat, all its roundings err in one direction and nothing averages out: only x
-# may be one number everywhere, and G's rows repeat only where those of x do not.
+# Where both factors of a sum's terms repeat, all its roundings may err in one direction, by n/4·eps of the sum over n
+# terms, and the band's √n, which counts on chance, holds only to n = 28. So only x may be one number everywhere, and
+# G's rows, whose sum is ∂bias, repeat only in small calls and where those of x do not.
+MOST_REPEATED_ROWS = 28
 kinds = {name: st.sampled_from(KINDS) for name in STRIDED}
 kinds["x"] = st.sampled_from((*KINDS, "expanded_everywhere"))
 
@@ -136,7 +138,8 @@ def test_any_strides(name: str) -> None:
     ) -> None:
         call = make_call(seed, leading=leading, n=n, k=k, r=r, dtype=dtype, dropout_p=p, plan=plan)
         strided = {argument: _strided(getattr(call, argument), kind) for argument, kind in of.items()}
-        if of["x"].startswith("expanded"):
+        many = call.x.shape[:-1].numel() > MOST_REPEATED_ROWS
+        if of["grad_y"] == "expanded_rows" and (many or of["x"].startswith("expanded")):
             strided["grad_y"] = call.grad_y
         _assert_within_budget_and_equal_bits(call, name, strided)
 
@@ -147,7 +150,7 @@ def test_any_strides(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_of_reductions(impl: str, reduction: str, dtype: str, seed: int) -> None:
     """What autograd hands back here has stride 0, or is zero almost everywhere."""
-    call = make_call(seed, leading=(3, 47), n=66, k=70, r=5, dtype=dtype)
+    call = make_call(seed, leading=(3, MOST_REPEATED_ROWS // 3), n=66, k=70, r=5, dtype=dtype)
     reduce = {
         "sum": lambda y: y.sum(),
         "mean": lambda y: y.mean(),
