@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,17 +19,26 @@ oracle.register()
 eager.register()
 
 
-@torch.compiler.assume_constant_result
+Result = TypeVar("Result", bound=Callable[..., object])
+
+
+def _constant_when_traced(function: Result) -> Result:
+    """What `torch.compiler.assume_constant_result` does, without importing the whole compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_traced
 def _cpu_unavailable_reason() -> str | None:
     return cpu.unavailable_reason()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _cpu_has_bf16_kernels() -> bool:
     return cpu.has_kernels_for(torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _cpu_has_fp16_kernels() -> bool:
     return cpu.has_kernels_for(torch.float16)
 

@@ -156,7 +156,8 @@ def lora_linear(
     gate          (r,) or (r, 1), any float dtype; None means ones
     rank_plan     which ranks are ACTIVE, PROBE (contribute nothing, receive the gate's gradient) or DEAD (nothing at
                   all); None means every rank is ACTIVE
-    scaling       float, or a 0-dim floating-point tensor on x's device, which the host never reads
+    scaling       float, or a 0-dim floating-point tensor on x's device, which the host never reads; torch.compile
+                  makes a new program for another float, not for another value of the tensor
     dropout_p     in [0, 1]; drops elements of the adapter's input, never of the frozen product's
     dropout_seed  int or 0-dim int64 tensor: the same seed gives the same mask on every implementation, and the
                   backward pass recomputes it; drawn from torch's generator when None and dropout_p > 0
@@ -191,7 +192,7 @@ def lora_linear(
         (None, None, None) if rank_plan is None else (rank_plan.state, rank_plan.order, rank_plan.counts)
     )
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
-    scaling_value = 1.0 if isinstance(scaling, Tensor) else float(scaling)
+    scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
 
     if torch.is_grad_enabled() and (
         x.requires_grad

@@ -35,7 +35,9 @@ def _order(state: Tensor) -> Tensor:
 
 
 def _counts(state: Tensor) -> Tensor:
-    return torch.stack(((state == RankState.ACTIVE).sum(), (state != RankState.DEAD).sum())).to(torch.int32)
+    # As int: torch.compile folds the comparison of a tensor with an enumeration's member to False.
+    active, dead = int(RankState.ACTIVE), int(RankState.DEAD)
+    return torch.stack(((state == active).sum(), (state != dead).sum())).to(torch.int32)
 
 
 class RankPlan:

@@ -52,6 +52,7 @@ class _LiveRanks:
         self.n_active = lora_A.shape[0]
         self.index: Tensor | None = None
         self.active_mask: Tensor | None = None
+        self.live_mask: Tensor | None = None
         self.scale = scaling if scaling_tensor is None else scaling_tensor
         gates = None if gate is None else gate.reshape(-1).to(torch.promote_types(dtype, torch.float32))
 
@@ -63,8 +64,8 @@ class _LiveRanks:
             self.active_A, self.active_B = self.A[: self.n_active], self.B[:, : self.n_active]
             gates = None if gates is None else gates[self.index[: self.n_active]]
         elif rank_state is not None:
-            live, self.active_mask = rank_state > 0, rank_state == 2
-            self.A, self.B = self.A.where(live.unsqueeze(1), 0), self.B.where(live, 0)
+            self.live_mask, self.active_mask = rank_state > 0, rank_state == 2
+            self.A, self.B = self.A.where(self.live_mask.unsqueeze(1), 0), self.B.where(self.live_mask, 0)
             self.active_A = self.A.where(self.active_mask.unsqueeze(1), 0)
             self.active_B = self.B.where(self.active_mask, 0)
             gates = None if gates is None else gates.where(self.active_mask, 0)
@@ -78,9 +79,15 @@ class _LiveRanks:
             active = active.where(self.active_mask, 0)
         return (active * self.factor).to(product.dtype)
 
-    def scatter(self, values: Tensor, like: Tensor, dim: int) -> Tensor:
-        """Put the values of the first live ranks back at their places in a tensor like `like`, zero elsewhere."""
+    def scatter(self, values: Tensor, like: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
+        """Put the values of the first live ranks back at their places in a tensor like `like`, zero elsewhere.
+
+        Where every rank was multiplied, `mask` says whose values count: 0 · NaN is NaN, and what x or G hold must not
+        reach ranks that receive nothing.
+        """
         if self.index is None:
+            if mask is not None:
+                values = values.where(mask.unsqueeze(1) if values.dim() > dim + 1 else mask, 0)
             return values.to(like.dtype)
         return torch.zeros_like(like).index_copy_(dim, self.index[: values.shape[dim]], values.to(like.dtype))
 
@@ -156,17 +163,17 @@ def _backward(
             results[1] = (grads.T @ rows).to(weight.dtype)
         if needs_A:
             assert rows is not None and gated is not None
-            results[2] = live.scatter(gated.T @ _dropped(rows, dropout_p, dropout_seed), lora_A, 0)
+            results[2] = live.scatter(gated.T @ _dropped(rows, dropout_p, dropout_seed), lora_A, 0, live.active_mask)
         if needs_B or needs_gate:
             assert shrink is not None
             live_shrink = shrink if live.index is None else shrink[:, live.index]
             if needs_B:
-                results[3] = live.scatter(grads.T @ live.gated(live_shrink), lora_B, 1)
+                results[3] = live.scatter(grads.T @ live.gated(live_shrink), lora_B, 1, live.active_mask)
             if needs_gate:
                 assert expanded is not None and gate is not None
                 sums = torch.promote_types(dtype, torch.float32)
                 grad_gate = (live_shrink.to(sums) * expanded).sum(0) * live.scale
-                results[5] = live.scatter(grad_gate, gate.reshape(-1), 0).view(gate.shape)
+                results[5] = live.scatter(grad_gate, gate.reshape(-1), 0, live.live_mask).view(gate.shape)
         if needs_bias:
             assert bias is not None
             results[4] = grads.sum(0, dtype=bias.dtype)
