@@ -278,7 +278,8 @@ def main() -> None:
             measured = list(rows_of(case, options.seconds, options.rounds))
             rows += measured
             ratios = "  ".join(f"{row.contestant} {row.ratio:.2f}" for row in measured if row.contestant != FROZEN)
-            progress.console.print(f"{case.dtype:9}{case.direction:17}{case.K}x{case.N} M={case.M}: {ratios}", soft_wrap=True)
+            place = f"{case.dtype:9}{case.direction:17}{case.K}x{case.N} M={case.M}"
+            progress.console.print(f"{place}: {ratios}", soft_wrap=True)
             progress.advance(bar)
     write(rows, options.out)
     print(f"written: {options.out}")

@@ -17,10 +17,6 @@ namespace peftkernels::cpu {
 
 // Rows of x or G that are worked on at a time.
 constexpr int64_t kRowBlock = 128;
-// Depth of one step through the frozen product. Each step is summed by itself before it is added to the tile, so shorter
-// steps round less: at K = 4096 the largest fp32 error with 768 was 3.5 times the library's.
-constexpr int64_t kDepthBlock = 256;
-
 // The ranks of a call in the order kernels walk them: `index` holds the ACTIVE ranks and, when asked for, the PROBE
 // ranks behind them; `factor` is scaling · gate of each ACTIVE rank.
 struct LiveRanks {

@@ -144,13 +144,11 @@ class Backward {
       return;
     }
     auto* const products = thread_scratch<float, Scratch::Products>(count * live);
-    if (columns_ == 0) {
+    const auto grads = padded_rows<scalar_t, Scratch::Rows>(grads_, first, count, columns_, padded_columns_);
+    if (!matmul_steps(
+            count, live, padded_columns_, grads.data, grads.stride, right_B_, right_B_stride_, products, live, false,
+            group_)) {
       std::fill(products, products + count * live, 0.0f);
-    } else {
-      const auto grads = padded_rows<scalar_t, Scratch::Rows>(grads_, first, count, columns_, padded_columns_);
-      matmul(
-          count, live, padded_columns_, grads.data, grads.stride, right_B_, right_B_stride_, products, live, false,
-          group_);
     }
     if (needs_.gate) {
       float* const to = gate_sums_.data() + block * live;
@@ -203,14 +201,9 @@ class Backward {
           dropout_.apply((first + row) * depth_ + column, width, sums, sums);
         }
       }
-      for (int64_t d = 0; d < padded_columns_; d += kDepthBlock) {
-        const int64_t depth = std::min(kDepthBlock, padded_columns_ - d);
-        const scalar_t* const right = packed + panel * padded_columns_ * kPanelColumns + d * kPanelColumns;
-        matmul(
-            count, width, depth, grads.data + d, grads.stride, right, kPanelColumns, tile.sums(), tile.stride(),
-            accumulate, group_);
-        accumulate = true;
-      }
+      accumulate = matmul_steps(
+          count, width, padded_columns_, grads.data, grads.stride, packed + panel * padded_columns_ * kPanelColumns,
+          kPanelColumns, tile.sums(), tile.stride(), accumulate, group_);
       if (!accumulate) {
         tile.clear();
       }

@@ -100,12 +100,10 @@ class Forward {
           products[row * live + i] = dot(rows.data + row * rows.stride, a_ + ranks_.index[i] * depth_, depth_);
         }
       }
-    } else if (depth_ == 0) {
+    } else if (!matmul_steps(
+                   count, live, padded_depth_, rows.data, rows.stride, shrink_operand_, live, products, live, false,
+                   group_)) {
       std::fill(products, products + count * live, 0.0f);
-    } else {
-      matmul(
-          count, live, padded_depth_, rows.data, rows.stride, shrink_operand_, live, products,
-          live, false, group_);
     }
     if (shrink_ != nullptr) {
       for (int64_t row = 0; row < count; ++row) {
@@ -146,15 +144,9 @@ class Forward {
       const int64_t column = panel * kPanelColumns;
       const int64_t width = std::min(kPanelColumns, columns_ - column);
       const OutputTile<scalar_t> tile(y_ + first * columns_ + column, columns_, count, width);
-      bool accumulate = false;
-      for (int64_t d = 0; d < padded_depth_; d += kDepthBlock) {
-        const int64_t depth = std::min(kDepthBlock, padded_depth_ - d);
-        const scalar_t* const right = packed_ + panel * padded_depth_ * kPanelColumns + d * kPanelColumns;
-        matmul(
-            count, width, depth, rows.data + d, rows.stride, right, kPanelColumns, tile.sums(), tile.stride(), accumulate,
-            group_);
-        accumulate = true;
-      }
+      bool accumulate = matmul_steps(
+          count, width, padded_depth_, rows.data, rows.stride, packed_ + panel * padded_depth_ * kPanelColumns,
+          kPanelColumns, tile.sums(), tile.stride(), false, group_);
       if (tail_depth_ > 0) {
         const scalar_t* const right = tail_operand_ + panel * tail_depth_ * kPanelColumns;
         matmul(
