@@ -36,7 +36,7 @@ bench: install  ## time lora_linear against the bare frozen layer and eager LoRA
 	$(BIN)/python -m bench.lora_linear $(ARGS)
 
 readme: install  ## write the tables of README.md from bench/results/
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.readme $(ARGS)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

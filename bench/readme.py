@@ -1,10 +1,13 @@
 """Writes the tables between the markers of README.md from the files under `bench/results/`.
 
-    python -m bench.readme
+    python -m bench.readme [--demo peftkernels-demo/results.json]
+
+`--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -12,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.lora_linear import EAGER, FUSED, PASSES, TOKENS, WIDTHS
+from bench.lora_linear import EAGER, FUSED, PASSES, TOKENS, WIDTHS, default_path
 from peftkernels.cli.demo.recipe import TITLES
 from peftkernels.cli.demo.timing import FROZEN
 
@@ -105,7 +108,31 @@ def replace_between(text: str, marker: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write beside `path`, then replace it."""
+    beside = path.with_suffix(".partial")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def keep_demo(path: Path) -> None:
+    """Keep what a demo's results.json says of steps, accuracies and losses; not where it wrote its files."""
+    found = json.loads(path.read_text())
+    kept = {key: found[key] for key in ("date", "seconds", "versions", "data", "runs", "agreement")}
+    kept["machine"] = {key: value for key, value in found["machine"].items() if key != "system"}
+    kept["timing"] = {key: value for key, value in found["timing"].items() if key != "milliseconds"}
+    for run in kept["runs"].values():
+        run.pop("masks", None)
+        run.pop("training_loop_milliseconds", None)
+    replace_file(RESULTS / f"demo-{default_path().stem}.json", json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="Write README.md's tables.")
+    parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
+    options = parser.parse_args()
+    if options.demo is not None:
+        keep_demo(options.demo)
     text = README.read_text()
     layers = sorted(RESULTS.glob("*.csv"))
     demos = sorted(RESULTS.glob("demo-*.json"))
@@ -113,9 +140,7 @@ def main() -> None:
         raise SystemExit(f"{RESULTS}: expected a .csv of bench.lora_linear and a demo-*.json")
     text = replace_between(text, "layers", "\n\n".join(layer_tables(path) for path in layers))
     text = replace_between(text, "demo", "\n\n".join(demo_table(path) for path in demos))
-    beside = README.with_suffix(".partial")
-    beside.write_text(text)
-    os.replace(beside, README)
+    replace_file(README, text)
 
 
 if __name__ == "__main__":
