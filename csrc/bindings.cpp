@@ -6,8 +6,8 @@
 #include <string>
 
 #include "cpu/lora_linear.h"
-#include "cpu/matmul.h"
 #include "cpu/pack_cache.h"
+#include "cpu/product.h"
 
 namespace py = pybind11;
 using namespace peftkernels;
@@ -35,6 +35,8 @@ py::dict build_facts() {
 #else
   facts["openmp"] = false;
 #endif
+  facts["fp32_products"] = cpu::has_avx512_kernels<float>() ? "AVX-512" : "brgemm";
+  facts["bf16_products"] = cpu::has_avx512_kernels<at::BFloat16>() ? "AVX-512" : "brgemm";
   // Without such instructions ATen's kernel is a slow loop, which the library's own matmul beats.
   facts["bf16_kernels"] = cpu::depth_group<at::BFloat16>() == 2;
   facts["fp16_kernels"] = cpu::depth_group<at::Half>() == 2;

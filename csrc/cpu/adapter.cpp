@@ -21,15 +21,19 @@ LiveRanks live_ranks(
   const auto* const places = order ? order->const_data_ptr<int32_t>() : nullptr;
   for (int64_t i = 0; i < live; ++i) {
     ranks.index[i] = places != nullptr ? places[i] : i;
+    ranks.in_place = ranks.in_place && ranks.index[i] == i;
   }
   ranks.factor.assign(static_cast<size_t>(ranks.active), ranks.scaling);
   if (gate) {
-    const auto gates = gate->reshape({r}).to(at::kFloat).contiguous();
+    const auto gates = gate->scalar_type() == at::kFloat && gate->is_contiguous()
+        ? *gate
+        : gate->reshape({r}).to(at::kFloat).contiguous();
     const auto* const values = gates.const_data_ptr<float>();
     for (int64_t i = 0; i < ranks.active; ++i) {
       ranks.factor[i] = values[ranks.index[i]] * ranks.scaling;
     }
   }
+  ranks.plain = std::all_of(ranks.factor.begin(), ranks.factor.end(), [](float factor) { return factor == 1.0f; });
   return ranks;
 }
 

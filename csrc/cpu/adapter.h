@@ -11,12 +11,23 @@
 #include <vector>
 
 #include "dropout.h"
-#include "matmul.h"
 
 namespace peftkernels::cpu {
 
+inline int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
 // Rows of x or G that are worked on at a time.
 constexpr int64_t kRowBlock = 128;
+// Rows that stay together however a call is shared out: blocks are whole numbers of them, a single block's first pass
+// is done in them, and what is summed over rows is summed over each of them first, in any number of threads.
+constexpr int64_t kRowShare = 16;
+
 // The ranks of a call in the order kernels walk them: `index` holds the ACTIVE ranks and, when asked for, the PROBE
 // ranks behind them; `factor` is scaling · gate of each ACTIVE rank.
 struct LiveRanks {
@@ -24,6 +35,8 @@ struct LiveRanks {
   int64_t active = 0;
   std::vector<float> factor;
   float scaling = 1.0f;
+  bool in_place = true; // index[i] == i
+  bool plain = true; // every factor is 1
 
   int64_t live() const {
     return static_cast<int64_t>(index.size());
@@ -40,41 +53,12 @@ Dropout dropout_of(double p, const std::optional<at::Tensor>& seed);
 // x viewed as (rows, columns) with unit column stride; copied only when its strides allow no such view.
 at::Tensor as_rows(const at::Tensor& x, int64_t columns);
 
-// What a thread's scratch buffers hold; one name, one buffer, so that no two uses at the same time share one.
-enum class Scratch { Rows, Products, PaddedRows, Tile, ShrinkOperand, TailOperand, TailRows };
-
-// A buffer of the calling thread that keeps its memory between calls; contents are undefined.
-template <typename T, Scratch Slot>
-T* thread_scratch(int64_t count) {
-  static thread_local std::vector<T> buffer;
-  if (static_cast<int64_t>(buffer.size()) < count) {
-    buffer.resize(static_cast<size_t>(count));
-  }
-  return buffer.data();
-}
-
 // Rows of a left operand as the matrix kernel reads them.
 template <typename T>
 struct LeftRows {
   const T* data;
   int64_t stride;
 };
-
-// Rows [first, first + count) of `from`, `depth` elements each, readable to `padded_depth`: as they lie where they can
-// be, else copied to the thread's scratch buffer `Slot`.
-template <typename T, Scratch Slot>
-LeftRows<T> padded_rows(const LeftRows<T>& from, int64_t first, int64_t count, int64_t depth, int64_t padded_depth) {
-  const T* const rows = from.data + first * from.stride;
-  if (padded_depth == depth) {
-    return {rows, from.stride};
-  }
-  T* const copy = thread_scratch<T, Slot>(count * padded_depth);
-  for (int64_t row = 0; row < count; ++row) {
-    std::copy(rows + row * from.stride, rows + row * from.stride + depth, copy + row * padded_depth);
-    std::fill(copy + row * padded_depth + depth, copy + (row + 1) * padded_depth, T(0.0f));
-  }
-  return {copy, padded_depth};
-}
 
 // The rows of a tensor (rows, columns) made by `as_rows`.
 template <typename T>
@@ -89,21 +73,8 @@ inline int64_t threads_for(int64_t multiply_adds) {
   return multiply_adds < kSerialWork ? 1 : at::get_num_threads();
 }
 
-// How a call's row blocks are shared out: whole, with everything that depends on a block done while its rows are in
-// cache, or, where that would leave threads idle, in `shares` column ranges a block after a first pass over the rows.
-struct Schedule {
-  Schedule(int64_t rows, int64_t panels, int64_t threads) : row_blocks(divide_up(rows, kRowBlock)) {
-    whole = row_blocks >= 4 * threads || row_blocks % threads == 0;
-    shares = whole ? 1 : std::min(panels, divide_up(4 * threads, row_blocks));
-  }
-
-  int64_t row_blocks;
-  int64_t shares = 1;
-  bool whole;
-};
-
-// Runs task(0) … task(tasks - 1) on up to `threads` intra-op threads, each taking the next when free. Every task writes results
-// of its own, so who runs which does not change them. `done` is called once by each thread.
+// Runs task(0) … task(tasks - 1) on up to `threads` intra-op threads, each taking the next when free. Every task writes
+// results of its own, so who runs which does not change them. `done` is called once by each thread.
 template <typename Task, typename Done>
 void run_tasks(int64_t tasks, int64_t threads, const Task& task, const Done& done) {
   std::atomic<int64_t> next{0};
@@ -116,26 +87,53 @@ void run_tasks(int64_t tasks, int64_t threads, const Task& task, const Done& don
   });
 }
 
-// first(block) for every row block, then second(block, begin, end) for column panels [begin, end) of every row block.
+// A call's rows in blocks: as many as there are threads, or a multiple, each worked on whole while its rows are in
+// cache; or, where that would make them shorter than kRowBlock, one block of all rows whose panels are shared out.
+struct RowBlocks {
+  RowBlocks(int64_t rows, int64_t threads) : rows(rows) {
+    count = divide_up(rows, kRowBlock);
+    if (count > 1 && count >= threads) {
+      count = round_up(count, threads);
+    }
+    size = round_up(divide_up(rows, std::max<int64_t>(1, count)), kRowShare);
+    count = rows == 0 ? 0 : divide_up(rows, size);
+    whole = threads == 1 || (count > 1 && count >= threads);
+  }
+
+  int64_t begin(int64_t block) const {
+    return block * size;
+  }
+
+  int64_t end(int64_t block) const {
+    return std::min(rows, (block + 1) * size);
+  }
+
+  int64_t rows, count, size;
+  bool whole;
+};
+
+// first(begin, end) for all rows, then second(begin, end, first_panel, end_panel) for all panels of all rows.
 template <typename First, typename Second, typename Done>
 void run_row_blocks(
-    int64_t rows, int64_t panels, int64_t threads, const First& first, const Second& second, const Done& done) {
-  const Schedule schedule(rows, panels, threads);
-  if (schedule.whole) {
+    const RowBlocks& blocks, int64_t panels, int64_t threads, const First& first, const Second& second,
+    const Done& done) {
+  if (blocks.whole) {
     const auto both = [&](int64_t block) {
-      first(block);
-      second(block, 0, panels);
+      first(blocks.begin(block), blocks.end(block));
+      second(blocks.begin(block), blocks.end(block), 0, panels);
     };
-    run_tasks(schedule.row_blocks, threads, both, done);
+    run_tasks(blocks.count, threads, both, done);
     return;
   }
-  run_tasks(schedule.row_blocks, threads, first, done);
-  const auto share_of = [&](int64_t task) {
-    const int64_t share = task / schedule.row_blocks;
-    second(
-        task % schedule.row_blocks, share * panels / schedule.shares, (share + 1) * panels / schedule.shares);
+  const int64_t shares = divide_up(blocks.rows, kRowShare);
+  const auto share = [&](int64_t i) { first(i * kRowShare, std::min(blocks.rows, (i + 1) * kRowShare)); };
+  // A share of the first pass takes less time than waking a thread for it.
+  run_tasks(shares, shares < 3 ? 1 : threads, share, done);
+  const auto panel = [&](int64_t task) {
+    const int64_t block = task / panels;
+    second(blocks.begin(block), blocks.end(block), task % panels, task % panels + 1);
   };
-  run_tasks(schedule.row_blocks * schedule.shares, threads, share_of, done);
+  run_tasks(blocks.count * panels, threads, panel, done);
 }
 
 } // namespace peftkernels::cpu

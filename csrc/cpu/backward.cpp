@@ -1,20 +1,25 @@
 // lora_linear_bwd.cpu: row block by row block H = G·B and ∂x = G·W + (H ⊙ ĝ)·A while G is in cache, then the factors'
-// gradients column panel by column panel, each summed over all rows by one task in a fixed order.
+// gradients in ranges of columns, each summed over all rows by one task in a fixed order.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "adapter.h"
 #include "lora_linear.h"
-#include "matmul.h"
+#include "operands.h"
 #include "pack_cache.h"
-#include "rounding.h"
+#include "product.h"
+#include "rows.h"
+#include "scratch.h"
+#include "transpose.h"
 
 namespace peftkernels::cpu {
 namespace {
 
-// Rows of x or G that one step of ∂A and ∂B sums over.
-constexpr int64_t kSumRows = 256;
+// Columns of ∂A or ∂B that one task sums.
+constexpr int64_t kSumColumns = 2 * kPanelColumns;
+// Rows whose dropped copies, or column sums, are made at a time.
+constexpr int64_t kSumRows = 64;
 
 struct Needs {
   bool x, A, B, bias, gate;
@@ -36,18 +41,16 @@ class Backward {
         rows_(grads.size(0)),
         columns_(weight.size(0)),
         depth_(weight.size(1)),
-        a_(lora_A.const_data_ptr<scalar_t>()),
-        b_(lora_B.const_data_ptr<scalar_t>()),
         r_(lora_A.size(0)),
+        lora_A_(lora_A),
+        lora_B_(lora_B),
         ranks_(ranks),
         dropout_(dropout),
         needs_(needs),
+        expands_(ranks.live() > 0 && (needs.x || needs.A || needs.gate)),
         sums_(sums),
         group_(depth_group<scalar_t>()),
-        padded_columns_(round_up(columns_, group_)),
-        padded_rows_(round_up(rows_, group_)),
-        tail_depth_(round_up(ranks.active, group_)),
-        options_(grads.options()) {
+        panel_size_(round_up(columns_, group_) * kPanelColumns) {
     if (rows.defined()) {
       x_ = left_rows<scalar_t>(rows);
     }
@@ -61,255 +64,302 @@ class Backward {
   }
 
   void run() {
-    const int64_t blocks = divide_up(rows_, kRowBlock);
-    const bool expands = needs_.x || needs_.A || needs_.gate;
-    allocate(blocks);
-    pack_factors(expands);
-    const auto done = [this] { release_matmul<scalar_t>(group_); };
+    const int64_t panels = needs_.x ? divide_up(depth_, kPanelColumns) : 0;
+    const int64_t threads = threads_for(rows_ * columns_ * (needs_.x ? depth_ : ranks_.live()));
+    const RowBlocks blocks(rows_, threads);
+    prepare_factors();
+    prepare_rows();
+    const auto done = [] { release_kernels<scalar_t>(); };
     run_row_blocks(
-        rows_, needs_.x ? divide_up(depth_, kPanelColumns) : 0,
-        threads_for(rows_ * columns_ * (needs_.x ? depth_ : ranks_.live())), [&](int64_t block) { expand_rows(block, expands); },
-        [this](int64_t block, int64_t begin, int64_t end) { input_tiles(block, begin, end); }, done);
-    sum_gate(blocks);
+        blocks, panels, threads, [this](int64_t begin, int64_t end) { expand_rows(begin, end); },
+        [this](int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
+          input_tiles(begin, end, first_panel, end_panel);
+        },
+        done);
+    sum_gate();
 
-    const int64_t a_panels = needs_.A ? divide_up(depth_, kPanelColumns) : 0;
-    const int64_t b_panels = needs_.B || needs_.bias ? divide_up(columns_, kPanelColumns) : 0;
+    const int64_t a_tasks = needs_.A && ranks_.active > 0 ? divide_up(depth_, kSumColumns) : 0;
+    const bool sums_B = (needs_.B && ranks_.active > 0) || needs_.bias;
+    const int64_t b_tasks = sums_B ? divide_up(columns_, kSumColumns) : 0;
     run_tasks(
-        a_panels + b_panels, threads_for(rows_ * ranks_.active * (depth_ + columns_)),
-        [&](int64_t task) { task < a_panels ? sum_A(task) : sum_B(task - a_panels); }, done);
+        a_tasks + b_tasks, threads_for(rows_ * ranks_.active * (depth_ + columns_)),
+        [&](int64_t task) { task < a_tasks ? sum_A(task) : sum_B(task - a_tasks); }, done);
   }
 
  private:
-  void allocate(int64_t blocks) {
-    tail_rows_ = at::empty({needs_.x ? rows_ : 0, tail_depth_}, options_);
-    left_A_ = at::zeros({needs_.A ? ranks_.active : 0, padded_rows_}, options_);
-    // The last row is ones, by which G's column sums, ∂bias, come out beside ∂B.
-    left_B_ = at::zeros({(needs_.B ? ranks_.active : 0) + (needs_.bias ? 1 : 0), padded_rows_}, options_);
-    if (needs_.bias) {
-      left_B_.select(0, left_B_.size(0) - 1).fill_(1.0);
-    }
-    gate_sums_.assign(static_cast<size_t>(needs_.gate ? blocks * ranks_.live() : 0), 0.0f);
-  }
-
-  // B and A of the live ranks as right operands; fp32 factors with every rank in place are read as they lie.
-  void pack_factors(bool expands) {
-    const auto& index = ranks_.index;
-    const int64_t live = ranks_.live();
-    bool in_place = std::is_same_v<scalar_t, float>;
-    for (int64_t i = 0; i < live; ++i) {
-      in_place = in_place && index[i] == i;
-    }
-    right_B_ = b_;
-    right_B_stride_ = r_;
-    right_A_ = a_;
-    right_A_stride_ = depth_;
-    if (in_place) {
-      return;
-    }
-    if (expands) {
-      packed_B_ = at::empty({padded_columns_ * live}, options_);
-      pack_operand<false>(
-          b_, columns_, live, live, group_, [&](int64_t d) { return d * r_; }, [&](int64_t w) { return index[w]; },
-          packed_B_.template data_ptr<scalar_t>());
-      right_B_ = packed_B_.template const_data_ptr<scalar_t>();
-      right_B_stride_ = live;
-    }
-    if (needs_.x) {
-      packed_A_ = at::empty({tail_depth_ * depth_}, options_);
-      pack_operand<false>(
-          a_, ranks_.active, depth_, depth_, group_, [&](int64_t d) { return index[d] * depth_; },
-          [](int64_t w) { return w; }, packed_A_.template data_ptr<scalar_t>());
-      right_A_ = packed_A_.template const_data_ptr<scalar_t>();
-    }
-  }
-
-  int64_t block_rows(int64_t block) const {
-    return std::min(kRowBlock, rows_ - block * kRowBlock);
-  }
-
-  // H of a row block, what ∂gate takes from it, and the gated copies of H and S that the later products read.
-  void expand_rows(int64_t block, bool expands) {
-    const int64_t first = block * kRowBlock, count = block_rows(block), live = ranks_.live();
-    const auto* const factor = ranks_.factor.data();
-    if (needs_.B) {
-      auto* const to = left_B_.template data_ptr<scalar_t>();
-      for (int64_t i = 0; i < ranks_.active; ++i) {
-        for (int64_t row = first; row < first + count; ++row) {
-          to[i * padded_rows_ + row] =
-              static_cast<scalar_t>(static_cast<float>(shrink_[row * r_ + ranks_.index[i]]) * factor[i]);
+  // B as right operand of H and A as that of ∂x's tail: as they lie in fp32, in pairs for 16-bit kernels.
+  void prepare_factors() {
+    const int64_t live = ranks_.live(), active = ranks_.active;
+    if (expands_) {
+      expand_operand_ = live_columns<scalar_t>(lora_B_, ranks_, live, nullptr);
+      if constexpr (!std::is_same_v<scalar_t, float>) {
+        if (group_ == 2) {
+          auto* const pairs = thread_scratch<scalar_t, Scratch::ShrinkOperand>(round_up(columns_, group_) * live);
+          pair_up(expand_operand_, live, columns_, live, pairs);
+          expand_operand_ = pairs;
         }
       }
     }
-    if (!expands || live == 0) {
+    if (needs_.x && active > 0) {
+      tail_operand_ = live_rows<scalar_t>(lora_A_, ranks_, active);
+      if constexpr (!std::is_same_v<scalar_t, float>) {
+        if (group_ == 2) {
+          auto* const pairs = thread_scratch<scalar_t, Scratch::TailOperand>(round_up(active, group_) * depth_);
+          pair_up(tail_operand_, depth_, active, depth_, pairs);
+          tail_operand_ = pairs;
+        }
+      }
+    }
+  }
+
+  // What the first pass leaves for the later ones: H ⊙ ĝ · scaling, S of the active ranks, both as left operands, bits
+  // of the elements that dropout keeps, and each share of rows' part of ∂gate.
+  void prepare_rows() {
+    const int64_t active = ranks_.active;
+    if (expands_ && active > 0) {
+      tail_rows_ = thread_scratch<scalar_t, Scratch::TailRows>(rows_ * active);
+      left_A_ = tail_rows_;
+      if (group_ == 2) {
+        left_A_ = thread_scratch<scalar_t, Scratch::PairedExpand>(round_up(rows_, group_) * active);
+      }
+    }
+    if (needs_.B && active > 0) {
+      const bool as_it_lies = group_ != 2 && ranks_.in_place && active == r_;
+      left_B_ = as_it_lies ? const_cast<scalar_t*>(shrink_)
+                           : thread_scratch<scalar_t, Scratch::ActiveShrink>(round_up(rows_, group_) * active);
+      copies_shrink_ = !as_it_lies;
+    }
+    if (dropout_ && (needs_.x || needs_.A)) {
+      // Shares begin at whole bytes, so that threads write to bytes of their own.
+      kept_stride_ = Dropout::bytes_for(kRowShare * depth_);
+      kept_ = thread_scratch<uint8_t, Scratch::Kept>(divide_up(rows_, kRowShare) * kept_stride_);
+    }
+    if (needs_.gate) {
+      gate_sums_.assign(static_cast<size_t>(divide_up(rows_, kRowShare) * ranks_.live()), 0.0f);
+    }
+  }
+
+  // Copies of S's active columns as left operand of ∂B: [rows][active], in pairs of rows where kernels want them.
+  void copy_shrink(int64_t begin, int64_t end) {
+    const int64_t active = ranks_.active;
+    if (group_ == 2 && ranks_.in_place) {
+      pair_up_rows(shrink_, r_, begin, end, left_B_);
+      return;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      const scalar_t* const from = shrink_ + row * r_;
+      scalar_t* const to = left_B_ + row / group_ * group_ * active + row % group_;
+      for (int64_t i = 0; i < active; ++i) {
+        to[i * group_] = from[ranks_.index[i]];
+      }
+    }
+    for (int64_t i = 0; group_ == 2 && end % 2 != 0 && i < active; ++i) {
+      left_B_[(end - 1) * active + 2 * i + 1] = scalar_t(0.0f);
+    }
+  }
+
+  // Rows [begin, end) of the active ranks as left operand in pairs; an odd last row stands beside zeros.
+  void pair_up_rows(const scalar_t* from, int64_t from_stride, int64_t begin, int64_t end, scalar_t* to) const {
+    if constexpr (!std::is_same_v<scalar_t, float>) {
+      const int64_t active = ranks_.active;
+      pair_up(from + begin * from_stride, from_stride, end - begin, active, to + begin * active);
+    }
+  }
+
+  void expand_rows(int64_t begin, int64_t end) {
+    const int64_t count = end - begin, live = ranks_.live(), active = ranks_.active;
+    if (copies_shrink_) {
+      copy_shrink(begin, end);
+    }
+    for (int64_t row = begin; kept_ != nullptr && row < end; row += kRowShare) {
+      const int64_t elements = std::min(kRowShare, end - row) * depth_;
+      dropout_.keep(row * depth_, elements, kept_ + row / kRowShare * kept_stride_);
+    }
+    if (!expands_) {
       return;
     }
     auto* const products = thread_scratch<float, Scratch::Products>(count * live);
-    const auto grads = padded_rows<scalar_t, Scratch::Rows>(grads_, first, count, columns_, padded_columns_);
-    if (!matmul_steps(
-            count, live, padded_columns_, grads.data, grads.stride, right_B_, right_B_stride_, products, live, false,
-            group_)) {
-      std::fill(products, products + count * live, 0.0f);
-    }
+    Product<scalar_t> product{
+        count, live, columns_, grads_.data + begin * grads_.stride, grads_.stride, expand_operand_, live};
+    multiply(product, products, live);
     if (needs_.gate) {
-      float* const to = gate_sums_.data() + block * live;
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t i = 0; i < live; ++i) {
-          to[i] += static_cast<float>(shrink_[(first + row) * r_ + ranks_.index[i]]) * products[row * live + i];
-        }
-      }
+      add_gate(begin, end, products);
     }
-    if (needs_.A) {
-      auto* const to = left_A_.template data_ptr<scalar_t>();
-      for (int64_t i = 0; i < ranks_.active; ++i) {
-        for (int64_t row = 0; row < count; ++row) {
-          to[i * padded_rows_ + first + row] = static_cast<scalar_t>(products[row * live + i] * factor[i]);
-        }
-      }
-    }
-    if (needs_.x) {
-      auto* const to = tail_rows_.template data_ptr<scalar_t>() + first * tail_depth_;
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t i = 0; i < tail_depth_; ++i) {
-          const float value = i < ranks_.active ? products[row * live + i] * factor[i] : 0.0f;
-          to[row * tail_depth_ + i] = static_cast<scalar_t>(value);
-        }
-      }
-    }
-  }
-
-  // ∂x: the adapter's share first, since dropout's mask falls on it alone.
-  void input_tiles(int64_t block, int64_t first_panel, int64_t end_panel) {
-    if (!needs_.x) {
+    if (active == 0) {
       return;
     }
-    const int64_t first = block * kRowBlock, count = block_rows(block);
-    const auto grads = padded_rows<scalar_t, Scratch::PaddedRows>(grads_, first, count, columns_, padded_columns_);
-    const auto* const packed = pack_.template const_data_ptr<scalar_t>();
-    const auto* const tail = tail_rows_.template const_data_ptr<scalar_t>() + first * tail_depth_;
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const int64_t column = panel * kPanelColumns;
-      const int64_t width = std::min(kPanelColumns, depth_ - column);
-      const OutputTile<scalar_t> tile(grad_x_ + first * depth_ + column, depth_, count, width);
-      bool accumulate = false;
-      if (tail_depth_ > 0) {
-        matmul(
-            count, width, tail_depth_, tail, tail_depth_, right_A_ + column * group_, right_A_stride_, tile.sums(),
-            tile.stride(), false, group_);
-        accumulate = true;
-        for (int64_t row = 0; dropout_ && row < count; ++row) {
-          float* const sums = tile.sums() + row * tile.stride();
-          dropout_.apply((first + row) * depth_ + column, width, sums, sums);
-        }
-      }
-      accumulate = matmul_steps(
-          count, width, padded_columns_, grads.data, grads.stride, packed + panel * padded_columns_ * kPanelColumns,
-          kPanelColumns, tile.sums(), tile.stride(), accumulate, group_);
-      if (!accumulate) {
-        tile.clear();
-      }
-      tile.store();
+    scale_columns(products, live, count, active, ranks_.factor.data(), tail_rows_ + begin * active);
+    if (group_ == 2) {
+      pair_up_rows(tail_rows_, active, begin, end, left_A_);
     }
   }
 
-  // sums (left_rows x width) = left (left_rows x rows) · columns [column, column + width) of `from`, dropped if asked.
-  float* sum_rows(
-      const at::Tensor& left, const LeftRows<scalar_t>& from, int64_t column, int64_t width, bool dropped) const {
-    const int64_t left_count = left.size(0);
-    const auto* const left_data = left.template const_data_ptr<scalar_t>();
-    float* const sums = thread_scratch<float, Scratch::Tile>(left_count * width);
-    if (rows_ == 0) {
-      std::fill(sums, sums + left_count * width, 0.0f);
-    }
-    for (int64_t first = 0; first < rows_; first += kSumRows) {
-      const int64_t count = std::min(kSumRows, rows_ - first);
-      const scalar_t* right = from.data + first * from.stride + column;
-      int64_t stride = from.stride;
-      if (dropped) {
-        auto* const copy = thread_scratch<scalar_t, Scratch::Rows>(count * width);
-        for (int64_t row = 0; row < count; ++row) {
-          dropout_.apply((first + row) * depth_ + column, width, right + row * stride, copy + row * width);
-        }
-        right = copy;
-        stride = width;
+  void add_gate(int64_t begin, int64_t end, const float* products) {
+    const int64_t live = ranks_.live();
+    auto* const saved = thread_scratch<float, Scratch::GateRow>(live);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = 0; i < live; ++i) {
+        saved[i] = static_cast<float>(shrink_[row * r_ + ranks_.index[i]]);
       }
-      if (group_ > 1) {
-        auto* const pairs = thread_scratch<scalar_t, Scratch::PaddedRows>(round_up(count, group_) * width);
-        pack_operand<false>(
-            right, count, width, width, group_, [stride](int64_t d) { return d * stride; },
-            [](int64_t w) { return w; }, pairs);
-        right = pairs;
-        stride = width;
-      }
-      matmul(
-          left_count, width, round_up(count, group_), left_data + first, padded_rows_, right, stride, sums, width,
-          first > 0, group_);
-    }
-    return sums;
-  }
-
-  void sum_A(int64_t panel) {
-    const int64_t column = panel * kPanelColumns, width = std::min(kPanelColumns, depth_ - column);
-    if (ranks_.active == 0) {
-      return;
-    }
-    const float* const sums = sum_rows(left_A_, x_, column, width, static_cast<bool>(dropout_));
-    auto* const to = sums_.A.template data_ptr<float>() + column;
-    for (int64_t i = 0; i < ranks_.active; ++i) {
-      std::copy(sums + i * width, sums + (i + 1) * width, to + ranks_.index[i] * depth_);
+      add_products(saved, products + (row - begin) * live, live, gate_sums_.data() + row / kRowShare * live);
     }
   }
 
-  void sum_B(int64_t panel) {
-    const int64_t column = panel * kPanelColumns, width = std::min(kPanelColumns, columns_ - column);
-    const int64_t count = left_B_.size(0);
-    if (count == 0) {
-      return;
-    }
-    const float* const sums = sum_rows(left_B_, grads_, column, width, false);
-    if (needs_.B) {
-      auto* const to = sums_.B.template data_ptr<float>() + column * r_;
-      for (int64_t w = 0; w < width; ++w) {
-        for (int64_t i = 0; i < ranks_.active; ++i) {
-          to[w * r_ + ranks_.index[i]] = sums[i * width + w];
-        }
-      }
-    }
-    if (needs_.bias) {
-      const float* const last = sums + (count - 1) * width;
-      std::copy(last, last + width, sums_.bias.template data_ptr<float>() + column);
-    }
-  }
-
-  void sum_gate(int64_t blocks) {
+  void sum_gate() {
     if (!needs_.gate) {
       return;
     }
     auto* const to = sums_.gate.template data_ptr<float>();
-    for (int64_t i = 0; i < ranks_.live(); ++i) {
+    const int64_t live = ranks_.live(), parts = divide_up(rows_, kRowShare);
+    for (int64_t i = 0; i < live; ++i) {
       double sum = 0.0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        sum += gate_sums_[static_cast<size_t>(block * ranks_.live() + i)];
+      for (int64_t part = 0; part < parts; ++part) {
+        sum += gate_sums_[static_cast<size_t>(part * live + i)];
       }
       to[ranks_.index[i]] = static_cast<float>(sum * ranks_.scaling);
     }
   }
 
+  // Where the bits of a row of x begin, and which of them is the row's first.
+  std::pair<const uint8_t*, int64_t> kept_bits(int64_t row) const {
+    const int64_t share = row / kRowShare, first_row = share * kRowShare;
+    return {kept_ + share * kept_stride_, Dropout::first_bit(first_row * depth_) + (row - first_row) * depth_};
+  }
+
+  // ∂x. Dropout's mask falls on the adapter's share alone, which is then made first and apart.
+  void input_tiles(int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
+    if (!needs_.x) {
+      return;
+    }
+    const auto* const packed = pack_.template const_data_ptr<scalar_t>();
+    const int64_t active = ranks_.active;
+    Product<scalar_t> product{};
+    product.rows = end - begin;
+    product.depth = columns_;
+    product.left = grads_.data + begin * grads_.stride;
+    product.left_stride = grads_.stride;
+    product.right_stride = kPanelColumns;
+    if (active > 0 && !dropout_) {
+      product.tail_depth = active;
+      product.tail_left = tail_rows_ + begin * active;
+      product.tail_left_stride = active;
+      product.tail_right_stride = depth_;
+    }
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      const int64_t column = panel * kPanelColumns;
+      product.width = std::min(kPanelColumns, depth_ - column);
+      product.right = packed + panel * panel_size_;
+      product.ahead = panel + 1 < end_panel ? product.right + panel_size_ : nullptr;
+      if (product.tail_depth > 0) {
+        product.tail_right = tail_operand_ + column * group_;
+      } else if (active > 0) {
+        product.start = dropped_share(begin, end, column, product.width);
+        product.start_stride = kPanelColumns;
+      }
+      multiply_rounded(product, grad_x_ + begin * depth_ + column, depth_);
+    }
+  }
+
+  const float* dropped_share(int64_t begin, int64_t end, int64_t column, int64_t width) const {
+    const int64_t count = end - begin, active = ranks_.active;
+    auto* const share = thread_scratch<float, Scratch::DroppedShare>(count * kPanelColumns);
+    Product<scalar_t> product{
+        count, width, active, tail_rows_ + begin * active, active, tail_operand_ + column * group_, depth_};
+    multiply(product, share, kPanelColumns);
+    for (int64_t row = 0; row < count; ++row) {
+      const auto [bits, first] = kept_bits(begin + row);
+      float* const sums = share + row * kPanelColumns;
+      dropout_.apply(bits, first + column, width, sums, sums);
+    }
+    return share;
+  }
+
+  void sum_A(int64_t task) {
+    const int64_t column = task * kSumColumns, width = std::min(kSumColumns, depth_ - column);
+    const int64_t active = ranks_.active;
+    float* const sums = thread_scratch<float, Scratch::Products>(active * width);
+    if (dropout_) {
+      auto* const dropped = thread_scratch<scalar_t, Scratch::Rows>(kSumRows * width);
+      for (int64_t first = 0; first < rows_ || first == 0; first += kSumRows) {
+        const int64_t count = std::min(kSumRows, rows_ - first);
+        for (int64_t row = 0; row < count; ++row) {
+          const auto [bits, bit] = kept_bits(first + row);
+          const scalar_t* const from = x_.data + (first + row) * x_.stride + column;
+          dropout_.apply(bits, bit + column, width, from, dropped + row * width);
+        }
+        RowSums<scalar_t> part{count, active, width, left_A_ + first * active, dropped, width};
+        sum_over_rows(part, sums, width, first > 0);
+      }
+    } else {
+      RowSums<scalar_t> whole{rows_, active, width, left_A_, x_.data + column, x_.stride};
+      sum_over_rows(whole, sums, width, false);
+    }
+    auto* const to = sums_.A.template data_ptr<float>() + column;
+    for (int64_t i = 0; i < active; ++i) {
+      std::copy(sums + i * width, sums + (i + 1) * width, to + ranks_.index[i] * depth_);
+    }
+  }
+
+  void sum_B(int64_t task) {
+    const int64_t column = task * kSumColumns, width = std::min(kSumColumns, columns_ - column);
+    if (needs_.B && ranks_.active > 0) {
+      const int64_t active = ranks_.active;
+      float* const sums = thread_scratch<float, Scratch::Products>(active * width);
+      RowSums<scalar_t> whole{rows_, active, width, left_B_, grads_.data + column, grads_.stride};
+      sum_over_rows(whole, sums, width, false);
+      auto* const to = sums_.B.template data_ptr<float>() + column * r_;
+      for (int64_t i = 0; i < active; ++i) {
+        std::transform(sums + i * width, sums + (i + 1) * width, sums + i * width, [&](float sum) {
+          return sum * ranks_.factor[i];
+        });
+      }
+      if (ranks_.in_place) {
+        transpose_words(sums, width * static_cast<int64_t>(sizeof(float)), active, width, to, r_);
+      } else {
+        for (int64_t w = 0; w < width; ++w) {
+          for (int64_t i = 0; i < active; ++i) {
+            to[w * r_ + ranks_.index[i]] = sums[i * width + w];
+          }
+        }
+      }
+    }
+    if (needs_.bias) {
+      sum_bias(column, width);
+    }
+  }
+
+  void sum_bias(int64_t column, int64_t width) {
+    float* const to = sums_.bias.template data_ptr<float>() + column;
+    float* const part = thread_scratch<float, Scratch::Products>(width);
+    std::fill(to, to + width, 0.0f);
+    for (int64_t first = 0; first < rows_; first += kSumRows) {
+      std::fill(part, part + width, 0.0f);
+      for (int64_t row = first; row < std::min(rows_, first + kSumRows); ++row) {
+        add_row(grads_.data + row * grads_.stride + column, width, part);
+      }
+      add_row(part, width, to);
+    }
+  }
+
   LeftRows<scalar_t> grads_;
   LeftRows<scalar_t> x_{nullptr, 0};
-  int64_t rows_, columns_, depth_;
-  const scalar_t *a_, *b_;
-  int64_t r_;
+  int64_t rows_, columns_, depth_, r_;
+  const at::Tensor &lora_A_, &lora_B_;
   const LiveRanks& ranks_;
   const Dropout& dropout_;
   Needs needs_;
+  bool expands_;
   Sums& sums_;
-  int64_t group_, padded_columns_, padded_rows_, tail_depth_;
-  at::TensorOptions options_;
+  int64_t group_, panel_size_;
   const scalar_t* shrink_ = nullptr;
   scalar_t* grad_x_ = nullptr;
-  at::Tensor pack_, packed_A_, packed_B_, tail_rows_, left_A_, left_B_;
-  const scalar_t *right_A_ = nullptr, *right_B_ = nullptr;
-  int64_t right_A_stride_ = 0, right_B_stride_ = 0;
+  at::Tensor pack_;
+  const scalar_t *expand_operand_ = nullptr, *tail_operand_ = nullptr;
+  // The calling thread's scratch, written by the first pass and read by the later ones.
+  scalar_t *tail_rows_ = nullptr, *left_A_ = nullptr, *left_B_ = nullptr;
+  bool copies_shrink_ = false;
+  uint8_t* kept_ = nullptr;
+  int64_t kept_stride_ = 0;
   std::vector<float> gate_sums_;
 };
 
@@ -331,8 +381,8 @@ Gradients lora_linear_backward(
   const auto rows = x ? as_rows(*x, weight.size(1)) : at::Tensor();
   const auto ranks = live_ranks(r, gate, rank_order, rank_counts, scaling, scaling_tensor, wanted.gate);
   const auto dropout = dropout_of(dropout_p, dropout_seed);
-  const auto factor_A = lora_A.to(dtype).contiguous();
-  const auto factor_B = lora_B.to(dtype).contiguous();
+  const auto factor_A = readable_factor(lora_A, dtype);
+  const auto factor_B = readable_factor(lora_B, dtype);
   const auto shrink_rows = shrink ? shrink->contiguous() : at::Tensor();
 
   auto shape = grad_y.sizes().vec();

@@ -19,10 +19,18 @@ class Dropout {
     return enabled_;
   }
 
-  // to[i] = from[i] · factor(first + i) for i in [0, count), where `first` is the flat index of the first element in
-  // x viewed as (M, K) and factor is 0 or 1/(1-p). `to` may be `from`.
+  // Bytes that `keep` may write, and `apply` read, for `count` elements.
+  static int64_t bytes_for(int64_t count);
+
+  // Sets a bit for every element that is kept of [first, first + count), by flat index in x viewed as (M, K); the bit
+  // of `first` is bit first_bit(first), the others follow it.
+  void keep(int64_t first, int64_t count, uint8_t* bits) const;
+  static int64_t first_bit(int64_t first);
+
+  // to[i] = from[i] · factor for i in [0, count), where factor is 1/(1-p) where bit `bit` + i is set, else 0, so that
+  // NaN and inf get through as in PyTorch's dropout. `to` may be `from`.
   template <typename T>
-  void apply(int64_t first, int64_t count, const T* from, T* to) const;
+  void apply(const uint8_t* bits, int64_t bit, int64_t count, const T* from, T* to) const;
 
  private:
   bool enabled_ = false;

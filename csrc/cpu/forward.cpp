@@ -1,20 +1,21 @@
-// lora_linear_fwd.cpu: one pass over the packed frozen weight; the low-rank product and the bias are added to each
-// output tile while it is in cache, as a last, short step through the depth.
+// lora_linear_fwd.cpu: one pass over the packed frozen weight; bias and low-rank product join each output tile while its
+// sums are in registers, the latter as a last, short piece of the depth.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "adapter.h"
 #include "lora_linear.h"
-#include "matmul.h"
-#include "multiversion.h"
+#include "operands.h"
 #include "pack_cache.h"
-#include "rounding.h"
+#include "product.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace peftkernels::cpu {
 namespace {
 
-// Below this many rows, S is computed by dot products with A as it lies: packing Aᵀ would cost as much as using it.
+// Up to this many rows, S is computed by dot products with A as it lies: packing Aᵀ would cost as much as using it.
 constexpr int64_t kDotRows = 4;
 
 template <typename scalar_t>
@@ -27,152 +28,172 @@ class Forward {
         rows_(rows.size(0)),
         depth_(rows.size(1)),
         columns_(weight.size(0)),
-        a_(lora_A.const_data_ptr<scalar_t>()),
-        b_(lora_B.const_data_ptr<scalar_t>()),
-        bias_(bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr),
-        r_(lora_A.size(0)),
+        lora_A_(lora_A),
+        lora_B_(lora_B),
+        bias_(bias),
         ranks_(ranks),
         dropout_(dropout),
         y_(y.data_ptr<scalar_t>()),
         shrink_(shrink.size(0) > 0 ? shrink.data_ptr<scalar_t>() : nullptr),
         group_(depth_group<scalar_t>()),
-        padded_depth_(round_up(depth_, group_)),
-        tail_depth_(round_up(ranks.active + (bias_ != nullptr ? 1 : 0), group_)),
         pack_(packed_weight(weight, rows.scalar_type(), Direction::Forward)),
-        packed_(pack_.const_data_ptr<scalar_t>()) {}
+        panel_size_(round_up(depth_, group_) * kPanelColumns) {}
 
   void run() {
     const int64_t panels = divide_up(columns_, kPanelColumns);
-    tail_ = thread_scratch<scalar_t, Scratch::TailRows>(rows_ * tail_depth_);
-    pack_adapter(panels);
+    const int64_t threads = threads_for(rows_ * columns_ * depth_);
+    const RowBlocks blocks(rows_, threads);
+    prepare_shrink();
+    prepare_tail(panels, blocks.whole);
     run_row_blocks(
-        rows_, panels, threads_for(rows_ * columns_ * depth_), [this](int64_t block) { shrink_rows(block); },
-        [this](int64_t block, int64_t begin, int64_t end) { output_tiles(block, begin, end); },
-        [this] { release_matmul<scalar_t>(group_); });
+        blocks, panels, threads, [this](int64_t begin, int64_t end) { shrink_rows(begin, end); },
+        [this](int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
+          output_tiles(begin, end, first_panel, end_panel);
+        },
+        [] { release_kernels<scalar_t>(); });
   }
 
  private:
-  // Aᵀ of the live ranks as right operand of the shrink, and Bᵀ with the bias as its last row as that of the tail.
-  void pack_adapter(int64_t panels) {
-    const auto& index = ranks_.index;
+  // A of the live ranks as right operand, and where S goes: straight into the saved tensor where ranks lie in place.
+  void prepare_shrink() {
     const int64_t live = ranks_.live();
-    if (rows_ > kDotRows) {
-      shrink_operand_ = thread_scratch<scalar_t, Scratch::ShrinkOperand>(padded_depth_ * live);
-      pack_operand<true>(
-          a_, depth_, live, live, group_, [](int64_t d) { return d; },
-          [&](int64_t w) { return index[w] * depth_; }, shrink_operand_);
-    }
-    tail_operand_ = thread_scratch<scalar_t, Scratch::TailOperand>(panels * tail_depth_ * kPanelColumns);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t first = panel * kPanelColumns;
-      const int64_t width = std::min(kPanelColumns, columns_ - first);
-      auto* const to = tail_operand_ + panel * tail_depth_ * kPanelColumns;
-      pack_operand<false>(
-          b_, ranks_.active, width, kPanelColumns, group_, [&](int64_t d) { return index[d]; },
-          [&](int64_t w) { return (first + w) * r_; }, to);
-      if (bias_ != nullptr) {
-        const int64_t d = ranks_.active;
-        for (int64_t w = 0; w < kPanelColumns; ++w) {
-          for (int64_t odd = d; odd < tail_depth_; ++odd) {
-            const auto value = odd == d && w < width ? bias_[first + w] : scalar_t(0.0f);
-            to[(odd / group_) * kPanelColumns * group_ + w * group_ + odd % group_] = value;
-          }
-        }
-      }
-    }
-  }
-
-  int64_t block_rows(int64_t block) const {
-    return std::min(kRowBlock, rows_ - block * kRowBlock);
-  }
-
-  void shrink_rows(int64_t block) {
-    const int64_t first = block * kRowBlock, count = block_rows(block), live = ranks_.live();
     if (live == 0) {
-      fill_tail(first, count, nullptr);
       return;
     }
-    const auto rows = dropout_ ? dropped_rows(first, count) : padded_rows<scalar_t, Scratch::Rows>(x_, first, count, depth_, padded_depth_);
-    auto* const products = thread_scratch<float, Scratch::Products>(count * live);
-    if (rows_ <= kDotRows) {
+    live_A_ = live_rows<scalar_t>(lora_A_, ranks_, live);
+    if (rows_ > kDotRows) {
+      auto* const operand = thread_scratch<scalar_t, Scratch::ShrinkOperand>(round_up(depth_, group_) * live);
+      pack_from_rows(live_A_, depth_, live, depth_, operand, live);
+      shrink_operand_ = operand;
+    }
+    saves_in_place_ = shrink_ != nullptr && ranks_.in_place && live == lora_A_.size(0);
+    tail_rows_ = saves_in_place_ ? shrink_ : thread_scratch<scalar_t, Scratch::TailRows>(rows_ * live);
+  }
+
+  // scaling · ĝ goes into B, of which every call packs a copy anyway; panels of a single row block are packed by the
+  // tasks that use them.
+  void prepare_tail(int64_t panels, bool shared) {
+    if (bias_.defined()) {
+      convert_bias();
+    }
+    const int64_t active = ranks_.active;
+    if (active == 0) {
+      return;
+    }
+    live_B_ = live_columns<scalar_t>(lora_B_, ranks_, active, ranks_.plain ? nullptr : ranks_.factor.data());
+    if (shared) {
+      tail_size_ = round_up(active, group_) * kPanelColumns;
+      auto* const operand = thread_scratch<scalar_t, Scratch::TailOperand>(panels * tail_size_);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        pack_tail(panel, operand + panel * tail_size_);
+      }
+      tail_operand_ = operand;
+    }
+  }
+
+  void convert_bias() {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      bias_row_ = bias_.const_data_ptr<float>();
+    } else {
+      float* const to = thread_scratch<float, Scratch::Bias>(columns_);
+      convert_row(bias_.const_data_ptr<scalar_t>(), columns_, to);
+      bias_row_ = to;
+    }
+  }
+
+  int64_t width_of(int64_t panel) const {
+    return std::min(kPanelColumns, columns_ - panel * kPanelColumns);
+  }
+
+  void pack_tail(int64_t panel, scalar_t* to) const {
+    const int64_t active = ranks_.active;
+    pack_from_rows(live_B_ + panel * kPanelColumns * active, active, width_of(panel), active, to, kPanelColumns);
+  }
+
+  void shrink_rows(int64_t begin, int64_t end) {
+    const int64_t live = ranks_.live(), count = end - begin;
+    if (live == 0) {
+      return;
+    }
+    const auto rows = dropout_ ? dropped_rows(begin, end) : LeftRows<scalar_t>{x_.data + begin * x_.stride, x_.stride};
+    scalar_t* const to = tail_rows_ + begin * live;
+    if (shrink_operand_ == nullptr) {
       for (int64_t row = 0; row < count; ++row) {
         for (int64_t i = 0; i < live; ++i) {
-          products[row * live + i] = dot(rows.data + row * rows.stride, a_ + ranks_.index[i] * depth_, depth_);
+          to[row * live + i] = static_cast<scalar_t>(dot(rows.data + row * rows.stride, live_A_ + i * depth_, depth_));
         }
       }
-    } else if (!matmul_steps(
-                   count, live, padded_depth_, rows.data, rows.stride, shrink_operand_, live, products, live, false,
-                   group_)) {
-      std::fill(products, products + count * live, 0.0f);
+    } else {
+      Product<scalar_t> product{count, live, depth_, rows.data, rows.stride, shrink_operand_, live};
+      multiply_rounded(product, to, live);
     }
-    if (shrink_ != nullptr) {
+    if (shrink_ != nullptr && !saves_in_place_) {
+      const int64_t r = lora_A_.size(0);
       for (int64_t row = 0; row < count; ++row) {
         for (int64_t i = 0; i < live; ++i) {
-          shrink_[(first + row) * r_ + ranks_.index[i]] = static_cast<scalar_t>(products[row * live + i]);
+          shrink_[(begin + row) * r + ranks_.index[i]] = to[row * live + i];
         }
       }
     }
-    fill_tail(first, count, products);
   }
 
-  // The left operand of the tail: S ⊙ ĝ · scaling, then a column of ones that picks up the bias, then padding.
-  void fill_tail(int64_t first, int64_t count, const float* products) {
+  LeftRows<scalar_t> dropped_rows(int64_t begin, int64_t end) const {
+    const int64_t count = end - begin;
+    auto* const to = thread_scratch<scalar_t, Scratch::Rows>(count * depth_);
+    auto* const bits = thread_scratch<uint8_t, Scratch::Kept>(Dropout::bytes_for(count * depth_));
+    dropout_.keep(begin * depth_, count * depth_, bits);
+    const int64_t bit = Dropout::first_bit(begin * depth_);
     for (int64_t row = 0; row < count; ++row) {
-      scalar_t* const to = tail_ + (first + row) * tail_depth_;
-      for (int64_t i = 0; i < ranks_.active; ++i) {
-        to[i] = static_cast<scalar_t>(products[row * ranks_.live() + i] * ranks_.factor[i]);
-      }
-      for (int64_t i = ranks_.active; i < tail_depth_; ++i) {
-        to[i] = static_cast<scalar_t>(i == ranks_.active && bias_ != nullptr ? 1.0f : 0.0f);
-      }
+      const scalar_t* const from = x_.data + (begin + row) * x_.stride;
+      dropout_.apply(bits, bit + row * depth_, depth_, from, to + row * depth_);
     }
+    return {to, depth_};
   }
 
-  LeftRows<scalar_t> dropped_rows(int64_t first, int64_t count) const {
-    auto* const to = thread_scratch<scalar_t, Scratch::Rows>(count * padded_depth_);
-    for (int64_t row = 0; row < count; ++row) {
-      dropout_.apply((first + row) * depth_, depth_, x_.data + (first + row) * x_.stride, to + row * padded_depth_);
-      std::fill(to + row * padded_depth_ + depth_, to + (row + 1) * padded_depth_, scalar_t(0.0f));
-    }
-    return {to, padded_depth_};
-  }
-
-  void output_tiles(int64_t block, int64_t first_panel, int64_t end_panel) {
-    const int64_t first = block * kRowBlock, count = block_rows(block);
-    const auto rows = padded_rows<scalar_t, Scratch::PaddedRows>(x_, first, count, depth_, padded_depth_);
+  void output_tiles(int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
+    const auto* const packed = pack_.const_data_ptr<scalar_t>();
+    const int64_t live = ranks_.live();
+    Product<scalar_t> product{};
+    product.rows = end - begin;
+    product.depth = depth_;
+    product.left = x_.data + begin * x_.stride;
+    product.left_stride = x_.stride;
+    product.right_stride = kPanelColumns;
+    product.tail_depth = ranks_.active;
+    product.tail_left = ranks_.active > 0 ? tail_rows_ + begin * live : nullptr;
+    product.tail_left_stride = live;
+    product.tail_right_stride = kPanelColumns;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const int64_t column = panel * kPanelColumns;
-      const int64_t width = std::min(kPanelColumns, columns_ - column);
-      const OutputTile<scalar_t> tile(y_ + first * columns_ + column, columns_, count, width);
-      bool accumulate = matmul_steps(
-          count, width, padded_depth_, rows.data, rows.stride, packed_ + panel * padded_depth_ * kPanelColumns,
-          kPanelColumns, tile.sums(), tile.stride(), false, group_);
-      if (tail_depth_ > 0) {
-        const scalar_t* const right = tail_operand_ + panel * tail_depth_ * kPanelColumns;
-        matmul(
-            count, width, tail_depth_, tail_ + first * tail_depth_, tail_depth_, right, kPanelColumns, tile.sums(),
-            tile.stride(), accumulate, group_);
-        accumulate = true;
+      product.width = width_of(panel);
+      product.right = packed + panel * panel_size_;
+      product.ahead = panel + 1 < end_panel ? product.right + panel_size_ : nullptr;
+      product.start = bias_row_ == nullptr ? nullptr : bias_row_ + panel * kPanelColumns;
+      if (tail_operand_ != nullptr) {
+        product.tail_right = tail_operand_ + panel * tail_size_;
+      } else if (ranks_.active > 0) {
+        auto* const operand = thread_scratch<scalar_t, Scratch::TailPanel>(round_up(ranks_.active, group_) * kPanelColumns);
+        pack_tail(panel, operand);
+        product.tail_right = operand;
       }
-      if (!accumulate) {
-        tile.clear();
-      }
-      tile.store();
+      multiply_rounded(product, y_ + begin * columns_ + panel * kPanelColumns, columns_);
     }
   }
 
   LeftRows<scalar_t> x_;
   int64_t rows_, depth_, columns_;
-  const scalar_t *a_, *b_, *bias_;
-  int64_t r_;
+  const at::Tensor &lora_A_, &lora_B_, &bias_;
   const LiveRanks& ranks_;
   const Dropout& dropout_;
   scalar_t *y_, *shrink_;
-  int64_t group_, padded_depth_, tail_depth_;
+  int64_t group_;
   at::Tensor pack_;
-  const scalar_t* packed_;
-  // The calling thread's scratch, read by all: the adapter's right operands, and S ⊙ ĝ · scaling of every row.
-  scalar_t *shrink_operand_ = nullptr, *tail_operand_ = nullptr, *tail_ = nullptr;
+  int64_t panel_size_, tail_size_ = 0;
+  const float* bias_row_ = nullptr;
+  const scalar_t *live_A_ = nullptr, *live_B_ = nullptr;
+  const scalar_t *shrink_operand_ = nullptr, *tail_operand_ = nullptr;
+  // S of the live ranks, which the tail reads; scaling and gates are in its other operand.
+  scalar_t* tail_rows_ = nullptr;
+  bool saves_in_place_ = false;
 };
 
 } // namespace
@@ -196,8 +217,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
   const bool every_rank = ranks.live() == r;
   const int64_t shrink_rows = save_shrink ? rows.size(0) : 0;
   auto shrink = every_rank ? at::empty({shrink_rows, r}, x.options()) : at::zeros({shrink_rows, r}, x.options());
-  const auto factor_A = lora_A.to(dtype).contiguous();
-  const auto factor_B = lora_B.to(dtype).contiguous();
+  const auto factor_A = readable_factor(lora_A, dtype);
+  const auto factor_B = readable_factor(lora_B, dtype);
   const auto bias_row = bias ? bias->to(dtype).contiguous() : at::Tensor();
   AT_DISPATCH_SWITCH(
       dtype, "lora_linear_fwd.cpu",

@@ -1,61 +1,14 @@
-// The one matrix kernel everything here is built from, and the operand layouts it wants.
-//
-// C (M x N, fp32, row-major) = or += A (M x depth, row-major) · B (depth x N), through ATen's brgemm, which picks its
-// instructions at run time. 16-bit right operands lie in VNNI pairs, [depth/2][N][2], on processors that want them.
+// Writes right operands in the layout of product.h.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
+#include "adapter.h"
+#include "product.h"
+
 namespace peftkernels::cpu {
-
-inline int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return divide_up(value, multiple) * multiple;
-}
-
-// How many consecutive depth elements of one column lie side by side in a right operand: 2 where the processor's
-// 16-bit kernels want pairs (VNNI), else 1. ATen does not tell, so a small product is tried once.
-template <typename T>
-int64_t depth_group();
-
-// `depth` must be a multiple of `group`; rows of A hold `depth` readable elements.
-template <typename T>
-void matmul(
-    int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
-    int64_t ldc, bool accumulate, int64_t group) {
-  at::native::cpublas::brgemm(rows, columns, depth, lda, ldb, ldc, accumulate, a, b, c, group == 2);
-}
-
-// Depth of one step of `matmul_steps`. Each step is summed by itself before it is added to C, so shorter steps round
-// less: at K = 4096 the root mean square error in fp32 is 4.4 times the library's in one step, 1.35 times in these.
-constexpr int64_t kDepthStep = 384;
-
-// As `matmul`, step by step along the depth. With a depth of 0 nothing is written; returns whether C holds sums.
-template <typename T>
-bool matmul_steps(
-    int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
-    int64_t ldc, bool accumulate, int64_t group) {
-  for (int64_t d = 0; d < depth; d += kDepthStep) {
-    matmul(
-        rows, columns, std::min(kDepthStep, depth - d), a + d, lda, b + d * ldb, ldb, c, ldc, accumulate, group);
-    accumulate = true;
-  }
-  return accumulate;
-}
-
-// Releases the tile configuration that some processors hold; called once when a thread has done its share.
-template <typename T>
-void release_matmul(int64_t group) {
-  at::native::cpublas::brgemm_release(group == 2);
-}
 
 // One rounding from the source's dtype to the operand's.
 template <typename To, typename From>

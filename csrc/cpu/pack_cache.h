@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-namespace peftkernels::cpu {
+#include "product.h"
 
-// Panels are this many columns wide: four 512-bit vectors of fp32 sums, or eight of 256 bits.
-constexpr int64_t kPanelColumns = 64;
+namespace peftkernels::cpu {
 
 // Forward: right operand Wᵀ (K x N) for x·Wᵀ.  Backward: right operand W (N x K) for G·W.
 enum class Direction : int64_t { Forward = 0, Backward = 1 };

@@ -1,0 +1,49 @@
+// Working memory that a thread keeps between calls.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace peftkernels::cpu {
+
+// What a thread's scratch buffers hold; one name, one buffer, so that no two uses at the same time share one.
+enum class Scratch {
+  Rows, // rows of x or G, dropped or padded
+  Products, // fp32 products of a row block
+  Tile, // fp32 sums of an output tile
+  Pairs, // operands in the layout that brgemm wants
+  ShrinkOperand, // A as right operand
+  TailOperand, // B with its factors as right operand
+  TailPanel, // one panel of that
+  TailRows, // left operand of the tail
+  Bias, // bias in fp32
+  FactorA, // A of the live ranks, in the dtype of computation
+  FactorB, // B of the live ranks, in the dtype of computation
+  ActiveShrink, // S of the active ranks as left operand
+  PairedExpand, // H with its factors in pairs of rows
+  GateRow, // S of one row in fp32
+  DroppedShare, // the adapter's share of a tile of ∂x
+  Kept, // bits of the elements that dropout keeps
+};
+
+// `count` elements of the calling thread, aligned to cache lines; contents are undefined.
+template <typename T, Scratch Slot>
+T* thread_scratch(int64_t count) {
+  constexpr std::align_val_t kAlignment{64};
+  struct Release {
+    void operator()(T* memory) const {
+      ::operator delete(memory, kAlignment);
+    }
+  };
+  static thread_local std::unique_ptr<T, Release> memory;
+  static thread_local int64_t capacity = 0;
+  if (capacity < count) {
+    memory.reset();
+    memory.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlignment)));
+    capacity = count;
+  }
+  return memory.get();
+}
+
+} // namespace peftkernels::cpu
