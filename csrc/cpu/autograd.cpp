@@ -1,0 +1,138 @@
+#include "autograd.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include <array>
+#include <utility>
+
+#include "lora_linear.h"
+
+namespace peftkernels::cpu {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Below autograd, which these functions are themselves: its fallback for operators would box every argument. Modes
+// that intercept operators come after it and still do.
+template <typename Signature, typename... Arguments>
+auto call_operator(const c10::TypedOperatorHandle<Signature>& handle, Arguments&&... arguments) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return handle.call(std::forward<Arguments>(arguments)...);
+}
+
+at::Tensor run_forward(const Call& call, bool save_shrink, at::Tensor* shrink) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("peftkernels::lora_linear_fwd", "cpu")
+                                 .typed<decltype(lora_linear_forward)>();
+  auto [y, saved] = call_operator(
+      handle, call.x, call.weight, call.lora_A, call.lora_B, call.bias, call.gate, call.rank_state, call.rank_order,
+      call.rank_counts, call.scaling, call.scaling_tensor, call.dropout_p, call.dropout_seed, save_shrink);
+  if (save_shrink) {
+    *shrink = std::move(saved);
+  }
+  return std::move(y);
+}
+
+// The places of what is saved for the backward pass; undefined where there is nothing to save.
+enum Saved : size_t { kX, kWeight, kA, kB, kBias, kShrink, kGate, kState, kOrder, kCounts, kScaling, kSeed, kSavedCount };
+
+std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// Autograd prints the name of this class as that of y's node.
+struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
+  // The tensors that autograd differentiates come first; they are those of `call`.
+  static at::Tensor forward(
+      AutogradContext* context, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& lora_B,
+      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& gate, const Call& call) {
+    const bool save_shrink = lora_B.requires_grad() || (gate && gate->requires_grad());
+    variable_list saved(kSavedCount);
+    auto y = run_forward(call, save_shrink, &saved[kShrink]);
+    if (lora_A.requires_grad()) {
+      saved[kX] = x;
+    }
+    saved[kWeight] = call.weight;
+    saved[kA] = lora_A;
+    saved[kB] = lora_B;
+    const auto save = [&](Saved place, const std::optional<at::Tensor>& tensor) {
+      if (tensor) {
+        saved[place] = *tensor;
+      }
+    };
+    save(kBias, bias);
+    save(kGate, gate);
+    save(kState, call.rank_state);
+    save(kOrder, call.rank_order);
+    save(kCounts, call.rank_counts);
+    save(kScaling, call.scaling_tensor);
+    save(kSeed, call.dropout_seed);
+    context->save_for_backward(std::move(saved));
+    context->saved_data["scaling"] = call.scaling;
+    context->saved_data["dropout_p"] = call.dropout_p;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    static const auto handle = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("peftkernels::lora_linear_bwd", "cpu")
+                                   .typed<decltype(lora_linear_backward)>();
+    const auto saved = context->get_saved_variables();
+    // Only tensors that were there have an edge, numbered in order.
+    const bool has_bias = saved[kBias].defined();
+    const size_t gate_edge = has_bias ? 4 : 3;
+    const bool needs_gate = saved[kGate].defined() && context->needs_input_grad(gate_edge);
+    const std::array<bool, 6> needs{
+        context->needs_input_grad(0), false, context->needs_input_grad(1), context->needs_input_grad(2),
+        has_bias && context->needs_input_grad(3), needs_gate};
+    auto [x, weight, lora_A, lora_B, bias, gate] = call_operator(
+        handle, grads[0], if_defined(saved[kX]), saved[kWeight], saved[kA], saved[kB], if_defined(saved[kBias]),
+        if_defined(saved[kShrink]), if_defined(saved[kGate]), if_defined(saved[kState]), if_defined(saved[kOrder]),
+        if_defined(saved[kCounts]), context->saved_data["scaling"].toDouble(), if_defined(saved[kScaling]),
+        context->saved_data["dropout_p"].toDouble(), if_defined(saved[kSeed]), needs);
+    const auto asked = [&needs](size_t argument, at::Tensor& gradient) {
+      return needs[argument] ? std::move(gradient) : at::Tensor();
+    };
+    variable_list gradients{asked(0, x), asked(2, lora_A), asked(3, lora_B), asked(4, bias), asked(5, gate), {}};
+    return at::GradMode::is_enabled() ? refusing_derivatives(std::move(gradients), grads[0], saved) : gradients;
+  }
+
+ private:
+  // The same gradients, which raise when somebody differentiates them again by anything that they depend on.
+  static variable_list refusing_derivatives(
+      variable_list gradients, const at::Tensor& grad_y, const variable_list& saved) {
+    const size_t count = gradients.size();
+    variable_list values = std::move(gradients);
+    for (const auto& argument : {grad_y, saved[kX], saved[kA], saved[kB], saved[kBias], saved[kGate]}) {
+      values.push_back(argument);
+    }
+    torch::autograd::DelayedError refuse(
+        "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated",
+        static_cast<int64_t>(values.size()));
+    values = refuse.apply(std::move(values));
+    values.resize(count);
+    return values;
+  }
+};
+
+} // namespace
+
+bool records_gradients(const Call& call) {
+  return at::GradMode::is_enabled() &&
+      (call.x.requires_grad() || call.lora_A.requires_grad() || call.lora_B.requires_grad() ||
+       (call.gate && call.gate->requires_grad()) || (call.bias && call.bias->requires_grad()));
+}
+
+at::Tensor lora_linear(const Call& call, bool records) {
+  if (records) {
+    return LoraLinearBackward::apply(call.x, call.lora_A, call.lora_B, call.bias, call.gate, call);
+  }
+  return run_forward(call, false, nullptr);
+}
+
+} // namespace peftkernels::cpu
