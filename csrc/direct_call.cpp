@@ -248,7 +248,7 @@ PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t
   at::Tensor y;
   {
     const py::gil_scoped_release released;
-    y = cpu::lora_linear(call, cpu::records_gradients(call));
+    y = cpu::lora_linear(call);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

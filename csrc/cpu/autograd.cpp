@@ -4,7 +4,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <array>
 #include <utility>
@@ -45,7 +44,47 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-// Autograd prints the name of this class as that of y's node.
+variable_list only_defined(at::TensorList tensors) {
+  variable_list defined;
+  for (const auto& tensor : tensors) {
+    if (tensor.defined()) {
+      defined.push_back(tensor);
+    }
+  }
+  return defined;
+}
+
+// Passes first-order gradients through and raises when somebody differentiates them again.
+struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
+  static variable_list forward(AutogradContext*, at::TensorList gradients, at::TensorList /*depend_on*/) {
+    variable_list views;
+    for (const auto& gradient : gradients) {
+      views.push_back(gradient.view_as(gradient));
+    }
+    return views;
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list& /*grads*/) {
+    TORCH_CHECK(
+        false, "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated");
+  }
+};
+
+// Makes the defined gradients raise when somebody differentiates them by anything that they depend on.
+void refuse_derivatives(variable_list& gradients, at::TensorList depend_on) {
+  const auto asked = only_defined(gradients), arguments = only_defined(depend_on);
+  auto refusing = NoDoubleBackward::apply(at::TensorList(asked), at::TensorList(arguments));
+  auto next = refusing.begin();
+  for (auto& gradient : gradients) {
+    if (gradient.defined()) {
+      gradient = *next++;
+    }
+  }
+}
+
+} // namespace
+
+// Outside the unnamed namespace because autograd prints this name as that of y's node.
 struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
   // The tensors that autograd differentiates come first; they are those of `call`.
   static at::Tensor forward(
@@ -99,37 +138,17 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
       return needs[argument] ? std::move(gradient) : at::Tensor();
     };
     variable_list gradients{asked(0, x), asked(2, lora_A), asked(3, lora_B), asked(4, bias), asked(5, gate), {}};
-    return at::GradMode::is_enabled() ? refusing_derivatives(std::move(gradients), grads[0], saved) : gradients;
-  }
-
- private:
-  // The same gradients, which raise when somebody differentiates them again by anything that they depend on.
-  static variable_list refusing_derivatives(
-      variable_list gradients, const at::Tensor& grad_y, const variable_list& saved) {
-    const size_t count = gradients.size();
-    variable_list values = std::move(gradients);
-    for (const auto& argument : {grad_y, saved[kX], saved[kA], saved[kB], saved[kBias], saved[kGate]}) {
-      values.push_back(argument);
+    if (at::GradMode::is_enabled()) {
+      refuse_derivatives(gradients, {grads[0], saved[kX], saved[kA], saved[kB], saved[kBias], saved[kGate]});
     }
-    torch::autograd::DelayedError refuse(
-        "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated",
-        static_cast<int64_t>(values.size()));
-    values = refuse.apply(std::move(values));
-    values.resize(count);
-    return values;
+    return gradients;
   }
 };
 
-} // namespace
-
-bool records_gradients(const Call& call) {
-  return at::GradMode::is_enabled() &&
-      (call.x.requires_grad() || call.lora_A.requires_grad() || call.lora_B.requires_grad() ||
-       (call.gate && call.gate->requires_grad()) || (call.bias && call.bias->requires_grad()));
-}
-
-at::Tensor lora_linear(const Call& call, bool records) {
-  if (records) {
+at::Tensor lora_linear(const Call& call) {
+  const bool differentiable = call.x.requires_grad() || call.lora_A.requires_grad() || call.lora_B.requires_grad() ||
+      (call.gate && call.gate->requires_grad()) || (call.bias && call.bias->requires_grad());
+  if (differentiable && at::GradMode::is_enabled()) {
     return LoraLinearBackward::apply(call.x, call.lora_A, call.lora_B, call.bias, call.gate, call);
   }
   return run_forward(call, false, nullptr);

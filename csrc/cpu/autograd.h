@@ -18,11 +18,8 @@ struct Call {
   std::optional<at::Tensor> dropout_seed;
 };
 
-// Whether the gradient of any argument is to be recorded.
-bool records_gradients(const Call& call);
-
-// y, through the dispatcher, so that profilers and modes see the operators. Saves and computes what the Python function
-// `_LoraLinear` does; `records` is what `records_gradients` says.
-at::Tensor lora_linear(const Call& call, bool records);
+// y, through the dispatcher, so that profilers and modes see the operators. Where gradients are recorded, it saves and
+// computes what the Python function `_LoraLinear` does.
+at::Tensor lora_linear(const Call& call);
 
 } // namespace peftkernels::cpu
