@@ -113,7 +113,9 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     save(kSeed, call.dropout_seed);
     context->save_for_backward(std::move(saved));
     context->saved_data["scaling"] = call.scaling;
-    context->saved_data["dropout_p"] = call.dropout_p;
+    if (call.dropout_seed) {
+      context->saved_data["dropout_p"] = call.dropout_p;
+    }
     return y;
   }
 
@@ -129,11 +131,12 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     const std::array<bool, 6> needs{
         context->needs_input_grad(0), false, context->needs_input_grad(1), context->needs_input_grad(2),
         has_bias && context->needs_input_grad(3), needs_gate};
+    const double dropout_p = saved[kSeed].defined() ? context->saved_data["dropout_p"].toDouble() : 0.0;
     auto [x, weight, lora_A, lora_B, bias, gate] = call_operator(
         handle, grads[0], if_defined(saved[kX]), saved[kWeight], saved[kA], saved[kB], if_defined(saved[kBias]),
         if_defined(saved[kShrink]), if_defined(saved[kGate]), if_defined(saved[kState]), if_defined(saved[kOrder]),
         if_defined(saved[kCounts]), context->saved_data["scaling"].toDouble(), if_defined(saved[kScaling]),
-        context->saved_data["dropout_p"].toDouble(), if_defined(saved[kSeed]), needs);
+        dropout_p, if_defined(saved[kSeed]), needs);
     const auto asked = [&needs](size_t argument, at::Tensor& gradient) {
       return needs[argument] ? std::move(gradient) : at::Tensor();
     };
