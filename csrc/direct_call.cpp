@@ -8,6 +8,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -34,6 +35,7 @@ class DtypeSet {
 
  private:
   static uint64_t bit(at::ScalarType dtype) {
+    static_assert(static_cast<unsigned>(at::ScalarType::NumOptions) <= 64, "one bit for each dtype");
     return uint64_t{1} << static_cast<unsigned>(dtype);
   }
 
@@ -55,8 +57,7 @@ bool contains(c10::DispatchKeySet all, c10::DispatchKeySet some) {
 // dispatch keys, but for modes that override Python functions.
 bool plain_thread() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
-  const auto may_be_excluded =
-      c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  constexpr auto may_be_excluded = c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView;
   return contains(c10::default_included_set, keys.included_) && contains(may_be_excluded, keys.excluded_) &&
       keys.excluded_.has(c10::DispatchKey::AutocastCPU) && !at::impl::torch_function_mode_enabled();
 }
@@ -67,9 +68,9 @@ std::optional<at::Tensor> plain_tensor(PyObject* object) {
     return std::nullopt;
   }
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  const c10::DispatchKeySet plain{
-      c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
-      c10::DispatchKey::AutocastCPU};
+  constexpr c10::DispatchKeySet plain(
+      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
+       c10::DispatchKey::AutocastCPU});
   if (!contains(plain, tensor.key_set()) || tensor._fw_grad(0).defined()) {
     return std::nullopt;
   }
@@ -101,57 +102,56 @@ std::optional<double> number(PyObject* object) {
   return value;
 }
 
-enum class Read { Fits, Declined };
+// Each of the following reads arguments into `call`, and says whether the call may be served with them.
 
-Read read_optional_tensor(PyObject* object, std::optional<at::Tensor>* to) {
+bool read_optional_tensor(PyObject* object, std::optional<at::Tensor>* to) {
   if (object != Py_None) {
     *to = plain_tensor(object);
-    return *to ? Read::Fits : Read::Declined;
+    return to->has_value();
   }
-  return Read::Fits;
+  return true;
 }
 
-Read read_matrices(PyObject* const* arguments, cpu::Call* call) {
+bool read_matrices(PyObject* const* arguments, cpu::Call* call) {
   auto x = plain_tensor(arguments[0]), weight = plain_tensor(arguments[1]);
   auto lora_A = plain_tensor(arguments[2]), lora_B = plain_tensor(arguments[3]);
   if (!x || !weight || !lora_A || !lora_B || x->dim() == 0 || weight->dim() != 2 || lora_A->dim() != 2) {
-    return Read::Declined;
+    return false;
   }
   const int64_t n = weight->size(0), k = weight->size(1), r = lora_A->size(0);
   const bool fits = x->size(-1) == k && lora_A->size(1) == k && has_shape(*lora_B, {n, r}) &&
       weight->scalar_type() == x->scalar_type() && floating(*lora_A) &&
       lora_B->scalar_type() == lora_A->scalar_type() && !weight->requires_grad();
   if (!fits) {
-    return Read::Declined;
+    return false;
   }
   call->x = *std::move(x);
   call->weight = *std::move(weight);
   call->lora_A = *std::move(lora_A);
   call->lora_B = *std::move(lora_B);
-  return Read::Fits;
+  return true;
 }
 
-Read read_bias_and_gate(PyObject* bias, PyObject* gate, cpu::Call* call) {
-  if (read_optional_tensor(bias, &call->bias) == Read::Declined ||
-      read_optional_tensor(gate, &call->gate) == Read::Declined) {
-    return Read::Declined;
+bool read_bias_and_gate(PyObject* bias, PyObject* gate, cpu::Call* call) {
+  if (!read_optional_tensor(bias, &call->bias) || !read_optional_tensor(gate, &call->gate)) {
+    return false;
   }
   const int64_t n = call->weight.size(0), r = call->lora_A.size(0);
   if (call->bias && !(has_shape(*call->bias, {n}) && call->bias->scalar_type() == call->x.scalar_type())) {
-    return Read::Declined;
+    return false;
   }
   if (call->gate && !(floating(*call->gate) && (has_shape(*call->gate, {r}) || has_shape(*call->gate, {r, 1})))) {
-    return Read::Declined;
+    return false;
   }
-  return Read::Fits;
+  return true;
 }
 
-Read read_rank_plan(PyObject* plan, cpu::Call* call) {
+bool read_rank_plan(PyObject* plan, cpu::Call* call) {
   if (plan == Py_None) {
-    return Read::Fits;
+    return true;
   }
   if (Py_TYPE(plan) != served.rank_plan) {
-    return Read::Declined;
+    return false;
   }
   const auto read = [plan](PyObject* name, std::optional<at::Tensor>* to) {
     const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(plan, name));
@@ -165,27 +165,25 @@ Read read_rank_plan(PyObject* plan, cpu::Call* call) {
   static PyObject* const state = PyUnicode_InternFromString("state");
   static PyObject* const order = PyUnicode_InternFromString("order");
   static PyObject* const counts = PyUnicode_InternFromString("counts");
-  const bool fits = read(state, &call->rank_state) && read(order, &call->rank_order) &&
-      read(counts, &call->rank_counts) && call->rank_state->dim() > 0 &&
-      call->rank_state->size(0) == call->lora_A.size(0);
-  return fits ? Read::Fits : Read::Declined;
+  return read(state, &call->rank_state) && read(order, &call->rank_order) && read(counts, &call->rank_counts) &&
+      call->rank_state->dim() > 0 && call->rank_state->size(0) == call->lora_A.size(0);
 }
 
-Read read_scaling(PyObject* scaling, cpu::Call* call) {
+bool read_scaling(PyObject* scaling, cpu::Call* call) {
   if (const auto value = number(scaling)) {
     call->scaling = *value;
-    return Read::Fits;
+    return true;
   }
   call->scaling_tensor = plain_tensor(scaling);
   const auto& tensor = call->scaling_tensor;
-  return tensor && tensor->dim() == 0 && floating(*tensor) && !tensor->requires_grad() ? Read::Fits : Read::Declined;
+  return tensor && tensor->dim() == 0 && floating(*tensor) && !tensor->requires_grad();
 }
 
 // Makes or draws the seed as the Python function does, and so comes last: nothing may be drawn for a declined call.
-Read read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
+bool read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
   const auto probability = number(p);
   if (!probability || !(*probability >= 0.0 && *probability <= 1.0)) {
-    return Read::Declined;
+    return false;
   }
   call->dropout_p = *probability;
   const bool drops = call->dropout_p > 0.0;
@@ -193,31 +191,32 @@ Read read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
     if (drops) {
       call->dropout_seed = at::randint(std::numeric_limits<int64_t>::max(), {}, at::kLong);
     }
-    return Read::Fits;
+    return true;
   }
   if (PyLong_CheckExact(seed)) {
     int overflow = 0;
     const int64_t value = PyLong_AsLongLongAndOverflow(seed, &overflow);
     if (overflow != 0) {
-      return Read::Declined;
+      return false;
     }
     if (drops) {
       call->dropout_seed = at::empty({}, at::kLong);
       *call->dropout_seed->mutable_data_ptr<int64_t>() = value;
     }
-    return Read::Fits;
+    return true;
   }
   auto tensor = plain_tensor(seed);
   if (!tensor || tensor->dim() != 0 || tensor->scalar_type() != at::kLong) {
-    return Read::Declined;
+    return false;
   }
   if (drops) {
     call->dropout_seed = std::move(tensor);
   }
-  return Read::Fits;
+  return true;
 }
 
-// The dtypes of x that are served for this `impl`; null where another implementation is asked for or must be thought of.
+// The dtypes of x that are served for this `impl`; null where that is for Python to say: for other names, and for
+// "auto" while packs are not kept.
 const DtypeSet* dtypes_for(PyObject* impl) {
   if (!PyUnicode_CheckExact(impl)) {
     return nullptr;
@@ -228,21 +227,19 @@ const DtypeSet* dtypes_for(PyObject* impl) {
   return PyUnicode_CompareWithASCIIString(impl, "cpu") == 0 ? &served.named : nullptr;
 }
 
-Read read(PyObject* const* arguments, cpu::Call* call) {
+bool read(PyObject* const* arguments, cpu::Call* call) {
   const DtypeSet* const dtypes = dtypes_for(arguments[10]);
-  const bool fits = dtypes != nullptr && plain_thread() && read_matrices(arguments, call) == Read::Fits &&
-      dtypes->contains(call->x.scalar_type()) &&
-      read_bias_and_gate(arguments[4], arguments[5], call) == Read::Fits &&
-      read_rank_plan(arguments[6], call) == Read::Fits && read_scaling(arguments[7], call) == Read::Fits &&
-      read_dropout(arguments[8], arguments[9], call) == Read::Fits;
-  return fits ? Read::Fits : Read::Declined;
+  return dtypes != nullptr && plain_thread() && read_matrices(arguments, call) &&
+      dtypes->contains(call->x.scalar_type()) && read_bias_and_gate(arguments[4], arguments[5], call) &&
+      read_rank_plan(arguments[6], call) && read_scaling(arguments[7], call) &&
+      read_dropout(arguments[8], arguments[9], call);
 }
 
 PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 11, "direct call: found ", count, " arguments, expected 11");
   cpu::Call call;
-  if (read(arguments, &call) == Read::Declined) {
+  if (!read(arguments, &call)) {
     Py_RETURN_NONE;
   }
   at::Tensor y;

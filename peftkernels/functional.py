@@ -193,9 +193,7 @@ def lora_linear(
     Source: LoRA (arXiv 2106.09685), AdaLoRA's gates and masks (arXiv 2303.10512), Philox4x32-10 (Salmon et al. 2011).
     """
     if not is_dynamo_compiling():
-        y = _direct_call(
-            x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, impl
-        )
+        y = _direct_call(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, impl)
         if y is not None:
             return y
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
