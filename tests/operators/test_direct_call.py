@@ -259,7 +259,7 @@ def _any_arguments(draw: st.DrawFn) -> dict[str, Any]:
     odd = draw(st.sets(st.sampled_from(ORDER), max_size=2))
     usual = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64])
-    factor = draw(st.sampled_from([usual, torch.float32, torch.bfloat16, torch.float64]))
+    factor = draw(st.sampled_from([usual, torch.float32, torch.bfloat16, torch.float64, torch.int32]))
 
     def tensor(name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
         shape, device = shapes[0], "cpu"
