@@ -133,6 +133,17 @@ def test_double_backward_through_the_incoming_gradient_alone(impl: str, seed: in
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("of", ["lora_A", "lora_B"])
+def test_double_backward_through_the_factors_alone(impl: str, of: str, seed: int) -> None:
+    """∂A depends on B and ∂B on A, whatever else is frozen."""
+    call = make_call(seed)
+    factors = {"lora_A": call.lora_A.requires_grad_(), "lora_B": call.lora_B.requires_grad_()}
+    y = lora_linear(call.x, call.weight, **factors, impl=impl)
+    (gradient,) = torch.autograd.grad(y, factors[of], call.grad_y, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
+        gradient.square().sum().backward()
+
+
 def test_create_graph_without_a_second_derivative(impl: str, seed: int) -> None:
     call = make_call(seed, plan=True, dropout_p=0.2)
     leaves = _leaves(call, impl)
