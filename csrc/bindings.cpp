@@ -1,13 +1,17 @@
 // Registers the C++ operators with torch, and tells Python how the extension was built and what its pack cache holds.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu/lora_linear.h"
 #include "cpu/pack_cache.h"
 #include "cpu/product.h"
+#include "direct_call.h"
 
 namespace py = pybind11;
 using namespace peftkernels;
@@ -75,11 +79,19 @@ py::dict pack_cache_stats() {
   return result;
 }
 
+// The entry that `functional.py` tries first; the arguments are what `dispatch.py` says of this process.
+py::object direct_call(
+    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan) {
+  set_direct_call(automatic, named, rank_plan.ptr());
+  return py::reinterpret_steal<py::object>(make_direct_call());
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts);
   m.def("pack_cache_stats", &pack_cache_stats);
   m.def("set_pack_mode", &set_pack_mode);
+  m.def("direct_call", &direct_call);
   m.def("clear_pack_cache", &cpu::clear_pack_cache);
 }

@@ -10,14 +10,14 @@ from torch import Tensor
 from peftkernels._autocast import CASTABLE, autocast_enabled
 from peftkernels.rank_plan import RankPlan
 
-_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _INT64 = 2**63
 
 
 def _float_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: found {type(value).__name__}, expected a tensor")
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         raise TypeError(f"{name}: found dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
 
 
@@ -100,7 +100,7 @@ def check_arguments(
 ) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_linear` that does not fit the others."""
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
             _float_tensor(name, value)
     x_shape = x.shape
     if not x_shape:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkernels import _ops
+from peftkernels._checks import FLOATS
 from peftkernels.backends import cpu, eager, oracle
+from peftkernels.rank_plan import RankPlan
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
 REGISTERED = _ops.IMPLEMENTATIONS
@@ -55,6 +57,20 @@ def backend_status() -> dict[str, str | None]:
     }
 
 
+def _unserved_dtype(dtype: torch.dtype) -> str | None:
+    """Why the C++ kernels cannot serve x of this dtype; None when they can."""
+    if dtype is torch.float64 or (dtype is torch.float16 and not _cpu_has_fp16_kernels()):
+        return f"x is {dtype}, which this processor's matrix kernels do not compute in"
+    return None
+
+
+def _slow_dtype(dtype: torch.dtype) -> str | None:
+    """Why the library's matmuls are faster than the C++ kernels for x of this dtype; None when they are not."""
+    if dtype is torch.bfloat16 and not _cpu_has_bf16_kernels():
+        return "x is torch.bfloat16, for which this processor has no fast matrix kernels"
+    return None
+
+
 def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
     """None when `impl` can serve this call (x and weight in the dtype of computation), else why it cannot."""
     if impl in ("reference", "eager"):
@@ -67,9 +83,7 @@ def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
             return reason
         if weight.requires_grad:
             return "weight requires grad, the C++ kernels serve frozen weights"
-        if x.dtype is torch.float64 or (x.dtype is torch.float16 and not _cpu_has_fp16_kernels()):
-            return f"x is {x.dtype}, which this processor's matrix kernels do not compute in"
-        return None
+        return _unserved_dtype(x.dtype)
     return backend_status()[impl]
 
 
@@ -78,8 +92,9 @@ def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
     reason = refusal(impl, x, weight)
     if reason is not None or impl != "cpu":
         return reason
-    if x.dtype is torch.bfloat16 and not _cpu_has_bf16_kernels():
-        return "x is torch.bfloat16, for which this processor has no fast matrix kernels"
+    reason = _slow_dtype(x.dtype)
+    if reason is not None:
+        return reason
     if not cpu.keeps_packs():
         return "PEFTKERNELS_CPU_PACK is off, and packing the weight in every call costs more than it saves"
     return None
@@ -99,6 +114,17 @@ def choose(impl: str, x: Tensor, weight: Tensor) -> str:
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot serve this call: {reason}")
     return impl
+
+
+def direct_call() -> Callable[..., Tensor | None] | None:
+    """The C++ entry for plain calls on the C++ kernels (csrc/direct_call.h), or None where they cannot run.
+
+    It is told what `choose` answers for each dtype of x, and leaves to Python every call whose choice depends on more.
+    """
+    if _cpu_unavailable_reason() is not None:
+        return None
+    named = [dtype for dtype in FLOATS if _unserved_dtype(dtype) is None]
+    return cpu.direct_call([dtype for dtype in named if _slow_dtype(dtype) is None], named, RankPlan)
 
 
 @dataclass(frozen=True)

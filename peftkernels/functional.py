@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from peftkernels import dispatch
 from peftkernels._autocast import autocast_dtype
@@ -130,6 +131,24 @@ class _LoraLinear(torch.autograd.Function):
         return *asked, None, None, None, None, None, None, None, None
 
 
+def _leave_to_python(*arguments: Any) -> Tensor | None:
+    """Stands for the C++ entry where there is none."""
+    return None
+
+
+def _load_direct_call(*arguments: Any) -> Tensor | None:
+    """Stands for the C++ entry until the first call that may need the C++ kernels, which are not loaded before."""
+    global _direct_call
+    if arguments[-1] not in ("auto", "cpu"):
+        return None
+    _direct_call = dispatch.direct_call() or _leave_to_python
+    return _direct_call(*arguments)
+
+
+# Serves plain calls on the C++ kernels without the Python code below, and answers None to all others.
+_direct_call = _load_direct_call
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -173,6 +192,10 @@ def lora_linear(
 
     Source: LoRA (arXiv 2106.09685), AdaLoRA's gates and masks (arXiv 2303.10512), Philox4x32-10 (Salmon et al. 2011).
     """
+    if not is_dynamo_compiling():
+        y = _direct_call(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, impl)
+        if y is not None:
+            return y
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
     device = x.device
     dtype = autocast_dtype(x.dtype, device.type)

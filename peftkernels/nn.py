@@ -50,7 +50,7 @@ class _AdapterLinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the adapter is added into the base layer's weight at present."""
-        return self._frozen_weight is not None
+        return self._buffers["_frozen_weight"] is not None
 
     def _live_factors(self) -> tuple[Tensor, Tensor]:
         """Gated A (r', K) and B (N, r') of the ranks that contribute to the output."""
@@ -154,12 +154,14 @@ class LoRALinear(_AdapterLinear):
         """x (..., K) -> y (..., N), both in the base weight's dtype; see `lora_linear`."""
         if self.merged:
             return self.base_layer(x)
+        modules = self._modules
+        base = modules["base_layer"]
         return lora_linear(
             x,
-            self.base_layer.weight,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            bias=self.base_layer.bias,
+            _parameter(base, "weight"),
+            _parameter(modules["lora_A"], "weight"),
+            _parameter(modules["lora_B"], "weight"),
+            bias=_parameter(base, "bias"),
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
             impl=self.impl,
@@ -232,7 +234,8 @@ class AdaLoRALinear(_AdapterLinear):
     @property
     def rank_plan(self) -> RankPlan:
         """The plan over this layer's own tensors: `rank_plan.update_(state)` changes the layer."""
-        return RankPlan(self.rank_state, self.rank_order, self.rank_counts)
+        buffers: Any = self._buffers
+        return RankPlan(buffers["rank_state"], buffers["rank_order"], buffers["rank_counts"])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -246,13 +249,14 @@ class AdaLoRALinear(_AdapterLinear):
         """x (..., K) -> y (..., N), both in the base weight's dtype; see `lora_linear`."""
         if self.merged:
             return self.base_layer(x)
+        base = self._modules["base_layer"]
         return lora_linear(
             x,
-            self.base_layer.weight,
-            self.lora_A,
-            self.lora_B,
-            bias=self.base_layer.bias,
-            gate=self.lora_E,
+            _parameter(base, "weight"),
+            _parameter(self, "lora_A"),
+            _parameter(self, "lora_B"),
+            bias=_parameter(base, "bias"),
+            gate=_parameter(self, "lora_E"),
             rank_plan=self.rank_plan,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
@@ -321,6 +325,16 @@ def _check_arguments(linear: Any, r: Any, lowest_rank: int, lora_alpha: Any, lor
 
 def _factor_dtype(linear: nn.Linear) -> torch.dtype:
     return torch.promote_types(linear.weight.dtype, torch.float32)
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """`module.name` of a parameter, or of what stands in its place (a parametrization, a shard's view).
+
+    `nn.Module` finds parameters in `__getattr__`, after looking everywhere else: a forward pass of a small layer would
+    spend as long on that as on its kernel.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from peftkernels import RankState
 from peftkernels.nn import AdaLoRALinear, LoRALinear
@@ -47,6 +48,11 @@ def _factors(layer: Layer) -> list[nn.Parameter]:
     if isinstance(layer, LoRALinear):
         return [layer.lora_A.weight, layer.lora_B.weight]
     return [layer.lora_A, layer.lora_B, layer.lora_E]
+
+
+class _Half(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return value / 2
 
 
 def _set_states(layer: AdaLoRALinear, states: list[int]) -> None:
@@ -542,6 +548,29 @@ def test_functional_call(kind: str) -> None:
     replaced = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     assert torch.equal(torch.func.functional_call(layer, replaced, (x,)), other(x))
     assert not torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "plain_tensor"])
+def test_what_stands_in_a_parameters_place_is_used(kind: str, how: str) -> None:
+    """For a factor, and for the base layer's weight, where it was put there after the layer was made."""
+    layer, expected = _layer(kind), _layer(kind)
+    factor_of = layer.lora_A if isinstance(layer, LoRALinear) else layer
+    name = "weight" if isinstance(layer, LoRALinear) else "lora_A"
+    for module, attribute in ((factor_of, name), (layer.base_layer, "weight")):
+        value = getattr(module, attribute).detach().clone()
+        if how == "pruned":
+            prune.custom_from_mask(module, attribute, torch.full_like(value, 0.5))
+        elif how == "parametrized":
+            parametrize.register_parametrization(module, attribute, _Half())
+        else:
+            delattr(module, attribute)
+            setattr(module, attribute, value / 2)
+    with torch.no_grad():
+        _factors(expected)[0].mul_(0.5)
+        expected.base_layer.weight.mul_(0.5)
+    x = torch.randn(3, 11)
+    assert torch.equal(layer(x), expected(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

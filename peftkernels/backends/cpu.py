@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -57,6 +58,16 @@ def has_kernels_for(dtype: torch.dtype) -> bool:
 def keeps_packs() -> bool:
     """Whether the packed copies of frozen weights outlive a call."""
     return _mode != "off"
+
+
+def direct_call(
+    automatic: Sequence[torch.dtype], named: Sequence[torch.dtype], rank_plan: type
+) -> Callable[..., torch.Tensor | None]:
+    """The C++ entry for plain calls, for the dtypes of x that are served when "auto" and when "cpu" is asked for.
+
+    It takes lora_linear's arguments by position and returns y, or None with nothing done.
+    """
+    return _extension().direct_call(automatic, named, rank_plan)
 
 
 def build_facts() -> dict[str, object]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.implementations import ALL, skip_unless_served
 
+from peftkernels import functional
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -14,8 +16,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture
+def without_direct_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call goes through the Python function's checks, choice and operators, as on the other implementations."""
+    monkeypatch.setattr(functional, "_direct_call", functional._leave_to_python)
+
+
+@pytest.fixture(params=[*ALL, "cpu-without_direct_call"])
 def impl(request: pytest.FixtureRequest) -> str:
-    """Every implementation there is."""
-    skip_unless_served(request.param)
-    return request.param
+    """Every implementation there is, and the C++ kernels on both ways to them."""
+    name, _, fixture = request.param.partition("-")
+    skip_unless_served(name)
+    if fixture:
+        request.getfixturevalue(fixture)
+    return name

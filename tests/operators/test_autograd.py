@@ -124,6 +124,26 @@ def test_double_backward_with_a_constant_incoming_gradient(impl: str, seed: int)
         (gradient.square().sum() + y.sum()).backward()
 
 
+def test_double_backward_through_the_incoming_gradient_alone(impl: str, seed: int) -> None:
+    """With frozen factors ∂x depends on nothing but G, and that is no less a second derivative."""
+    call = make_call(seed)
+    y = lora_linear(call.x.requires_grad_(), call.weight, call.lora_A, call.lora_B, impl=impl)
+    (gradient,) = torch.autograd.grad(y, call.x, call.grad_y.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("of", ["lora_A", "lora_B"])
+def test_double_backward_through_the_factors_alone(impl: str, of: str, seed: int) -> None:
+    """∂A depends on B and ∂B on A, whatever else is frozen."""
+    call = make_call(seed)
+    factors = {"lora_A": call.lora_A.requires_grad_(), "lora_B": call.lora_B.requires_grad_()}
+    y = lora_linear(call.x, call.weight, **factors, impl=impl)
+    (gradient,) = torch.autograd.grad(y, factors[of], call.grad_y, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
+        gradient.square().sum().backward()
+
+
 def test_create_graph_without_a_second_derivative(impl: str, seed: int) -> None:
     call = make_call(seed, plan=True, dropout_p=0.2)
     leaves = _leaves(call, impl)

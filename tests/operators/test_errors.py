@@ -251,8 +251,14 @@ def _no_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def ran(*arguments: Any) -> None:
         raise AssertionError("a kernel ran before the error")
 
+    direct_call = functional._direct_call
+
+    def declines(*arguments: Any) -> None:
+        assert direct_call(*arguments) is None, "a kernel ran before the error"
+
     for name in functional._OVERLOADS:
         monkeypatch.setitem(functional._OVERLOADS, name, (ran, ran))
+    monkeypatch.setattr(functional, "_direct_call", declines)
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(torch.random.get_rng_state(), before), "a seed was drawn before the error"
@@ -283,9 +289,10 @@ def test_explain(changes: dict[str, Any], error: type[Exception], message: str) 
 
 
 @pytest.mark.usefixtures("_no_kernel_may_run")
-def test_the_fixture_notices_a_kernel() -> None:
+@pytest.mark.parametrize("name", ["auto", "reference", "eager", "cpu"])
+def test_the_fixture_notices_a_kernel(name: str) -> None:
     with pytest.raises(AssertionError, match="a kernel ran before the error"):
-        _call(lora_linear, {"dropout_seed": 1}, VALID)
+        _call(lora_linear, {"dropout_seed": 1}, VALID, impl=name)
 
 
 def test_the_unchanged_call_is_served(impl: str) -> None:
@@ -331,7 +338,7 @@ def test_a_named_implementation_that_cannot_serve(name: str, changes: dict[str, 
         _call(lora_linear, changes, VALID, impl=name)
 
 
-@pytest.mark.usefixtures("_no_kernel_may_run")
+@pytest.mark.usefixtures("without_direct_call", "_no_kernel_may_run")
 def test_fp16_where_the_processor_has_no_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftkernels.dispatch._cpu_has_fp16_kernels", lambda: False)
     monkeypatch.setattr("peftkernels.dispatch._cpu_unavailable_reason", lambda: None)

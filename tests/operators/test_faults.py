@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support.checks import CHECKS
 from support.faults import FAULTS
+from support.implementations import ALL, skip_unless_served
 
 from peftkernels import functional
 
@@ -19,8 +20,11 @@ def _first_complaint(impl: str, seed: int) -> str | None:
     return None
 
 
+@pytest.mark.usefixtures("without_direct_call")
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("impl", ALL)
 def test_a_fault_is_caught(impl: str, fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_served(impl)
     monkeypatch.setitem(functional._OVERLOADS, impl, FAULTS[fault].wrap(functional._OVERLOADS[impl]))
     assert _first_complaint(impl, seed) is not None, f"no check notices: {fault}"
 

@@ -9,8 +9,9 @@ import torch
 from support.cases import TRAINABLE, make_call, run
 from support.checks import subsets_agree
 from support.implementations import skip_unless_served, threads
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkernels import functional, lora_linear
+from peftkernels import lora_linear
 
 CALLS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False},
@@ -43,26 +44,32 @@ def test_weight_gradient_is_served(impl: str, others: tuple[str, ...], seed: int
     torch.testing.assert_close(outcome.gradients["weight"], expected, rtol=1e-12, atol=1e-12)
 
 
+class _Watch(TorchDispatchMode):
+    """Keeps what the backward operators were asked for, and the number of elements that they returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[bool]] = []
+        self.returned: list[list[int]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if operator.overloadpacket is torch.ops.peftkernels.lora_linear_bwd:
+            self.asked.append(args[-1])
+            self.returned.append([gradient.numel() for gradient in result])
+        return result
+
+
 @pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B",), ("bias",), ("gate",)], ids="+".join)
-def test_the_backward_operator_is_told_what_is_needed(
-    impl: str, needs: tuple[str, ...], seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, backward = functional._OVERLOADS[impl]
-    asked: list[list[bool]] = []
-    returned: list[list[int]] = []
-
-    def watched(*arguments: Any) -> Any:
-        asked.append(arguments[-1])
-        gradients = backward(*arguments)
-        returned.append([gradient.numel() for gradient in gradients])
-        return gradients
-
-    monkeypatch.setitem(functional._OVERLOADS, impl, (forward, watched))
+def test_the_backward_operator_is_told_what_is_needed(impl: str, needs: tuple[str, ...], seed: int) -> None:
     call = make_call(seed, plan=True)
-    run(call, impl, needs)
+    leaves = {name: value.requires_grad_(name in needs) for name, value in call.tensors().items()}
+    y = lora_linear(*(leaves[name] for name in ("x", "weight", "lora_A", "lora_B")), impl=impl, **call.optional)
+    with _Watch() as watch:
+        y.backward(call.grad_y)
     names = ("x", "weight", "lora_A", "lora_B", "bias", "gate")
-    assert asked == [[name in needs for name in names]]
-    assert returned == [[call.tensors()[name].numel() if name in needs else 0 for name in names]]
+    assert watch.asked == [[name in needs for name in names]]
+    assert watch.returned == [[leaves[name].numel() if name in needs else 0 for name in names]]
 
 
 def test_a_call_that_needs_no_gradient_runs_no_autograd_function(impl: str, seed: int) -> None:
