@@ -58,6 +58,11 @@ def _run(options: Options) -> int:
     peaks = roofline.measure_peaks()
     planned = plan.plan(cases, seconds=seconds, limit=limit, full=options.full, peaks=peaks)
     measured: list[Measured] = []
+
+    def done(item: Planned, found: Measured) -> None:
+        measured.append(found)
+        progress.done(item, found)
+
     code = 0
     with _Progress(planned) as progress:
         try:
@@ -68,7 +73,7 @@ def _run(options: Options) -> int:
                 limit=limit,
                 full=options.full,
                 begin=progress.begin,
-                done=lambda item, found: (measured.append(found), progress.done(item, found)),  # type: ignore[func-returns-value]
+                done=done,
             )
         except KeyboardInterrupt:
             code = 130

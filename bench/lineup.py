@@ -13,6 +13,8 @@ PEFT_ADALORA = "peft AdaLoRA"
 # What peft makes of a bfloat16 base by default, and with autocast_adapter_dtype=False.
 PEFT_LORA_FP32, PEFT_ADALORA_FP32 = "peft LoRA, fp32 factors", "peft AdaLoRA, fp32 factors"
 PEFT_LORA_BF16, PEFT_ADALORA_BF16 = "peft LoRA, bf16 factors", "peft AdaLoRA, bf16 factors"
+# The peft LoRA layer that is most like ours in a case of each dtype.
+PEFT_LORA_OF = {"fp32": PEFT_LORA, "bf16": PEFT_LORA_BF16, "mixed": PEFT_LORA_FP32}
 COMPILED = "peft LoRA, compiled"
 HALF_RANK = "peftkernels, half the rank"
 NO_DROPOUT = "peftkernels, no dropout"
@@ -41,14 +43,14 @@ def compiles(case: Case, full: bool) -> bool:
 
 
 def contestants(case: Case, full: bool = False) -> tuple[str, ...]:
-    """Names of everyone in the case, the frozen layer first where there is one; all of them in large cases with `full`."""
+    """Names of everyone in the case, the baseline first and ours last; `full` lets all of them into large cases."""
     if case.operator == ALLOCATOR:
         return PEFT_ALLOCATOR, OURS
     if case.operator == TRAINING:
         return FROZEN, OURS_LORA, OURS_ADALORA, PEFT_LORA, PEFT_ADALORA
     names = [FROZEN, FLOOR]
     if not full and case.M * case.N * case.K > HEAVY:
-        return *names, PEFT_LORA if case.dtype == "fp32" else PEFT_LORA_FP32, OURS
+        return *names, PEFT_LORA_OF[case.dtype], OURS
     if not case.masking:
         names.append(EAGER)
     if case.dtype == "fp32":

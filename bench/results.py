@@ -109,14 +109,16 @@ def commit() -> str:
     """The commit that is measured, marked when tracked files have changes; "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        run = subprocess.run(
+        # An installed package may lie inside somebody else's repository.
+        known = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "results.py"], cwd=here, capture_output=True, check=False
+        )
+        found = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
         )
-        known = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=False)
     except OSError:
         return "unknown"
-    # An installed package may lie inside somebody else's repository.
-    return run.stdout.strip() if known.returncode == 0 and run.stdout.strip() else "unknown"
+    return found.stdout.strip() if known.returncode == 0 and found.returncode == 0 else "unknown"
 
 
 def rows_of(

@@ -58,9 +58,7 @@ def measure_case(case: Case, effort: Effort, peaks: roofline.Peaks, common: Orig
     bench = build_and_verify(case, full)
     saved = {name: bench.saved_bytes(name) for name in bench.contestants}
     samples = interleave(bench, effort)
-    percent = {
-        name: roofline.percent(case, name, _median(samples, name), peaks) for name in bench.contestants
-    }
+    percent = {name: roofline.percent(case, name, _median(samples, name), peaks) for name in bench.contestants}
     return Measured(case, samples, results.rows_of(case, samples, percent, saved, common))
 
 

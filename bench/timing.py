@@ -137,9 +137,7 @@ def _round(
     return sample
 
 
-def _samples(
-    baseline: str, quiet: list[dict[str, float]], loud: list[dict[str, float]], fewest: int
-) -> Samples:
+def _samples(baseline: str, quiet: list[dict[str, float]], loud: list[dict[str, float]], fewest: int) -> Samples:
     if len(quiet) < fewest:
         return Samples(baseline, (*quiet, *loud), 0, True)
     return Samples(baseline, tuple(quiet), len(loud), len(loud) > len(quiet))

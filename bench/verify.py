@@ -1,9 +1,9 @@
 """Results are checked before a speed is printed.
 
-What peftkernels computes may be twice as far from float64 results (`peftkernels.reference`) as plain PyTorch in the same
-dtype, plus a rounding band of (2·eps + √n·eps_sum) times the result's size, n being the number of terms that are summed.
-The largest error is held to this and so is the root mean square, so that one bad column cannot hide. Peers round
-elsewhere; they only have to compute the same thing.
+What peftkernels computes may be twice as far from float64 results (`peftkernels.reference`) as plain PyTorch in the
+same dtype, plus a rounding band of (2·eps + √n·eps_sum) times the result's size, n being the number of terms that are
+summed. The largest error is held to this and so is the root mean square, so that one bad column cannot hide. Peers
+round elsewhere; they only have to compute the same thing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def verify(bench: LayerBench) -> None:
         return
     y = exact.named["y"]
     for name in bench.contestants:
-        if name in (lineup.EAGER,) or name.startswith("peft "):
+        if name == lineup.EAGER or name.startswith("peft "):
             with torch.no_grad():
                 difference = float(_rms(bench.contestants[name].call(bench.inputs[0]).double() - y) / _rms(y))
             if not difference <= MOST_PEER_DIFFERENCE:
@@ -134,9 +134,7 @@ def _oracle(bench: LayerBench, adapter: data.Adapter, dropout: float) -> _Result
     gate = None if adapter.gate is None else adapter.gate.double()
     state = None if adapter.plan is None else adapter.plan.state
     seed = torch.tensor(SEED) if dropout else None
-    y, shrink = reference.lora_linear_forward(
-        x, weight, lora_A, lora_B, bias, gate, state, data.SCALING, dropout, seed
-    )
+    y, shrink = reference.lora_linear_forward(x, weight, lora_A, lora_B, bias, gate, state, data.SCALING, dropout, seed)
     if not bench.case.trains:
         return _Results({"y": y})
     grad_x, _, grad_A, grad_B, _, grad_gate = reference.lora_linear_backward(

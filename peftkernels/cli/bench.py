@@ -58,10 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser, at_least: Callable[[int], Cal
     parser.add_argument(
         "--histogram", type=Path, metavar="PREFIX", help="draw pytest-benchmark's histograms, PREFIX-<case>.svg"
     )
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="print the times beside those of an earlier --json")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print times beside those of an earlier --json")
     parser.add_argument("--seconds", type=_seconds, metavar="S", help="least time for each case (default 1.2)")
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="processor threads (default: PyTorch's choice)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results (default ./{DEFAULT_OUT})")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results (default ./{DEFAULT_OUT})"
+    )
 
 
 def _seconds(text: str) -> float:
