@@ -166,7 +166,7 @@ class _Progress:
     def done(self, item: Planned, found: Measured) -> None:
         """Say what came out, and how long is left."""
         self._number += 1
-        self._left -= item.seconds
+        self._left = max(0.0, self._left - item.seconds)
         self._bar.update(self._task, advance=item.seconds, cases=f"{self._number}/{self._total}")
         own = runner.ours_row(found.rows, item.case)
         rounds = f"{own.rounds} rounds" + (f", {own.discarded} discarded" if own.discarded else "")

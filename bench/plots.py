@@ -43,6 +43,8 @@ STYLES: dict[str, tuple[str, str]] = {
     lineup.HALF_RANK: ("#000000", "*"),
 }
 _SIZE = (11.0, 4.4)
+# On a logarithmic axis the labels of all of GROWTH_TOKENS would run into each other.
+GROWTH_TOKENS_SHOWN = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _tokens(rows: _Rows, path: Path, note: str) -> Plot | None:
         cases = [(float(m), _layer(direction, M=m)) for m in GROWTH_TOKENS]
         panels.append((direction, [rows.line(name, cases) for name in _PEERS]))
     title = f"Cost of a LoRA layer against rows of x ({_WIDTH}, r = 16, fp32)"
-    return _draw_ratios(path, title, note, panels, "rows of x (tokens)", GROWTH_TOKENS)
+    return _draw_ratios(path, title, note, panels, "rows of x (tokens)", GROWTH_TOKENS_SHOWN)
 
 
 def _rank(rows: _Rows, path: Path, note: str) -> Plot | None:
@@ -166,6 +168,7 @@ def _modules(rows: _Rows, path: Path, note: str) -> Plot | None:
         return None
     figure, (one, two) = pyplot.subplots(1, 2, figsize=_SIZE, layout="constrained")
     _draw_lines(one, left)
+    _draw_frozen(one)
     _frame(one, "a training step of MiniLM, 1024 tokens", "modules with an adapter", "time / frozen step")
     one.set_xticks([x for x, _ in steps])
     _draw_lines(two, right)
@@ -173,7 +176,7 @@ def _modules(rows: _Rows, path: Path, note: str) -> Plot | None:
     two.set_xticks([x for x, _ in allocators])
     two.set_ylim(bottom=0)
     for axes in (one, two):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
     return _save(figure, path, "Cost against the number of adapted modules", note)
 
 
@@ -192,6 +195,7 @@ def _draw_ratios(
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=_SIZE, layout="constrained", sharey=True)
     for axes, (direction, lines) in zip(all_axes, panels, strict=True):
         _draw_lines(axes, lines)
+        _draw_frozen(axes)
         label = "time / frozen layer" if axes is all_axes[0] else ""
         _frame(axes, direction.replace("+", " + "), x_label, label)
         if logarithmic:
@@ -201,12 +205,11 @@ def _draw_ratios(
         axes.set_xticks(ticks)
         axes.tick_params(axis="x", labelsize=8)
     handles, labels = all_axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8.5, handlelength=3)
     return _save(figure, path, title, note)
 
 
 def _draw_lines(axes: Any, lines: Sequence[_Line]) -> None:
-    axes.axhline(1.0, color="#444444", linewidth=1, linestyle=":", zorder=1)
     for line in lines:
         if not line.points:
             continue
@@ -215,6 +218,10 @@ def _draw_lines(axes: Any, lines: Sequence[_Line]) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         size = 9 if marker == "*" else 5
         axes.plot(x, y, line.dashes, color=colour, marker=marker, markersize=size, linewidth=1.6, label=line.label)
+
+
+def _draw_frozen(axes: Any) -> None:
+    axes.axhline(1.0, color="#444444", linewidth=1, linestyle=":", zorder=1)
 
 
 def _frame(axes: Any, title: str, x_label: str, y_label: str) -> None:

@@ -80,8 +80,8 @@ def layers(figures: Figures) -> str:
         return "No case of the base grids was measured."
     note = (
         "Time over that of the bare frozen `F.linear` in the same round: peftkernels, and in brackets HF peft's LoRA "
-        "layer with factors of the same dtype (on a bf16 base fp32 ones are its default); r = 16. In forward + backward "
-        "x, A and B get their gradients."
+        "layer with factors of the same dtype (on a bf16 base fp32 ones are its default); r = 16. In forward + "
+        "backward x, A and B get their gradients."
     )
     return "\n\n".join([note, *parts])
 

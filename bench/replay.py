@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def replay(
         "--benchmark-group-by=group",
         "--benchmark-sort=name",
         f"--benchmark-columns={COLUMNS}",
-        f"--benchmark-storage={_storage(json, histogram, compare)}",
+        # A folder that exists: it would make `.benchmarks` where it is started otherwise.
+        f"--benchmark-storage={tempfile.gettempdir()}",
     ]
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +123,3 @@ def replay(
         os.replace(beside, json)
     if compare is not None:
         sys.stdout.write(output.getvalue())
-
-
-def _storage(*paths: Path | None) -> str:
-    """A folder that exists already: pytest-benchmark makes `.benchmarks` where it is started otherwise."""
-    return str(next(path.parent if path.suffix else Path.cwd() for path in paths if path is not None).resolve())

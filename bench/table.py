@@ -22,8 +22,8 @@ def print_tables(console: Console, measured: Sequence[Measured], rows: Sequence[
             console.print(_group_table(group, found))
     console.print(
         f"× {lineup.FROZEN}: a contestant's time over the frozen layer's in the same round, median (quartiles of "
-        "ours); below 1 is faster. roofline: least time for operations and bytes at this machine's measured peaks, over the "
-        "median. !: most rounds were disturbed by other processes.",
+        "ours); below 1 is faster. roofline: least time for operations and bytes at this machine's measured peaks, "
+        "over the median. !: most rounds were disturbed by other processes.",
         highlight=False,
     )
     table = goals_table(rows)
