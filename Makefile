@@ -33,7 +33,7 @@ lint: install  ## check style and types
 	$(BIN)/mypy
 
 bench: install  ## measure all cases, or CASE=..., into bench/results/ (under half an hour on two cores)
-	$(BIN)/peftkernels bench $(CASE) --out bench/results $(ARGS)
+	$(BIN)/peftkernels bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
 
 report: install  ## write the tables of README.md and bench/plots/ from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)

@@ -29,7 +29,7 @@ class AllocatorBench:
 
     baseline = lineup.PEFT_ALLOCATOR
 
-    def __init__(self, case: Case, full: bool = False) -> None:
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(case.modules)
         linears = {f"layer{i}": nn.Linear(case.K, case.N, bias=False) for i in range(case.modules)}
         layers = {name: AdaLoRALinear.from_linear(linear, case.r) for name, linear in linears.items()}

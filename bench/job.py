@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from peftkernels.cli.bench import Options
+from peftkernels.dispatch import backend_status
 
 from . import lineup, plan, results, roofline, runner
 from .cases import QUICK, Case, select
@@ -46,17 +48,21 @@ def _run(options: Options) -> int:
     cases = _cases(options)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else plan.SECONDS)
     limit = None if options.full else QUICK_LIMIT if options.quick and not options.cases else plan.LIMIT_SECONDS
+    extent = _extent(options)
     console = Console() if sys.stdout.isatty() else Console(width=LINES_WIDTH)
     if options.list:
-        planned = plan.plan(cases, seconds=seconds, limit=limit, full=options.full)
+        planned = plan.plan(cases, seconds=seconds, limit=limit, extent=extent)
         print_list(console, cases, [item.seconds for item in planned])
         return 0
     _check_files(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     store = Store(options.out / results.file_name())
+    unavailable = backend_status()["cpu"]
+    if unavailable is not None:
+        print(f"peftkernels runs on its PyTorch backend here: {unavailable}", file=sys.stderr)
     peaks = roofline.measure_peaks()
-    planned = plan.plan(cases, seconds=seconds, limit=limit, full=options.full, peaks=peaks)
+    planned = plan.plan(cases, seconds=seconds, limit=limit, extent=extent, peaks=peaks)
     measured: list[Measured] = []
 
     def done(item: Planned, found: Measured) -> None:
@@ -71,7 +77,8 @@ def _run(options: Options) -> int:
                 peaks,
                 store,
                 limit=limit,
-                full=options.full,
+                seconds=seconds,
+                extent=extent,
                 begin=progress.begin,
                 done=done,
             )
@@ -94,6 +101,21 @@ def _cases(options: Options) -> list[Case]:
         return select(options.cases)
     except ValueError as error:
         raise InputError(f"CASE: {error}") from None
+
+
+def _extent(options: Options) -> lineup.Extent:
+    """Who takes part: nobody is compiled in a quick run, or without a C++ compiler."""
+    extent = lineup.FULL if options.full else lineup.BRIEF if options.quick else lineup.USUAL
+    if extent.compiled == lineup.NOWHERE:
+        return extent
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, and what looking for one on other systems raises
+        print(f"no C++ compiler for torch.compile ({error}): peft compiled is left out", file=sys.stderr)
+        return replace(extent, compiled=lineup.NOWHERE)
+    return extent
 
 
 def _check_files(options: Options) -> None:

@@ -30,7 +30,7 @@ class LayerBench:
 
     baseline = lineup.FROZEN
 
-    def __init__(self, case: Case, full: bool = False) -> None:
+    def __init__(self, case: Case, extent: lineup.Extent = lineup.USUAL) -> None:
         self.case = case
         self.dtype, _ = data.dtypes(case)
         self.weight, bias = data.frozen_weight(case.K, case.N, self.dtype)
@@ -38,7 +38,7 @@ class LayerBench:
         self.adapter = data.adapter(case)
         self.inputs = data.inputs(case.M, case.K, self.dtype, seed=1)
         self.grads = data.inputs(case.M, case.N, self.dtype, seed=2) if case.trains else []
-        self.contestants = {name: self._build(name) for name in lineup.contestants(case, full)}
+        self.contestants = {name: self._build(name) for name in lineup.contestants(case, extent)}
 
     def _build(self, name: str) -> Contestant:
         if name == lineup.FROZEN:

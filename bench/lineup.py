@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .cases import ALLOCATOR, DEAD, MIDDLES, TRAINING, TRAINING_TOKENS, Case
 
 OURS = "peftkernels"
@@ -31,25 +33,42 @@ def ours(case: Case) -> str:
     return OURS_ADALORA if case.operator == TRAINING else OURS
 
 
-def compiles(case: Case, full: bool) -> bool:
-    """Whether peft under torch.compile takes part: at the middle widths, or with `full` in every unmasked layer.
+NOWHERE, MIDDLE_WIDTHS, EVERYWHERE = "nowhere", "at the middle widths", "in every unmasked layer"
 
-    Compiling takes ten to forty seconds on two cores, once for each width and pass.
+
+@dataclass(frozen=True)
+class Extent:
+    """Who takes part beside the usual contestants.
+
+    compiled  where peft under torch.compile does; compiling takes ten to forty seconds on two cores, once for each
+              layer and pass
+    large     whether eager LoRA and all of peft's layers do in large cases, too
     """
+
+    compiled: str = MIDDLE_WIDTHS
+    large: bool = False
+
+
+USUAL, BRIEF, FULL = Extent(), Extent(compiled=NOWHERE), Extent(compiled=EVERYWHERE, large=True)
+
+
+def compiles(case: Case, extent: Extent = USUAL) -> bool:
+    """Whether peft under torch.compile takes part."""
     if case.operator in (ALLOCATOR, TRAINING) or case.masking:
         return False
     usual = case.dtype == "fp32" and case.r == 16 and not case.dropout and case.bias
-    return full or (usual and (case.K, case.N) in MIDDLES and case.M in TRAINING_TOKENS)
+    middle = usual and (case.K, case.N) in MIDDLES and case.M in TRAINING_TOKENS
+    return extent.compiled == EVERYWHERE or (extent.compiled == MIDDLE_WIDTHS and middle)
 
 
-def contestants(case: Case, full: bool = False) -> tuple[str, ...]:
-    """Names of everyone in the case, the baseline first and ours last; `full` lets all of them into large cases."""
+def contestants(case: Case, extent: Extent = USUAL) -> tuple[str, ...]:
+    """Names of everyone in the case, the baseline first and ours last."""
     if case.operator == ALLOCATOR:
         return PEFT_ALLOCATOR, OURS
     if case.operator == TRAINING:
         return FROZEN, OURS_LORA, OURS_ADALORA, PEFT_LORA, PEFT_ADALORA
     names = [FROZEN, FLOOR]
-    if not full and case.M * case.N * case.K > HEAVY:
+    if not extent.large and case.M * case.N * case.K > HEAVY:
         return *names, PEFT_LORA_OF[case.dtype], OURS
     if not case.masking:
         names.append(EAGER)
@@ -58,7 +77,7 @@ def contestants(case: Case, full: bool = False) -> tuple[str, ...]:
     else:
         names += [PEFT_LORA_FP32, PEFT_ADALORA_FP32]
         names += [PEFT_LORA_BF16, PEFT_ADALORA_BF16] if case.dtype == "bf16" else []
-    if compiles(case, full):
+    if compiles(case, extent):
         names.append(COMPILED)
     if case.masking == DEAD and case.live == 50:
         names.append(HALF_RANK)

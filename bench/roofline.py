@@ -15,11 +15,15 @@ from functools import partial
 
 import torch
 
+from peftkernels.cli.demo.load import ForeignLoad
+
 from . import data, lineup
 from .cases import LAYER, Case
+from .timing import MOST_FOREIGN_SHARE
 
 SIZES = (512, 1024, 2048)
 READ_ELEMENTS = 64 << 20
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,22 @@ ASSUMED = Peaks({torch.float32: 180e9, torch.bfloat16: 320e9}, 20e9, 60e9)
 
 
 def measure_peaks(seconds: float = 0.4) -> Peaks:
-    """Measure for `seconds` in each dtype, and as long for reading from each place."""
+    """Measure for `seconds` in each dtype, and as long for reading from each place.
+
+    While other processes disturb it, it is measured again, up to ATTEMPTS times, and the best of each is kept.
+    """
+    best = Peaks({}, 0.0, 0.0)
+    for _ in range(ATTEMPTS):
+        with ForeignLoad() as load:
+            found = _measure_once(seconds)
+        flops = {dtype: max(rate, best.flops.get(dtype, 0.0)) for dtype, rate in found.flops.items()}
+        best = Peaks(flops, max(found.memory, best.memory), max(found.cache, best.cache))
+        if load.share is None or load.share <= MOST_FOREIGN_SHARE:
+            break
+    return best
+
+
+def _measure_once(seconds: float) -> Peaks:
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         best = 0.0

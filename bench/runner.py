@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from . import lineup, results, roofline
 from .cases import ALLOCATOR, TRAINING, Case
-from .plan import FEWEST_ROUNDS, Planned
+from .plan import FEWEST_ROUNDS, ROUNDS, Planned
 from .results import Origin, Row
-from .timing import Bench, Effort, Samples, interleave
+from .timing import Bench, Effort, Samples, interleave, spread
 
 
 class CaseBench(Bench, Protocol):
@@ -31,41 +31,43 @@ class Measured:
     rows: list[Row]
 
 
-def build_and_verify(case: Case, full: bool) -> CaseBench:
+def build_and_verify(case: Case, extent: lineup.Extent = lineup.USUAL) -> CaseBench:
     """The case's contestants; raises `verify.WrongResultError` unless they compute the right thing."""
     if case.operator == ALLOCATOR:
         from .allocators import AllocatorBench
 
-        allocators = AllocatorBench(case, full)
+        allocators = AllocatorBench(case)
         allocators.verify()
         return allocators  # type: ignore[return-value]
     if case.operator == TRAINING:
         from .training import TrainingBench
 
-        training = TrainingBench(case, full)
+        training = TrainingBench(case)
         training.verify()
         return training  # type: ignore[return-value]
     from .layers import LayerBench
     from .verify import verify
 
-    layer = LayerBench(case, full)
+    layer = LayerBench(case, extent)
     verify(layer)
     return layer  # type: ignore[return-value]
 
 
-def measure_case(case: Case, effort: Effort, peaks: roofline.Peaks, common: Origin, full: bool = False) -> Measured:
+def measure_case(
+    case: Case,
+    effort: Effort,
+    peaks: roofline.Peaks,
+    common: Origin,
+    extent: lineup.Extent = lineup.USUAL,
+) -> Measured:
     """Verify and time one case."""
-    bench = build_and_verify(case, full)
+    bench = build_and_verify(case, extent)
     saved = {name: bench.saved_bytes(name) for name in bench.contestants}
     samples = interleave(bench, effort)
-    percent = {name: roofline.percent(case, name, _median(samples, name), peaks) for name in bench.contestants}
+    percent = {
+        name: roofline.percent(case, name, spread(samples.times(name)).median, peaks) for name in bench.contestants
+    }
     return Measured(case, samples, results.rows_of(case, samples, percent, saved, common))
-
-
-def _median(samples: Samples, name: str) -> float:
-    from .timing import spread
-
-    return spread(samples.times(name)).median
 
 
 class Store:
@@ -87,15 +89,16 @@ def run(
     store: Store,
     *,
     limit: float | None,
-    full: bool,
+    seconds: float,
+    extent: lineup.Extent,
     begin: Callable[[Case], None],
     done: Callable[[Planned, Measured], None],
 ) -> None:
     """Measure case after case, keeping each as soon as it is measured.
 
     Args:
-        limit: seconds that all of it may take. Where cases took longer than planned, those that are left get less
-            time each, and rounds down to FEWEST_ROUNDS.
+        limit: seconds that all of it may take, None for any. Where cases took longer than planned, those that are left
+            get less time each, and rounds down to FEWEST_ROUNDS; where they took less, up to `seconds` and ROUNDS.
         begin, done: called before and after each case.
 
     Raises `verify.WrongResultError` at the first contestant whose results are wrong.
@@ -107,21 +110,22 @@ def run(
         begin(item.case)
         effort = item.effort
         if limit is not None:
-            effort = shortened(effort, (limit - (time.perf_counter() - started)) / left)
-        measured = measure_case(item.case, effort, peaks, common, full)
+            effort = adjusted(effort, (limit - (time.perf_counter() - started)) / left, seconds)
+        measured = measure_case(item.case, effort, peaks, common, extent)
         store.keep(measured.rows)
         left = max(left - item.seconds, 1e-9)
         done(item, measured)
 
 
-def shortened(effort: Effort, share: float) -> Effort:
-    """The effort when only `share` of the planned time is left for it."""
-    if share >= 1:
-        return effort
+def adjusted(effort: Effort, share: float, seconds: float) -> Effort:
+    """The effort when `share` of the planned time is left for it; more than planned up to `seconds` and ROUNDS."""
     share = max(share, 0.0)
+    if share >= 1:
+        each, rounds = min(effort.seconds * share, max(seconds, effort.seconds)), effort.rounds * share
+        return Effort(each, max(effort.rounds, min(ROUNDS, int(rounds))), effort.most_seconds * min(share, 2.0))
     rounds = max(min(effort.rounds, FEWEST_ROUNDS), int(effort.rounds * share))
     # Without time to spare, disturbed rounds are not made up for either.
-    return replace(effort, seconds=effort.seconds * share, rounds=rounds, most_seconds=effort.most_seconds * share)
+    return Effort(effort.seconds * share, rounds, effort.most_seconds * share)
 
 
 def ours_row(rows: Sequence[Row], case: Case) -> Row:

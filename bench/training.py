@@ -71,7 +71,7 @@ class TrainingBench:
 
     baseline = lineup.FROZEN
 
-    def __init__(self, case: Case, full: bool = False) -> None:
+    def __init__(self, case: Case) -> None:
         self.case = case
         encoder = load_model(case.model)
         linears = adaptable_linears(encoder, case.model)

@@ -55,10 +55,10 @@ def test_single_factors_cover_what_they_vary() -> None:
     assert all(lineup.NO_DROPOUT in lineup.contestants(c) for c in GROUPS["dropout"])
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_every_case_has_ours_its_baseline_and_a_peer(full: bool) -> None:
+@pytest.mark.parametrize("extent", [lineup.USUAL, lineup.BRIEF, lineup.FULL], ids=lambda extent: extent.compiled)
+def test_every_case_has_ours_its_baseline_and_a_peer(extent: lineup.Extent) -> None:
     for case in all_cases():
-        names = lineup.contestants(case, full)
+        names = lineup.contestants(case, extent)
         assert lineup.ours(case) in names and len(names) == len(set(names)) >= 2
         assert names[0] == (lineup.PEFT_ALLOCATOR if case.operator == ALLOCATOR else lineup.FROZEN)
         assert any(name.startswith("peft ") for name in names), case.id
@@ -67,10 +67,11 @@ def test_every_case_has_ours_its_baseline_and_a_peer(full: bool) -> None:
 def test_full_compiles_every_unmasked_layer_and_leaves_nobody_out() -> None:
     compiled = [case for case in all_cases() if lineup.COMPILED in lineup.contestants(case)]
     assert {(case.K, case.N) for case in compiled} == set(cases.MIDDLES)
+    assert not any(lineup.compiles(case, lineup.BRIEF) for case in all_cases())
     for case in all_cases():
-        assert set(lineup.contestants(case)) <= set(lineup.contestants(case, full=True))
+        assert set(lineup.contestants(case)) <= set(lineup.contestants(case, lineup.FULL))
         unmasked = case.operator == cases.LAYER and not case.masking
-        assert (lineup.COMPILED in lineup.contestants(case, full=True)) == unmasked
+        assert (lineup.COMPILED in lineup.contestants(case, lineup.FULL)) == unmasked
 
 
 def test_cases_are_selected_by_group_part_and_glob() -> None:
@@ -102,7 +103,7 @@ def test_the_plan_keeps_to_the_time_and_rounds_asked_for() -> None:
 
 
 def test_compiling_is_paid_for_once_for_each_layer_and_pass() -> None:
-    chosen = [case for case in GROUPS["grid-fp32"] if lineup.compiles(case, False)]
+    chosen = [case for case in GROUPS["grid-fp32"] if lineup.compiles(case)]
     total = sum(item.seconds for item in plan.plan(chosen, limit=None))
     layers = len({(case.K, case.N, case.direction) for case in chosen})
     alone = sum(plan.plan([case], limit=None)[0].seconds for case in chosen)

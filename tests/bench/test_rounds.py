@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from peftkernels.bench import timing
-from peftkernels.bench.runner import shortened
+from peftkernels.bench.runner import adjusted
 from peftkernels.bench.timing import Effort, Samples, interleave, spread
 
 DRIFT = 0.1
@@ -112,8 +112,11 @@ def test_quartiles_and_fifths() -> None:
     assert (found.p20, found.p80) == (pytest.approx(1.8), pytest.approx(4.2))
 
 
-def test_late_runs_shorten_what_is_left() -> None:
-    effort = Effort(2.0, 6, 12.0)
-    assert shortened(effort, 1.5) == effort
-    assert shortened(effort, 0.75) == Effort(1.5, 4, 9.0)
-    assert shortened(effort, -1.0) == Effort(0.0, 3, 0.0)
+def test_late_runs_shorten_what_is_left_and_early_ones_lengthen_it() -> None:
+    effort = Effort(2.0, 5, 12.0)
+    assert adjusted(effort, 0.8, 2.0) == Effort(1.6, 4, pytest.approx(9.6))
+    assert adjusted(effort, -1.0, 2.0) == Effort(0.0, 3, 0.0)
+    assert adjusted(effort, 1.5, 2.0) == Effort(2.0, 5, 18.0)
+    squeezed = Effort(0.5, 3, 3.0)
+    assert adjusted(squeezed, 1.5, 2.0) == Effort(0.75, 4, 4.5)
+    assert adjusted(squeezed, 9.0, 2.0) == Effort(2.0, 5, 6.0)

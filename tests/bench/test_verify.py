@@ -77,7 +77,7 @@ def test_a_wrong_kernel_is_caught(fault: str, impl: str, monkeypatch: pytest.Mon
     with pytest.raises(
         WrongResultError, match=rf"^forward\+backward/96x64/.*: {wrong.replace('+', '.')}: {what} is wr"
     ):
-        runner.build_and_verify(RIGHT["no bias"], full=False)
+        runner.build_and_verify(RIGHT["no bias"])
 
 
 def test_a_scaled_adapter_is_caught_with_and_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
