@@ -24,7 +24,7 @@ from .runner import Measured, Store
 from .table import print_list, print_tables
 from .verify import WrongResultError
 
-QUICK_SECONDS, QUICK_LIMIT = 0.6, 60.0
+QUICK_SECONDS, QUICK_LIMIT = 1.0, 45.0
 LINES_WIDTH = 200
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, at_least: Callable[[int], Cal
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="a minute: a few cases, or those named, in short")
     length.add_argument(
-        "--full", action="store_true", help="every contestant in every case, however long it takes (about two hours)"
+        "--full", action="store_true", help="every contestant in every case, however long it takes (an hour on two cores)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON as well")
     parser.add_argument(
