@@ -17,6 +17,8 @@ SECONDS, ROUNDS = 1.2, 5
 LIMIT_SECONDS = 27 * 60.0
 FEWEST_ROUNDS = 3
 COMPILE_SECONDS = 25.0
+# Seconds for an element of a result, converted to float64 and compared.
+_COMPARED = 40e-9
 # Random numbers drawn a second, casts included.
 _DRAWN = 60e6
 # Time of a call's products over the frozen layer's, as it was seen, rounded up.
@@ -78,7 +80,7 @@ def estimate(case: Case, extent: lineup.Extent = lineup.USUAL, peaks: Peaks = AS
     )
     # Verified are y in float64 and in plain PyTorch, and three such products for the gradients.
     products = 2 * m * n * k * (4 if case.trains else 1)
-    verifying = products * (3 / peaks.flops[torch.float32] + 2 / peaks.flops[dtype]) + 0.02
+    verifying = products * (3 / peaks.flops[torch.float32] + 2 / peaks.flops[dtype]) + _COMPARED * m * max(n, k)
     drawing = (2 * m * max(n, k) + n * k) / _DRAWN
     compiling = COMPILE_SECONDS if lineup.COMPILED in names else 0.0
     return Estimate(drawing + verifying + compiling, repeats * once)

@@ -124,8 +124,8 @@ def adjusted(effort: Effort, share: float, seconds: float) -> Effort:
         each, rounds = min(effort.seconds * share, max(seconds, effort.seconds)), effort.rounds * share
         return Effort(each, max(effort.rounds, min(ROUNDS, int(rounds))), effort.most_seconds * min(share, 2.0))
     rounds = max(min(effort.rounds, FEWEST_ROUNDS), int(effort.rounds * share))
-    # Without time to spare, disturbed rounds are not made up for either.
-    return Effort(effort.seconds * share, rounds, effort.most_seconds * share)
+    # Without time to spare, disturbed rounds are not made up for either; a third is what the rounds take undisturbed.
+    return Effort(effort.seconds * share, rounds, effort.most_seconds * max(share, 1 / 3))
 
 
 def ours_row(rows: Sequence[Row], case: Case) -> Row:

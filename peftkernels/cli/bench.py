@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, at_least: Callable[[int], Cal
     parser.add_argument("--list", action="store_true", help="print the cases, and how long each takes, and stop")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="a minute: a few cases, or those named, in short")
-    length.add_argument(
-        "--full", action="store_true", help="every contestant in every case, however long it takes (an hour on two cores)"
-    )
+    length.add_argument("--full", action="store_true", help="every contestant in every case: over an hour on two cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON as well")
     parser.add_argument(
         "--histogram", type=Path, metavar="PREFIX", help="draw pytest-benchmark's histograms, PREFIX-<case>.svg"

@@ -29,6 +29,18 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "measure_peaks", lambda: roofline.ASSUMED)
 
 
+def test_the_suite_is_part_of_the_package() -> None:
+    """bench/ is installed as peftkernels.bench, its results are not."""
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    setuptools = pytest.importorskip("setuptools", reason="finding packages as a build does needs setuptools")
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = setuptools.find_namespace_packages(str(root), **settings)
+    assert "peftkernels.bench" in found and "peftkernels.cli" in found
+    assert not [name for name in found if name.startswith(("bench", "peftkernels.bench."))]
+    assert (root / "peftkernels" / "bench").resolve() == root / "bench"
+
+
 def test_list_names_cases_groups_and_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     out = capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_quartiles_and_fifths() -> None:
 def test_late_runs_shorten_what_is_left_and_early_ones_lengthen_it() -> None:
     effort = Effort(2.0, 5, 12.0)
     assert adjusted(effort, 0.8, 2.0) == Effort(1.6, 4, pytest.approx(9.6))
-    assert adjusted(effort, -1.0, 2.0) == Effort(0.0, 3, 0.0)
+    assert adjusted(effort, -1.0, 2.0) == Effort(0.0, 3, 4.0)
     assert adjusted(effort, 1.5, 2.0) == Effort(2.0, 5, 18.0)
     squeezed = Effort(0.5, 3, 3.0)
     assert adjusted(squeezed, 1.5, 2.0) == Effort(0.75, 4, 4.5)
