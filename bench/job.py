@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from peftkernels.cli.bench import Options
 from peftkernels.dispatch import backend_status
@@ -150,29 +151,36 @@ def _check_comparable(path: Path) -> None:
         raise InputError(f"--compare: {path}: found no pytest-benchmark results, expected what --json wrote")
 
 
+def minutes(seconds: float) -> str:
+    """In words: seconds up to a minute and a half, then minutes."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 class _Progress:
     """A bar with the time left on a terminal, a line for each case anywhere else; on standard error."""
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self._console = Console(stderr=True)
         self._total = len(planned)
-        self._left = sum(item.seconds for item in planned)
+        self._planned = sum(item.seconds for item in planned)
+        self._done = 0.0
+        self._began = time.monotonic()
         self._number = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[cases]}"),
-            TextColumn("about"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: TaskID = self._bar.add_task("starting", total=self._left, cases=f"0/{self._total}")
+        self._task: TaskID = self._bar.add_task("starting", total=self._planned, cases=f"0/{self._total}", left="")
 
     def __enter__(self) -> _Progress:
         self._bar.start()
         if not self._console.is_terminal:
-            self._say(f"{self._total} cases, about {self._left / 60:.0f} minutes")
+            self._say(f"{self._total} cases, about {minutes(self._planned)}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,13 +191,18 @@ class _Progress:
 
     def begin(self, case: Case) -> None:
         """Say what is being measured."""
-        self._bar.update(self._task, description=case.id)
+        self._bar.update(self._task, description=case.id, left=f"{self._time_left()} left")
+
+    def _time_left(self) -> str:
+        """At the pace so far; cases last from a second to minutes, too unequal for a bar to tell by itself."""
+        pace = (time.monotonic() - self._began) / self._done if self._done else 1.0
+        return minutes(max(0.0, self._planned - self._done) * pace)
 
     def done(self, item: Planned, found: Measured) -> None:
         """Say what came out, and how long is left."""
         self._number += 1
-        self._left = max(0.0, self._left - item.seconds)
-        self._bar.update(self._task, advance=item.seconds, cases=f"{self._number}/{self._total}")
+        self._done += item.seconds
+        self._bar.update(self._task, advance=item.seconds, cases=f"{self._number}/{self._total}", left="")
         own = runner.ours_row(found.rows, item.case)
         rounds = f"{own.rounds} rounds" + (f", {own.discarded} discarded" if own.discarded else "")
         ratios = "  ".join(
@@ -197,5 +210,5 @@ class _Progress:
             for row in found.rows
             if row.contestant != lineup.FROZEN
         )
-        left = "" if self._console.is_terminal else f"[{self._number}/{self._total}, {self._left / 60:.0f} min left] "
+        left = "" if self._console.is_terminal else f"[{self._number}/{self._total}, {self._time_left()} left] "
         self._say(f"{left}{item.case.id}: {ratios}  ({rounds}{', DISTURBED' if own.disturbed else ''})")

@@ -95,5 +95,5 @@ def print_list(console: Console, cases: Sequence[Case], seconds: Sequence[float]
     """Ids with the seconds each is expected to take."""
     for case, each in zip(cases, seconds, strict=True):
         console.print(f"{each:7.1f} s  {case.id}", highlight=False, soft_wrap=True)
-    console.print(f"{len(cases)} cases, about {sum(seconds) / 60:.0f} minutes", highlight=False)
+    console.print(f"{len(cases)} cases, about {max(1, round(sum(seconds) / 60))} min", highlight=False)
     console.print(f"groups: {', '.join(GROUPS)}", highlight=False, soft_wrap=True)

@@ -45,7 +45,7 @@ def test_list_names_cases_groups_and_minutes(capsys: pytest.CaptureFixture[str])
     assert main(["bench", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {case.id}\n" in out for case in cases.all_cases())
-    assert "groups: grid-fp32, grid-bf16, grid-mixed" in out and "minutes" in out
+    assert "groups: grid-fp32, grid-bf16, grid-mixed" in out and " min\n" in out
     assert main(["bench", "--list", "tiny"]) == 0
     assert capsys.readouterr().out.count(" s  ") == 2
 
@@ -55,7 +55,7 @@ def test_quick_measures_keeps_and_prints(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*arguments, "--json", str(tmp_path / "first.json")]) == 0
     shown = capsys.readouterr()
     assert TINY[0].id in shown.out and "× peftkernels" in shown.out and "written: " in shown.out
-    assert "2 cases, about" in shown.err and f"[2/2, 0 min left] {TINY[1].id}: library GEMM + addmm" in shown.err
+    assert "2 cases, about" in shown.err and f"[2/2, 0 s left] {TINY[1].id}: library GEMM + addmm" in shown.err
     (found,) = (tmp_path / "out").glob("*1-threads.csv")
     with found.open(newline="") as file:
         rows = list(csv.DictReader(file))
