@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test demo lint bench readme wheel clean
+.PHONY: help install test demo lint bench report wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -32,14 +32,14 @@ lint: install  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install  ## time lora_linear against the bare frozen layer and eager LoRA; writes bench/results/
-	$(BIN)/python -m bench.lora_linear $(ARGS)
+bench: install  ## measure all cases, or CASE=..., into bench/results/ (under half an hour on two cores)
+	$(BIN)/peftkernels bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
 
-readme: install  ## write the tables of README.md from bench/results/
-	$(BIN)/python -m bench.readme $(ARGS)
+report: install  ## write the tables of README.md and bench/plots/ from bench/results/
+	$(BIN)/python -m bench.report $(ARGS)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## remove what was built, and the virtual environment
-	rm -rf $(VENV) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Measurements whose results are committed under `bench/results/`."""
+"""The benchmark suite: cases, contestants, measurement, goals and report. Installed as `peftkernels.bench`."""

@@ -1,4 +1,4 @@
-"""Command line: ``peftkernels doctor`` and ``peftkernels demo``. Arguments only; the work is elsewhere."""
+"""Command line: ``peftkernels doctor``, ``demo`` and ``bench``. Arguments only; the work is elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peftkernels import __version__
+from peftkernels.cli import bench
 from peftkernels.cli.demo.options import DEFAULT_OUT, QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options, parse_runs
 from peftkernels.cli.demo.recipe import RUN_NAMES
 
@@ -24,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from peftkernels.cli.doctor import run_doctor
 
         return run_doctor(as_json=chosen.json)
+    if chosen.command == "bench":
+        values = {**vars(chosen), "cases": tuple(chosen.cases)}
+        del values["command"]
+        return bench.run(bench.Options(**values))
     return _demo(chosen)
 
 
@@ -49,6 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
             description=_DEMO_DESCRIPTION,
             epilog=_DEMO_EPILOG,
         )
+    )
+    bench.add_arguments(
+        commands.add_parser(
+            "bench",
+            help="time this installation beside the frozen layer and HF peft",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=bench.DESCRIPTION,
+            epilog=bench.EPILOG,
+        ),
+        _at_least,
     )
     return parser
 

@@ -1,0 +1,121 @@
+"""Writes the README's tables and the plots from the files under `bench/results/`.
+
+    python -m bench.report [--demo peftkernels-demo/results.json] [--results DIR] [--readme FILE] [--plots DIR]
+
+`--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import readme_tables, results
+from .plots import draw_all
+from .results import ResultsError, Row
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PLOTS, README = HERE / "results", HERE / "plots", HERE.parent / "README.md"
+
+
+class ReportError(Exception):
+    """Something that the report needs is missing or cannot be used."""
+
+
+def replace_between(text: str, marker: str, content: str) -> str:
+    """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise ReportError(f"README: found no markers {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write beside `path`, then replace it."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def keep_demo(source: Path, folder: Path) -> None:
+    """Keep what a demo's results.json says of steps, accuracies and losses; not where it wrote its files."""
+    try:
+        found = json.loads(source.read_text())
+        kept = {key: found[key] for key in ("date", "seconds", "versions", "data", "runs", "agreement")}
+        kept["machine"] = {key: value for key, value in found["machine"].items() if key != "system"}
+        kept["timing"] = {key: value for key, value in found["timing"].items() if key != "milliseconds"}
+    except (OSError, ValueError, KeyError) as error:
+        raise ReportError(f"--demo: {source}: cannot be read as a demo's results.json: {error!r}") from error
+    for run in kept["runs"].values():
+        run.pop("masks", None)
+        run.pop("training_loop_milliseconds", None)
+    name = Path(results.file_name()).stem
+    replace_file(folder / f"demo-{name}.json", json.dumps(kept, indent=1) + "\n")
+
+
+def load(folder: Path) -> dict[Path, list[Row]]:
+    """Rows by results file; raises ReportError without any."""
+    files = {path: results.read(path) for path in sorted(folder.glob("*.csv"))}
+    if not any(files.values()):
+        raise ReportError(f"{folder}: found no results (*.csv); run `make bench` first")
+    return files
+
+
+def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
+    """Write everything; returns the files."""
+    files = load(folder)
+    demos = sorted(folder.glob("demo-*.json"))
+    if not demos:
+        raise ReportError(f"{folder}: found no demo-*.json; run `make demo`, then `make report ARGS='--demo FILE'`")
+    try:
+        text = readme.read_text()
+    except OSError as error:
+        raise ReportError(f"--readme: {readme}: {error.strerror}") from error
+    pages = {
+        "goals": [f"{readme_tables.goals(rows)}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
+        "layers": [readme_tables.layers(readme_tables.Figures(rows)) for rows in files.values()],
+        "training": [readme_tables.training(readme_tables.Figures(rows)) for rows in files.values()],
+        "memory": [readme_tables.memory(readme_tables.Figures(rows)) for rows in files.values()],
+        "demo": [readme_tables.demo(path) for path in demos],
+    }
+    drawn: list[Path] = []
+    links = []
+    for path, rows in files.items():
+        found = draw_all(rows, plots, prefix="" if len(files) == 1 else f"{path.stem}-")
+        drawn += [plot.path for plot in found]
+        links += [f"![{plot.title}]({os.path.relpath(plot.path, readme.parent)})" for plot in found]
+    pages["plots"] = ["\n\n".join(links) or "Too few cases were measured to draw any."]
+    for marker, parts in pages.items():
+        text = replace_between(text, marker, "\n\n".join(parts))
+    replace_file(readme, text)
+    return [readme, *drawn]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description="Write README.md's tables and bench/plots/ from bench/results/."
+    )
+    parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: README.md")
+    parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
+    options = parser.parse_args(arguments)
+    try:
+        if options.demo is not None:
+            keep_demo(options.demo, options.results)
+        for path in write_report(options.results, options.readme, options.plots):
+            print(f"written: {path}")
+    except (ReportError, ResultsError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Turns within rounds: every contestant once in each, in an order that rotates; only ratios within a round are kept.
+
+Other processes' share of the machine can be told from a hundred milliseconds on, so rounds are watched in windows of
+that length, and a window in which they used more than 6 % is thrown away with all its rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from peftkernels.cli.demo.load import ForeignLoad
+
+MOST_FOREIGN_SHARE = 0.06
+WINDOW_SECONDS = 0.2
+# A turn lasts at least so long, so that the clock and the change from one contestant to the next do not count.
+TURN_SECONDS = 3e-3
+FEWEST_ROUNDS = 3
+
+
+class Bench(Protocol):
+    """What can be timed: named contestants that take turns; `baseline` is what ratios are relative to."""
+
+    @property
+    def baseline(self) -> str: ...
+
+    @property
+    def contestants(self) -> dict[str, object]: ...
+
+    def prepare(self, name: str) -> None:
+        """Called before each turn, off the clock."""
+
+    def turn(self, name: str, first: int, repeats: int) -> None:
+        """Run the contestant `repeats` times, on the inputs from number `first` on."""
+
+
+class _Load(AbstractContextManager["_Load"], Protocol):
+    @property
+    def share(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is measured: `seconds`, and on until `rounds` undisturbed rounds, `most_seconds` at the most."""
+
+    seconds: float
+    rounds: int
+    most_seconds: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rounds that count, as seconds a call by contestant.
+
+    discarded  rounds thrown away because other processes disturbed them
+    disturbed  True when most rounds were disturbed; the ratios are then not to be relied on
+    """
+
+    baseline: str
+    rounds: tuple[dict[str, float], ...]
+    discarded: int = 0
+    disturbed: bool = False
+
+    def times(self, name: str) -> list[float]:
+        """A contestant's seconds in every counted round."""
+        return [sample[name] for sample in self.rounds]
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """Time of `name` over time of `to` in the same round."""
+        return [sample[name] / sample[to] for sample in self.rounds]
+
+
+def interleave(
+    bench: Bench,
+    effort: Effort,
+    *,
+    load: Callable[[], _Load] = ForeignLoad,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples:
+    """Measure the contestants of `bench` against each other.
+
+    Args:
+        load: a context manager whose `share` tells, afterwards, what part of the machine other processes used.
+        clock: seconds.
+    """
+    names = list(bench.contestants)
+    for name in names:
+        bench.prepare(name)
+        bench.turn(name, 0, 1)
+    repeats = _repeats(bench, clock)
+    quiet: list[dict[str, float]] = []
+    loud: list[dict[str, float]] = []
+    started = clock()
+    while True:
+        window: list[dict[str, float]] = []
+        opened = clock()
+        with load() as watched:
+            while not window or clock() - opened < WINDOW_SECONDS:
+                number = len(quiet) + len(loud) + len(window)
+                window.append(_round(bench, names, number, repeats, clock))
+        undisturbed = watched.share is None or watched.share <= MOST_FOREIGN_SHARE
+        (quiet if undisturbed else loud).extend(window)
+        spent = clock() - started
+        if (spent >= effort.seconds and len(quiet) >= effort.rounds) or spent >= effort.most_seconds:
+            break
+    return _samples(bench.baseline, quiet, loud, min(FEWEST_ROUNDS, effort.rounds))
+
+
+def _repeats(bench: Bench, clock: Callable[[], float]) -> int:
+    """Calls of one turn: so many that the baseline takes TURN_SECONDS."""
+    bench.prepare(bench.baseline)
+    begin = clock()
+    bench.turn(bench.baseline, 0, 1)
+    once = clock() - begin
+    if once >= TURN_SECONDS:
+        return 1
+    guess = max(1, int(TURN_SECONDS / max(once, 1e-9) / 4))
+    begin = clock()
+    bench.turn(bench.baseline, 0, guess)
+    return max(1, round(TURN_SECONDS / max((clock() - begin) / guess, 1e-9)))
+
+
+def _round(
+    bench: Bench, names: Sequence[str], number: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    start = number % len(names)
+    sample = {}
+    for name in (*names[start:], *names[:start]):
+        bench.prepare(name)
+        begin = clock()
+        bench.turn(name, number * repeats, repeats)
+        sample[name] = (clock() - begin) / repeats
+    return sample
+
+
+def _samples(baseline: str, quiet: list[dict[str, float]], loud: list[dict[str, float]], fewest: int) -> Samples:
+    if len(quiet) < fewest:
+        return Samples(baseline, (*quiet, *loud), 0, True)
+    return Samples(baseline, tuple(quiet), len(loud), len(loud) > len(quiet))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and fifths of some numbers."""
+
+    median: float
+    p20: float
+    p25: float
+    p75: float
+    p80: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one number or more, by linear interpolation between neighbours."""
+    if len(values) == 1:
+        return Spread(*[values[0]] * 5)
+    quarters = statistics.quantiles(values, n=4, method="inclusive")
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(quarters[1], fifths[0], quarters[0], quarters[2], fifths[3])

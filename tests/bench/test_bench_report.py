@@ -1,0 +1,117 @@
+"""README tables and plots come from the results file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import made_up
+import pytest
+
+from peftkernels.bench import readme_tables, report, results
+from peftkernels.bench.cases import GROUPS, all_cases
+
+MARKERS = ("goals", "layers", "training", "memory", "plots", "demo")
+ROOT = Path(__file__).parents[2]
+DEMO = {
+    "date": "2026-01-02T03:04:05",
+    "seconds": 1.0,
+    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    "data": {},
+    "agreement": [],
+    "machine": {"processor": "a processor", "threads": 2, "system": "kept out"},
+    "timing": {"rounds": 3, "discarded": 0, "disturbed": False, "milliseconds": {"kept": "out"}},
+    "runs": {
+        "adalora": {
+            "accuracy": 0.5,
+            "milliseconds": 20.0,
+            "ratio": 0.96,
+            "ratio_p25": 0.95,
+            "ratio_p75": 0.97,
+            "live_ranks": 8,
+            "total_ranks": 12,
+            "trainable_parameters": 1234,
+            "saved_bytes": 1_000_000,
+            "masks": {"kept": "out"},
+        }
+    },
+}
+
+
+def _readme(path: Path) -> Path:
+    path.write_text("top\n" + "\n".join(f"<!-- {m} -->\nold {m}\n<!-- /{m} -->" for m in MARKERS) + "\nbottom\n")
+    return path
+
+
+def _arguments(tmp_path: Path) -> list[str]:
+    return [
+        f"--results={tmp_path / 'results'}",
+        f"--readme={_readme(tmp_path / 'README.md')}",
+        f"--plots={tmp_path / 'plots'}",
+    ]
+
+
+def test_the_readme_has_every_marker() -> None:
+    text = (ROOT / "README.md").read_text()
+    for marker in MARKERS:
+        report.replace_between(text, marker, "")
+
+
+def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(made_up.rows(all_cases(), ours=0.5), tmp_path / "results" / "machine.csv")
+    (tmp_path / "demo.json").write_text(json.dumps(DEMO))
+    assert report.main([*_arguments(tmp_path), f"--demo={tmp_path / 'demo.json'}"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("top\n") and text.endswith("\nbottom\n") and "old " not in text
+    assert "| 768×3072 | 0.50 (1.25) | 0.50 (1.25) | 0.50 (1.25) | 0.50 (1.25) | 0.50 (1.25) |" in text
+    assert "**fp32, forward + backward: geometric mean 0.50 (1.25)**" in text
+    assert "| fp32 forward, over frozen | ≤ 0.82 (geometric mean) | 0.50 | reached |" in text
+    assert "commit abc1234" in text and "torch 2.13.0" in text and "2026-01-02" in text
+    assert "| MiniLM, 1024 tokens, 36 modules | peft AdaLoRA | 2.5 | 1.25 (1.25–1.25) | 0.40 | 1.5 MB |" in text
+    assert "0.96 (0.95–0.97) | 8 / 12" in text
+    (kept,) = (tmp_path / "results").glob("demo-*.json")
+    assert "kept" not in kept.read_text().replace("kept out", "kept")
+    pictures = sorted((tmp_path / "plots").iterdir())
+    assert len(pictures) == 4 and all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
+    assert all(f"](plots/{p.name})" in text for p in pictures)
+    assert capsys.readouterr().out.count("written: ") == 5
+    before = [p.read_bytes() for p in pictures]
+    assert report.main(_arguments(tmp_path)) == 0
+    assert [p.read_bytes() for p in pictures] == before
+
+
+def test_a_disturbed_cell_is_marked() -> None:
+    case = GROUPS["grid-fp32"][0]
+    rows = made_up.measured(case, disturbed=True).rows
+    assert "| 0.50! (1.25) |" in readme_tables.layers(readme_tables.Figures(rows))
+    assert "In 1 cases (marked !)" in readme_tables.provenance(rows)
+
+
+def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(_arguments(tmp_path)) == 2
+    assert "found no results (*.csv); run `make bench` first" in capsys.readouterr().err
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    assert report.main(_arguments(tmp_path)) == 2
+    assert "found no demo-*.json" in capsys.readouterr().err
+    assert report.main([*_arguments(tmp_path), f"--demo={tmp_path / 'none.json'}"]) == 2
+    assert "--demo:" in capsys.readouterr().err
+    assert "old goals" in (tmp_path / "README.md").read_text()
+
+
+def test_few_cases_make_no_plots(tmp_path: Path) -> None:
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    (tmp_path / "results" / "demo-x.json").write_text(json.dumps(DEMO))
+    assert report.main(_arguments(tmp_path)) == 0
+    assert list((tmp_path / "plots").iterdir()) == []
+    assert "Too few cases were measured to draw any." in (tmp_path / "README.md").read_text()
+
+
+def test_a_missing_marker_is_an_error_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    (tmp_path / "results" / "demo-x.json").write_text(json.dumps(DEMO))
+    arguments = _arguments(tmp_path)
+    text = (tmp_path / "README.md").read_text().replace("<!-- /goals -->", "")
+    (tmp_path / "README.md").write_text(text)
+    assert report.main(arguments) == 2
+    assert "found no markers <!-- goals --> and <!-- /goals -->" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == text
