@@ -135,8 +135,8 @@ def _bytes_or_share(name: str, limit: int | str) -> tuple[int | None, float | No
         if unit in _UNITS and number * _UNITS[unit] < 2**63:
             return int(number * _UNITS[unit]), None
     raise ValueError(
-        f"{name}: found {limit!r}, expected a number of bytes such as 4GiB, 500MB or 0, a share of the available memory "
-        "from 0% to 100%, or unlimited"
+        f"{name}: found {limit!r}, expected a number of bytes such as 4GiB, 500MB or 0, a share of the available "
+        "memory from 0% to 100%, or unlimited"
     )
 
 

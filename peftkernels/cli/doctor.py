@@ -164,8 +164,8 @@ def _describe_pack_cache(found: dict[str, Any]) -> list[str]:
         f"  {'kept':<14}{_readable(found['bytes'])}: packs {found['entries']}, weights {found['weights']}",
         f"  {'no room for':<14}weights {found['refused']}",
         f"  {'calls':<14}{found['hits']} found a pack, {found['misses']} made one",
-        "  A packed weight takes as much memory again as the weight, for each of forward and backward; layers that share",
-        "  a weight share its packs. PEFTKERNELS_CPU_PACK=forward keeps the first only, off keeps none;",
+        "  A packed weight takes as much memory again as the weight, for each of forward and backward; layers that",
+        "  share a weight share its packs. PEFTKERNELS_CPU_PACK=forward keeps the first only, off keeps none;",
         "  PEFTKERNELS_CPU_PACK_LIMIT (4GiB, 25%, unlimited) bounds them all.",
     ]
 
