@@ -14,8 +14,8 @@
 #include <pthread.h>
 #endif
 
+#include "known_weight.h"
 #include "memory.h"
-#include "weight_sample.h"
 
 namespace peftkernels::cpu {
 namespace {
@@ -23,83 +23,7 @@ namespace {
 // Weights that died without a word (see `watch`) are looked for this often, and before a pack is made.
 constexpr int64_t kCallsPerSweep = 1024;
 
-struct Key {
-  explicit Key(const at::Tensor& weight)
-      : storage(weight.storage().unsafeGetStorageImpl()),
-        offset(weight.storage_offset()),
-        rows(weight.size(0)),
-        columns(weight.size(1)),
-        row_stride(weight.stride(0)),
-        column_stride(weight.stride(1)) {}
-
-  bool operator==(const Key& other) const {
-    return storage == other.storage && offset == other.offset && rows == other.rows && columns == other.columns &&
-        row_stride == other.row_stride && column_stride == other.column_stride;
-  }
-
-  const c10::StorageImpl* storage;
-  int64_t offset, rows, columns, row_stride, column_stride;
-};
-
-struct KeyHash {
-  size_t operator()(const Key& key) const {
-    return std::hash<const void*>()(key.storage) + static_cast<size_t>(key.offset);
-  }
-};
-
-struct Pack {
-  at::ScalarType dtype;
-  Direction direction;
-  int64_t group;
-  at::Tensor panels;
-};
-
-uint32_t version_of(const at::Tensor& weight) {
-  const auto& counter = weight.unsafeGetTensorImpl()->version_counter();
-  return counter.enabled() ? counter.current_version() : 0;
-}
-
-struct Weight {
-  explicit Weight(const at::Tensor& weight)
-      : storage(weight.storage().getWeakStorageImpl()),
-        memory(weight.storage().data()),
-        data(weight.const_data_ptr()),
-        version(version_of(weight)),
-        sample(weight) {}
-
-  bool is(const at::Tensor& weight) const {
-    return data == weight.const_data_ptr() && version == version_of(weight) && sample.matches(data);
-  }
-
-  const Pack* find(at::ScalarType dtype, Direction direction, int64_t group) const {
-    for (const auto& pack : packs) {
-      if (pack.direction == direction && pack.dtype == dtype && pack.group == group) {
-        return &pack;
-      }
-    }
-    return nullptr;
-  }
-
-  int64_t bytes() const {
-    int64_t sum = 0;
-    for (const auto& pack : packs) {
-      sum += static_cast<int64_t>(pack.panels.nbytes());
-    }
-    return sum;
-  }
-
-  // Weak: keeps the storage's address from being used again, but not its memory.
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void *memory, *data;
-  uint32_t version;
-  WeightSample sample;
-  std::vector<Pack> packs;
-  int64_t used = 0;
-  // Of a refused weight: the bytes there was no room for, and how often they have been asked for since when.
-  int64_t wanted = 0, asked = 0, asked_since = 0;
-};
-
-using Weights = std::unordered_map<Key, Weight, KeyHash>;
+using Weights = std::unordered_map<WeightKey, KnownWeight, WeightKeyHash>;
 
 // What was taken out of the cache while it was locked, to be freed when it no longer is: unmapping memory takes its
 // time, and the last reference to a storage may need Python's lock.
@@ -147,7 +71,7 @@ struct Cache {
     return bytes ? *bytes - held() - promised : std::numeric_limits<int64_t>::max();
   }
 
-  void drop_packs(Weight& weight, Dropped& dropped) {
+  void drop_packs(KnownWeight& weight, Dropped& dropped) {
     dropped.push_back({weight.storage, std::move(weight.packs)});
     weight.packs.clear();
   }
@@ -166,11 +90,11 @@ struct Cache {
   }
 
   void erase_dead(Dropped& dropped) {
-    erase_if([](const Weight& weight) { return weight.storage.expired(); }, dropped);
+    erase_if([](const KnownWeight& weight) { return weight.storage.expired(); }, dropped);
   }
 
   // What is known of the weight as it is now. What was known of it as it was before a change is dropped.
-  Weight* find(const Key& key, const at::Tensor& weight, Dropped& dropped) {
+  KnownWeight* find(const WeightKey& key, const at::Tensor& weight, Dropped& dropped) {
     const auto found = weights.find(key);
     if (found == weights.end()) {
       return nullptr;
@@ -183,7 +107,7 @@ struct Cache {
   }
 
   // Whether `bytes` more may be kept for the weight; they are promised then.
-  bool admit(Weight& weight, int64_t bytes, Dropped& dropped) {
+  bool admit(KnownWeight& weight, int64_t bytes, Dropped& dropped) {
     if (weight.wanted > 0 && !asked_enough(weight, dropped)) {
       return false;
     }
@@ -200,7 +124,7 @@ struct Cache {
   }
 
   // Counts a request of a refused weight; true when there is room for it, made at the cost of others if need be.
-  bool asked_enough(Weight& weight, Dropped& dropped) {
+  bool asked_enough(KnownWeight& weight, Dropped& dropped) {
     if (++weight.asked < kPatience) {
       return false;
     }
@@ -222,7 +146,7 @@ struct Cache {
 
   // Drops the packs of weights, those first that have not been used for longest, until `bytes` are dropped.
   void drop_oldest(int64_t bytes, Dropped& dropped) {
-    std::vector<Weight*> oldest;
+    std::vector<KnownWeight*> oldest;
     for (auto& [key, weight] : weights) {
       oldest.push_back(&weight);
     }
@@ -241,9 +165,12 @@ Cache& cache() {
   // Never destroyed: threads may still run kernels while static objects are torn down.
   static Cache* const instance = [] {
 #if !defined(_WIN32)
-    // A child gets the cache as no other thread holds it.
-    pthread_atfork(
-        [] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
+    // A child gets the cache as it is while no thread has it locked; threads that were making packs are gone there.
+    const auto in_child = [] {
+      cache().promised = 0;
+      cache().mutex.unlock();
+    };
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, in_child);
 #endif
     return new Cache;
   }();
@@ -255,7 +182,7 @@ void forget(const void* memory) {
   auto& state = cache();
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
-  state.erase_if([memory](const Weight& weight) { return weight.memory == memory; }, dropped);
+  state.erase_if([memory](const KnownWeight& weight) { return weight.memory == memory; }, dropped);
 }
 
 // Takes the packs along when the weight's memory is freed. Only memory of torch's own allocator can tell, whose way of
@@ -287,7 +214,7 @@ struct Promise {
 at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction) {
   const int64_t group = depth_group_of(dtype);
   const int64_t bytes = packed_bytes(weight, dtype, direction, group);
-  const Key key(weight);
+  const WeightKey key(weight);
   auto& state = cache();
   Dropped dropped;
   bool keep = false;
@@ -308,7 +235,7 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
     if (keeps(state.mode, direction)) {
       state.erase_dead(dropped);
       if (known == nullptr) {
-        known = &state.weights.emplace(key, Weight(weight)).first->second;
+        known = &state.weights.emplace(key, KnownWeight(weight)).first->second;
         known->used = state.clock;
         watch(weight);
       }
@@ -325,7 +252,8 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
   auto panels = pack(weight, dtype, direction, group, /*kept=*/true);
   const std::lock_guard<std::mutex> guard(state.mutex);
   auto* const known = state.find(key, weight, dropped);
-  if (known == nullptr || !keeps(state.mode, direction)) {
+  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread.
+  if (known == nullptr || known->wanted > 0 || !keeps(state.mode, direction)) {
     return panels;
   }
   if (const auto* const found = known->find(dtype, direction, group)) {
@@ -341,7 +269,7 @@ bool is_refused(const at::Tensor& weight) {
     return false;
   }
   const std::lock_guard<std::mutex> guard(state.mutex);
-  const auto found = state.weights.find(Key(weight));
+  const auto found = state.weights.find(WeightKey(weight));
   return found != state.weights.end() && found->second.wanted > 0;
 }
 
@@ -350,7 +278,7 @@ bool ask_again(const at::Tensor& weight) {
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
   ++state.clock;
-  const auto found = state.weights.find(Key(weight));
+  const auto found = state.weights.find(WeightKey(weight));
   return found == state.weights.end() || found->second.wanted == 0 || state.asked_enough(found->second, dropped);
 }
 
@@ -370,7 +298,7 @@ void set_pack_mode(PackMode mode) {
     dropped.push_back({weight.storage, {first, weight.packs.end()}});
     weight.packs.erase(first, weight.packs.end());
   }
-  state.erase_if([](const Weight& weight) { return weight.packs.empty(); }, dropped);
+  state.erase_if([](const KnownWeight& weight) { return weight.packs.empty(); }, dropped);
 }
 
 void set_pack_limit(const PackLimit& limit) {
@@ -380,7 +308,7 @@ void set_pack_limit(const PackLimit& limit) {
   state.limit = limit;
   state.drop_oldest(-state.room(), dropped);
   // Those that were refused may ask anew.
-  state.erase_if([](const Weight& weight) { return weight.packs.empty(); }, dropped);
+  state.erase_if([](const KnownWeight& weight) { return weight.packs.empty(); }, dropped);
 }
 
 PackCacheStats pack_cache_stats() {
@@ -400,7 +328,7 @@ void clear_pack_cache() {
   auto& state = cache();
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
-  state.erase_if([](const Weight&) { return true; }, dropped);
+  state.erase_if([](const KnownWeight&) { return true; }, dropped);
 }
 
 } // namespace peftkernels::cpu
