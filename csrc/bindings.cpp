@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "cpu/lora_linear.h"
+#include "cpu/memory.h"
 #include "cpu/pack_cache.h"
 #include "cpu/product.h"
 #include "direct_call.h"
+#include "fork.h"
 
 namespace py = pybind11;
 using namespace peftkernels;
@@ -72,8 +74,11 @@ py::dict pack_cache_stats() {
   const auto stats = cpu::pack_cache_stats();
   py::dict result;
   result["mode"] = name_of(cpu::pack_mode());
-  result["entries"] = stats.entries;
+  result["weights"] = stats.weights;
+  result["entries"] = stats.packs;
   result["bytes"] = stats.bytes;
+  result["limit"] = stats.limit;
+  result["refused"] = stats.refused;
   result["hits"] = stats.hits;
   result["misses"] = stats.misses;
   return result;
@@ -89,9 +94,15 @@ py::object direct_call(
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
+  release_threads_before_forks();
   m.def("build_facts", &build_facts);
   m.def("pack_cache_stats", &pack_cache_stats);
   m.def("set_pack_mode", &set_pack_mode);
   m.def("direct_call", &direct_call);
+  m.def("set_pack_limit", [](std::optional<int64_t> bytes, std::optional<double> share) {
+    cpu::set_pack_limit({bytes, share});
+  });
+  m.def("refuses_packs", [](const at::Tensor& weight) { return cpu::is_refused(weight) && !cpu::ask_again(weight); });
   m.def("clear_pack_cache", &cpu::clear_pack_cache);
+  m.def("available_memory", &cpu::available_memory, py::arg("root") = "");
 }

@@ -216,7 +216,7 @@ bool read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
 }
 
 // The dtypes of x that are served for this `impl`; null where that is for Python to say: for other names, and for
-// "auto" while packs are not kept.
+// "auto" while packs are not kept. What it makes of a weight whose packs were refused, `read` asks.
 const DtypeSet* dtypes_for(PyObject* impl) {
   if (!PyUnicode_CheckExact(impl)) {
     return nullptr;
@@ -230,7 +230,8 @@ const DtypeSet* dtypes_for(PyObject* impl) {
 bool read(PyObject* const* arguments, cpu::Call* call) {
   const DtypeSet* const dtypes = dtypes_for(arguments[10]);
   return dtypes != nullptr && plain_thread() && read_matrices(arguments, call) &&
-      dtypes->contains(call->x.scalar_type()) && read_bias_and_gate(arguments[4], arguments[5], call) &&
+      dtypes->contains(call->x.scalar_type()) && (dtypes != &served.automatic || !cpu::is_refused(call->weight)) &&
+      read_bias_and_gate(arguments[4], arguments[5], call) &&
       read_rank_plan(arguments[6], call) && read_scaling(arguments[7], call) &&
       read_dropout(arguments[8], arguments[9], call);
 }

@@ -97,6 +97,12 @@ def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
         return reason
     if not cpu.keeps_packs():
         return "PEFTKERNELS_CPU_PACK is off, and packing the weight in every call costs more than it saves"
+    # A compiled program does not follow the cache: it keeps the choice that was right while there was room.
+    if not torch.compiler.is_compiling() and cpu.refuses_packs(weight):
+        return (
+            "PEFTKERNELS_CPU_PACK_LIMIT leaves no room to keep this weight packed, and packing it in every call costs "
+            "more than it saves"
+        )
     return None
 
 

@@ -67,7 +67,7 @@ LeftRows<T> left_rows(const at::Tensor& rows) {
 }
 
 // Fewer multiply-adds than this take less time than waking a second thread and waiting for it.
-constexpr int64_t kSerialWork = int64_t{1} << 19;
+constexpr int64_t kSerialWork = int64_t{1} << 17;
 
 inline int64_t threads_for(int64_t multiply_adds) {
   return multiply_adds < kSerialWork ? 1 : at::get_num_threads();

@@ -1,199 +1,334 @@
 #include "pack_cache.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
 
-#include <array>
-#include <cstring>
-#include <map>
+#include <algorithm>
+#include <atomic>
+#include <limits>
 #include <mutex>
-#include <tuple>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
-#include "matmul.h"
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include "known_weight.h"
+#include "memory.h"
 
 namespace peftkernels::cpu {
 namespace {
 
-constexpr int64_t kSamples = 32;
-// Packs of weights that no longer exist are looked for this often, and whenever a new pack is made.
-constexpr int64_t kCallsPerSweep = 64;
-using Sample = std::array<uint32_t, kSamples>;
+// Weights that died without a word (see `watch`) are looked for this often, and before a pack is made.
+constexpr int64_t kCallsPerSweep = 1024;
 
-// storage, offset, N, K, strides, dtype, direction, depth group
-using Key = std::tuple<
-    const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t, at::ScalarType, Direction, int64_t>;
+using Weights = std::unordered_map<WeightKey, KnownWeight, WeightKeyHash>;
 
-struct Entry {
+// What was taken out of the cache while it was locked, to be freed when it no longer is: unmapping memory takes its
+// time, and the last reference to a storage may need Python's lock.
+struct Remains {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void* data;
-  uint32_t version;
-  Sample sample;
-  at::Tensor pack;
+  std::vector<Pack> packs;
 };
-
-struct Cache {
-  std::mutex mutex;
-  std::map<Key, Entry> entries;
-  PackMode mode = PackMode::Both;
-  int64_t hits = 0;
-  int64_t misses = 0;
-  int64_t calls = 0;
-};
-
-Cache& cache() {
-  // Never destroyed: threads may still run kernels while static objects are torn down.
-  static Cache* const instance = new Cache;
-  return *instance;
-}
-
-uint32_t version_of(const at::Tensor& weight) {
-  return weight.is_inference() ? 0 : static_cast<uint32_t>(weight._version());
-}
-
-// The bits of elements spread over the weight, at positions that fall into different rows and columns.
-Sample sample_of(const at::Tensor& weight) {
-  Sample sample{};
-  const int64_t rows = weight.size(0), columns = weight.size(1), size = weight.element_size();
-  const int64_t count = rows * columns;
-  const auto* const data = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t step = std::max<int64_t>(1, count / kSamples) | 1;
-  for (int64_t i = 0; i < kSamples && i * step < count; ++i) {
-    const int64_t row = (i * step) / columns, column = (i * step) % columns;
-    const char* const element = data + (row * weight.stride(0) + column * weight.stride(1)) * size;
-    std::memcpy(&sample[i], element, std::min<int64_t>(size, sizeof(uint32_t)));
-  }
-  return sample;
-}
-
-void erase_dead(std::map<Key, Entry>& entries) {
-  for (auto it = entries.begin(); it != entries.end();) {
-    it = it->second.storage.expired() ? entries.erase(it) : std::next(it);
-  }
-}
+using Dropped = std::vector<Remains>;
 
 bool keeps(PackMode mode, Direction direction) {
   return mode == PackMode::Both || (mode == PackMode::ForwardOnly && direction == Direction::Forward);
 }
 
-template <typename To, typename From>
-void pack_panels(const at::Tensor& weight, Direction direction, int64_t group, To* packed) {
-  const bool forward = direction == Direction::Forward;
-  const int64_t depth = weight.size(forward ? 1 : 0), columns = weight.size(forward ? 0 : 1);
-  const int64_t depth_stride = weight.stride(forward ? 1 : 0), column_stride = weight.stride(forward ? 0 : 1);
-  const auto* const data = weight.const_data_ptr<From>();
-  const int64_t panel_size = round_up(depth, group) * kPanelColumns;
-  at::parallel_for(0, divide_up(columns, kPanelColumns), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kPanelColumns;
-      const auto depth_offset = [=](int64_t d) { return d * depth_stride; };
-      const auto width_offset = [=](int64_t w) { return (first + w) * column_stride; };
-      const int64_t width = std::min(kPanelColumns, columns - first);
-      To* const to = packed + panel * panel_size;
-      if (depth_stride <= column_stride) {
-        pack_operand<true>(data, depth, width, kPanelColumns, group, depth_offset, width_offset, to);
-      } else {
-        pack_operand<false>(data, depth, width, kPanelColumns, group, depth_offset, width_offset, to);
-      }
+// Its functions want the mutex held.
+struct Cache {
+  std::mutex mutex;
+  Weights weights;
+  std::atomic<PackMode> mode{PackMode::Both}; // read without the mutex too
+  PackLimit limit;
+  int64_t promised = 0; // bytes of packs that are being made
+  int64_t hits = 0, misses = 0, clock = 0;
+  std::atomic<int64_t> refused{0}; // weights; read without the mutex too
+
+  int64_t held() const {
+    int64_t sum = 0;
+    for (const auto& [key, weight] : weights) {
+      sum += weight.bytes();
     }
-  });
+    return sum;
+  }
+
+  std::optional<int64_t> allowed() const {
+    if (!limit.share) {
+      return limit.bytes;
+    }
+    const auto available = available_memory();
+    if (!available) {
+      return std::nullopt;
+    }
+    return static_cast<int64_t>(*limit.share * static_cast<double>(*available + held()));
+  }
+
+  int64_t room() const {
+    const auto bytes = allowed();
+    return bytes ? *bytes - held() - promised : std::numeric_limits<int64_t>::max();
+  }
+
+  void drop_packs(KnownWeight& weight, Dropped& dropped) {
+    dropped.push_back({weight.storage, std::move(weight.packs)});
+    weight.packs.clear();
+  }
+
+  Weights::iterator erase(Weights::iterator it, Dropped& dropped) {
+    refused -= it->second.wanted > 0 ? 1 : 0;
+    drop_packs(it->second, dropped);
+    return weights.erase(it);
+  }
+
+  template <typename Predicate>
+  void erase_if(const Predicate& predicate, Dropped& dropped) {
+    for (auto it = weights.begin(); it != weights.end();) {
+      it = predicate(it->second) ? erase(it, dropped) : std::next(it);
+    }
+  }
+
+  void erase_dead(Dropped& dropped) {
+    erase_if([](const KnownWeight& weight) { return weight.storage.expired(); }, dropped);
+  }
+
+  // What is known of the weight as it is now. What was known of it as it was before a change is dropped.
+  KnownWeight* find(const WeightKey& key, const at::Tensor& weight, Dropped& dropped) {
+    const auto found = weights.find(key);
+    if (found == weights.end()) {
+      return nullptr;
+    }
+    if (!found->second.is(weight)) {
+      erase(found, dropped);
+      return nullptr;
+    }
+    return &found->second;
+  }
+
+  // Whether `bytes` more may be kept for the weight; they are promised then.
+  bool admit(KnownWeight& weight, int64_t bytes, Dropped& dropped) {
+    if (weight.wanted > 0 && !asked_enough(weight, dropped)) {
+      return false;
+    }
+    if (room() < bytes) {
+      weight.wanted = weight.bytes() + bytes;
+      weight.asked = 0;
+      weight.asked_since = clock;
+      ++refused;
+      drop_packs(weight, dropped);
+      return false;
+    }
+    promised += bytes;
+    return true;
+  }
+
+  // Counts a request of a refused weight; true when there is room for it, made at the cost of others if need be.
+  bool asked_enough(KnownWeight& weight, Dropped& dropped) {
+    if (++weight.asked < kPatience) {
+      return false;
+    }
+    const auto missing = weight.wanted - room();
+    int64_t idle = 0;
+    for (const auto& [key, other] : weights) {
+      idle += other.used < weight.asked_since ? other.bytes() : 0;
+    }
+    if (idle < missing) {
+      weight.asked = 0;
+      weight.asked_since = clock;
+      return false;
+    }
+    drop_oldest(missing, dropped);
+    weight.wanted = 0;
+    --refused;
+    return true;
+  }
+
+  // Drops the packs of weights, those first that have not been used for longest, until `bytes` are dropped.
+  void drop_oldest(int64_t bytes, Dropped& dropped) {
+    std::vector<KnownWeight*> oldest;
+    for (auto& [key, weight] : weights) {
+      oldest.push_back(&weight);
+    }
+    std::sort(oldest.begin(), oldest.end(), [](const auto* a, const auto* b) { return a->used < b->used; });
+    for (auto* const weight : oldest) {
+      if (bytes <= 0) {
+        return;
+      }
+      bytes -= weight->bytes();
+      drop_packs(*weight, dropped);
+    }
+  }
+};
+
+Cache& cache() {
+  // Never destroyed: threads may still run kernels while static objects are torn down.
+  static Cache* const instance = [] {
+#if !defined(_WIN32)
+    // A child gets the cache as it is while no thread has it locked; threads that were making packs are gone there.
+    const auto in_child = [] {
+      cache().promised = 0;
+      cache().mutex.unlock();
+    };
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, in_child);
+#endif
+    return new Cache;
+  }();
+  return *instance;
 }
 
-at::Tensor pack(const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t group) {
-  const bool forward = direction == Direction::Forward;
-  const int64_t depth = weight.size(forward ? 1 : 0), columns = weight.size(forward ? 0 : 1);
-  auto packed = at::empty(
-      {divide_up(columns, kPanelColumns), round_up(depth, group) * kPanelColumns}, weight.options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "pack_weight", [&] {
-    using from_t = scalar_t;
-    AT_DISPATCH_SWITCH(
-        dtype, "pack_weight",
-        AT_DISPATCH_CASE(at::kFloat, [&] { pack_panels<float, from_t>(weight, direction, group, packed.data_ptr<float>()); })
-        AT_DISPATCH_CASE(at::kBFloat16, [&] { pack_panels<at::BFloat16, from_t>(weight, direction, group, packed.data_ptr<at::BFloat16>()); })
-        AT_DISPATCH_CASE(at::kHalf, [&] { pack_panels<at::Half, from_t>(weight, direction, group, packed.data_ptr<at::Half>()); }));
-  });
-  return packed;
+// Forgets every weight that lies in the memory at `memory`.
+void forget(const void* memory) {
+  auto& state = cache();
+  Dropped dropped;
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  state.erase_if([memory](const KnownWeight& weight) { return weight.memory == memory; }, dropped);
 }
 
-int64_t depth_group_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kBFloat16:
-      return depth_group<at::BFloat16>();
-    case at::kHalf:
-      return depth_group<at::Half>();
-    default:
-      return 1;
+// Takes the packs along when the weight's memory is freed. Only memory of torch's own allocator can tell, whose way of
+// freeing is known; weights in other memory (a mapped file, numpy's) are found dead later.
+void watch(const at::Tensor& weight) {
+  static const auto plain = c10::GetDefaultCPUAllocator()->raw_deleter();
+  auto& memory = weight.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+  if (memory.get() == memory.get_context()) {
+    static_cast<void>(memory.compare_exchange_deleter(plain, [](void* freed) {
+      forget(freed);
+      plain(freed);
+    }));
   }
 }
+
+// Gives promised bytes back, which a kept pack has taken up by then.
+struct Promise {
+  ~Promise() {
+    const std::lock_guard<std::mutex> guard(state.mutex);
+    state.promised -= bytes;
+  }
+
+  Cache& state;
+  int64_t bytes;
+};
 
 } // namespace
 
 at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction) {
   const int64_t group = depth_group_of(dtype);
+  const int64_t bytes = packed_bytes(weight, dtype, direction, group);
+  const WeightKey key(weight);
   auto& state = cache();
-  const std::lock_guard<std::mutex> guard(state.mutex);
-  if (!keeps(state.mode, direction)) {
-    ++state.misses;
-    return pack(weight, dtype, direction, group);
-  }
-  const auto* const storage = weight.storage().unsafeGetStorageImpl();
-  const Key key{
-      storage, weight.storage_offset(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1),
-      dtype,   direction,               group};
-  const auto sample = sample_of(weight);
-  const auto version = version_of(weight);
-  if (++state.calls % kCallsPerSweep == 0) {
-    erase_dead(state.entries);
-  }
-  const auto found = state.entries.find(key);
-  if (found != state.entries.end()) {
-    const auto& entry = found->second;
-    if (!entry.storage.expired() && entry.data == weight.const_data_ptr() && entry.version == version &&
-        entry.sample == sample) {
-      ++state.hits;
-      return entry.pack;
+  Dropped dropped;
+  bool keep = false;
+  {
+    const std::lock_guard<std::mutex> guard(state.mutex);
+    if (++state.clock % kCallsPerSweep == 0) {
+      state.erase_dead(dropped);
     }
-    state.entries.erase(found);
+    auto* known = state.find(key, weight, dropped);
+    if (known != nullptr) {
+      known->used = state.clock;
+      if (const auto* const found = known->find(dtype, direction, group)) {
+        ++state.hits;
+        return found->panels;
+      }
+    }
+    ++state.misses;
+    if (keeps(state.mode, direction)) {
+      state.erase_dead(dropped);
+      if (known == nullptr) {
+        known = &state.weights.emplace(key, KnownWeight(weight)).first->second;
+        known->used = state.clock;
+        watch(weight);
+      }
+      keep = state.admit(*known, bytes, dropped);
+    }
   }
-  ++state.misses;
-  erase_dead(state.entries);
-  auto packed = pack(weight, dtype, direction, group);
-  state.entries.emplace(
-      key, Entry{weight.storage().getWeakStorageImpl(), weight.const_data_ptr(), version, sample, packed});
-  return packed;
+  // Freed before more is taken. Packing needs no lock: two threads that want the same pack at once both make it, and
+  // the first one's is kept.
+  dropped.clear();
+  if (!keep) {
+    return pack(weight, dtype, direction, group, /*kept=*/false);
+  }
+  const Promise promise{state, bytes};
+  auto panels = pack(weight, dtype, direction, group, /*kept=*/true);
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  auto* const known = state.find(key, weight, dropped);
+  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread.
+  if (known == nullptr || known->wanted > 0 || !keeps(state.mode, direction)) {
+    return panels;
+  }
+  if (const auto* const found = known->find(dtype, direction, group)) {
+    return found->panels;
+  }
+  known->packs.push_back({dtype, direction, group, panels});
+  return panels;
+}
+
+bool is_refused(const at::Tensor& weight) {
+  auto& state = cache();
+  if (state.refused.load(std::memory_order_relaxed) == 0 || !weight.has_storage()) {
+    return false;
+  }
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  const auto found = state.weights.find(WeightKey(weight));
+  return found != state.weights.end() && found->second.wanted > 0;
+}
+
+bool ask_again(const at::Tensor& weight) {
+  auto& state = cache();
+  Dropped dropped;
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  ++state.clock;
+  const auto found = state.weights.find(WeightKey(weight));
+  return found == state.weights.end() || found->second.wanted == 0 || state.asked_enough(found->second, dropped);
 }
 
 PackMode pack_mode() {
-  auto& state = cache();
-  const std::lock_guard<std::mutex> guard(state.mutex);
-  return state.mode;
+  return cache().mode;
 }
 
 void set_pack_mode(PackMode mode) {
   auto& state = cache();
+  Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
   state.mode = mode;
-  for (auto it = state.entries.begin(); it != state.entries.end();) {
-    it = keeps(mode, std::get<Direction>(it->first)) ? std::next(it) : state.entries.erase(it);
+  for (auto& [key, weight] : state.weights) {
+    const auto first = std::stable_partition(weight.packs.begin(), weight.packs.end(), [mode](const Pack& pack) {
+      return keeps(mode, pack.direction);
+    });
+    dropped.push_back({weight.storage, {first, weight.packs.end()}});
+    weight.packs.erase(first, weight.packs.end());
   }
+  state.erase_if([](const KnownWeight& weight) { return weight.packs.empty(); }, dropped);
+}
+
+void set_pack_limit(const PackLimit& limit) {
+  auto& state = cache();
+  Dropped dropped;
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  state.limit = limit;
+  state.drop_oldest(-state.room(), dropped);
+  // Those that were refused may ask anew.
+  state.erase_if([](const KnownWeight& weight) { return weight.packs.empty(); }, dropped);
 }
 
 PackCacheStats pack_cache_stats() {
   auto& state = cache();
+  Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
-  erase_dead(state.entries);
-  int64_t bytes = 0;
-  for (const auto& [key, entry] : state.entries) {
-    bytes += static_cast<int64_t>(entry.pack.nbytes());
+  state.erase_dead(dropped);
+  PackCacheStats stats{0, 0, state.held(), state.refused, state.hits, state.misses, state.allowed()};
+  for (const auto& [key, weight] : state.weights) {
+    stats.weights += weight.packs.empty() ? 0 : 1;
+    stats.packs += static_cast<int64_t>(weight.packs.size());
   }
-  return {static_cast<int64_t>(state.entries.size()), bytes, state.hits, state.misses};
+  return stats;
 }
 
 void clear_pack_cache() {
   auto& state = cache();
+  Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
-  state.entries.clear();
+  state.erase_if([](const KnownWeight&) { return true; }, dropped);
 }
 
 } // namespace peftkernels::cpu

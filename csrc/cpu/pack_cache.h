@@ -1,33 +1,55 @@
-// Packed copies of frozen weights, kept per weight and dropped with it.
+// Packed copies of frozen weights, kept per weight within a limit and dropped with the weight.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 
-#include "product.h"
+#include "pack.h"
 
 namespace peftkernels::cpu {
 
-// Forward: right operand Wᵀ (K x N) for x·Wᵀ.  Backward: right operand W (N x K) for G·W.
-enum class Direction : int64_t { Forward = 0, Backward = 1 };
-
 enum class PackMode : int64_t { Both, ForwardOnly, Off };
 
-struct PackCacheStats {
-  int64_t entries;
-  int64_t bytes;
-  int64_t hits;
-  int64_t misses;
+// How much memory packs may take: so many bytes, or a share of what would be available if there were none. Any amount
+// where neither is set.
+struct PackLimit {
+  std::optional<int64_t> bytes;
+  std::optional<double> share;
 };
 
-// The weight (N, K) as panels [columns/64][depth][64] (depth in groups, see matmul.h), in dtype `dtype`.
+struct PackCacheStats {
+  int64_t weights; // that have packs
+  int64_t packs;
+  int64_t bytes;   // of the packs
+  int64_t refused; // weights for whose packs there was no room
+  int64_t hits, misses;
+  std::optional<int64_t> limit; // in bytes, as things stand now
+};
+
+// The weight (N, K) as `pack` lays it out, in dtype `dtype`.
 // Taken from the cache when the mode keeps packs of this direction and the weight has not changed since: its storage,
 // version counter and a sample of its elements are compared, the last because writes through `.data` move no counter.
+//
+// A weight is kept whole or not at all. Where a pack would exceed the limit it is made for the call alone, and the
+// weight's other pack is dropped too: a weight is served either from packs or by an implementation that needs none. No
+// pack gives way to another weight's until that weight has been refused kPatience times since the pack's last use, by
+// which time the refused calls have cost more than packing. So a loop over more weights than fit keeps the same ones.
 at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction);
+
+constexpr int64_t kPatience = 16;
+
+// Whether there was no room for the weight's packs, so that every call would pack it for itself.
+bool is_refused(const at::Tensor& weight);
+
+// As a call would on a refused weight, without packing: counts a refusal, and says whether there is room from now on.
+bool ask_again(const at::Tensor& weight);
 
 PackMode pack_mode();
 void set_pack_mode(PackMode mode);
+// Packs beyond the new limit are dropped, those of the weights first that have not been used for longest.
+void set_pack_limit(const PackLimit& limit);
 PackCacheStats pack_cache_stats();
 void clear_pack_cache();
 

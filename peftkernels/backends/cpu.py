@@ -5,13 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 PACK_MODES = ("both", "forward", "off")
 _mode = os.environ.get("PEFTKERNELS_CPU_PACK", "both")
+_limit: int | str = os.environ.get("PEFTKERNELS_CPU_PACK_LIMIT", "50%")
+
+_NUMBER_AND_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[a-z]*)", re.ASCII | re.IGNORECASE)
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 
 
 @functools.cache
@@ -28,7 +36,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the C++ extension was built for torch {built_with}, found {torch.__version__}: reinstall"
     if _mode not in PACK_MODES:
         raise ValueError(f"PEFTKERNELS_CPU_PACK: found {_mode!r}, expected one of {', '.join(PACK_MODES)}")
+    limit = _bytes_or_share("PEFTKERNELS_CPU_PACK_LIMIT", _limit)
     extension.set_pack_mode(_mode)
+    extension.set_pack_limit(*limit)
     return extension, None
 
 
@@ -70,14 +80,27 @@ def direct_call(
     return _extension().direct_call(automatic, named, rank_plan)
 
 
+def refuses_packs(weight: Tensor) -> bool:
+    """Whether the limit left no room for the packs of `weight`, so that every call would pack it anew.
+
+    To ask counts as a call: now and then it makes room, at the cost of weights that were not used for as long.
+    """
+    return bool(_extension().refuses_packs(weight))
+
+
 def build_facts() -> dict[str, object]:
     """How the extension was built and what it found on this processor."""
     return dict(_extension().build_facts())
 
 
-def pack_cache_stats() -> dict[str, int | str]:
-    """The pack cache: `mode`, live `entries`, their `bytes`, and `hits` and `misses` since the start."""
-    return dict(_extension().pack_cache_stats())
+def pack_cache_stats() -> dict[str, int | str | None]:
+    """The pack cache.
+
+    `mode`; `weights` that have packs; `entries`, the packs; their `bytes`; `limit_setting` and the `limit` in bytes
+    that it means as things stand (None: no limit); `refused` weights for whose packs there was no room; `hits` and
+    `misses` since the start.
+    """
+    return {**_extension().pack_cache_stats(), "limit_setting": str(_limit)}
 
 
 def set_pack_mode(mode: str) -> None:
@@ -91,6 +114,47 @@ def set_pack_mode(mode: str) -> None:
     global _mode
     _extension().set_pack_mode(mode)
     _mode = mode
+
+
+def set_pack_limit(limit: int | str) -> None:
+    """Choose how much memory the packed copies of frozen weights may take.
+
+    A number of bytes (1073741824, "1GiB", "1.5GB"), a share ("50%") of the memory that would be available to this
+    process if it held no packs, looked up whenever a pack is made, or "unlimited". Where less is allowed than the packs
+    take, those of the weights that have not been used for longest are freed. A weight is kept whole or not at all, and
+    once there is no more room, weights that have none are served without packs: see `refuses_packs`.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    bytes_and_share = _bytes_or_share("limit", limit)
+    global _limit
+    _extension().set_pack_limit(*bytes_and_share)
+    _limit = limit
+
+
+def _bytes_or_share(name: str, limit: int | str) -> tuple[int | None, float | None]:
+    """(bytes, None), (None, share), or (None, None) for no limit."""
+    if isinstance(limit, bool) or not isinstance(limit, (int, str)):
+        raise TypeError(f"{name}: found {type(limit).__name__}, expected int or str")
+    if limit == "unlimited":
+        return None, None
+    parts = _NUMBER_AND_UNIT.fullmatch(str(limit).strip())
+    if parts is not None:
+        number, unit = float(parts[1]), parts[2].lower()
+        if unit == "%" and number <= 100:
+            return None, number / 100
+        if unit in _UNITS and number * _UNITS[unit] < 2**63:
+            return int(number * _UNITS[unit]), None
+    raise ValueError(
+        f"{name}: found {limit!r}, expected a number of bytes such as 4GiB, 500MB or 0, a share of the available "
+        "memory from 0% to 100%, or unlimited"
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take without swapping; None where the system does not tell."""
+    available = _extension().available_memory()
+    return None if available is None else int(available)
 
 
 def clear_pack_cache() -> None:

@@ -147,10 +147,33 @@ def describe(found: dict[str, Any]) -> str:
         lines += [f"  {name:<14}{value}" for name, value in found["cpu_build"].items()]
     if found["pack_cache"] is not None:
         lines.append("pack cache of this process (packed copies of frozen weights)")
-        lines += [f"  {name:<14}{value}" for name, value in found["pack_cache"].items()]
-        lines.append(
-            "  A packed float32 weight takes as much memory again as the weight, for each of forward and backward;\n"
-            "  PEFTKERNELS_CPU_PACK=forward keeps the first only, off keeps none."
-        )
+        lines += _describe_pack_cache(found["pack_cache"])
     lines.append("peftkernels can serve calls" if found["ok"] else "peftkernels CANNOT serve calls, see backends")
     return "\n".join(lines)
+
+
+def _describe_pack_cache(found: dict[str, Any]) -> list[str]:
+    """Lines about what `pack_cache_stats` returned."""
+    setting, limit = found["limit_setting"], found["limit"]
+    meaning = "no limit" if limit is None else _readable(limit)
+    if setting.endswith("%"):
+        meaning += f", {setting} of the memory that would be available without packs"
+    return [
+        f"  {'mode':<14}{found['mode']}",
+        f"  {'limit':<14}{meaning}",
+        f"  {'kept':<14}{_readable(found['bytes'])}: packs {found['entries']}, weights {found['weights']}",
+        f"  {'no room for':<14}weights {found['refused']}",
+        f"  {'calls':<14}{found['hits']} found a pack, {found['misses']} made one",
+        "  A packed weight takes as much memory again as the weight, for each of forward and backward; layers that",
+        "  share a weight share its packs. PEFTKERNELS_CPU_PACK=forward keeps the first only, off keeps none;",
+        "  PEFTKERNELS_CPU_PACK_LIMIT (4GiB, 25%, unlimited) bounds them all.",
+    ]
+
+
+def _readable(count: int) -> str:
+    """Bytes with the unit that leaves one to four digits before the point."""
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"

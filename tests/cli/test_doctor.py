@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from support.implementations import skip_unless_served
 
+from peftkernels import lora_linear
 from peftkernels.cli import doctor
 from peftkernels.cli.main import main
 
@@ -35,6 +37,39 @@ def test_text_report_names_every_backend(capsys: pytest.CaptureFixture[str]) -> 
     for name in ("reference", "eager", "cpu", "triton", "cuda"):
         assert f"\n  {name} " in text
     assert "can serve calls" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit", "meaning"),
+    [
+        ("50%", 3 << 29, "1.5 GiB, 50% of the memory that would be available without packs"),
+        ("2GiB", 2 << 30, "2.0 GiB"),
+        ("0", 0, "0 bytes"),
+        ("unlimited", None, "no limit"),
+    ],
+)
+def test_text_report_of_the_pack_cache(setting: str, limit: int | None, meaning: str) -> None:
+    found = {"mode": "both", "weights": 3, "entries": 5, "bytes": 700 * 1024, "limit": limit, "limit_setting": setting}
+    lines = doctor._describe_pack_cache({**found, "refused": 2, "hits": 7, "misses": 6})
+    assert lines[:5] == [
+        "  mode          both",
+        f"  limit         {meaning}",
+        "  kept          700.0 KiB: packs 5, weights 3",
+        "  no room for   weights 2",
+        "  calls         7 found a pack, 6 made one",
+    ]
+
+
+def test_the_report_counts_the_packs_of_this_process() -> None:
+    skip_unless_served("cpu")
+    x, weight, lora_A, lora_B = (torch.randn(*shape) for shape in ((1, 8), (64, 8), (2, 8), (64, 2)))
+    before = doctor.examine()["pack_cache"]
+    lora_linear(x, weight, lora_A, lora_B, impl="cpu")
+    after = doctor.examine()["pack_cache"]
+    assert after["bytes"] - before["bytes"] == weight.nbytes
+    assert after["weights"] - before["weights"] == after["entries"] - before["entries"] == 1
+    del weight
+    assert doctor.examine()["pack_cache"]["bytes"] == before["bytes"]
 
 
 def test_unavailable_backend_is_explained_and_is_no_failure(

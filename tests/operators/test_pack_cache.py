@@ -12,36 +12,20 @@ import pytest
 import torch
 from support.cases import Call, make_call, run
 from support.checks import within_budget
-from support.implementations import skip_unless_served
+from support.packs import count, fresh_cache, gained, packed_bytes
 from torch import Tensor, nn
 
 from peftkernels import explain, lora_linear
 from peftkernels.backends import cpu
 
 N, K = 70, 90
-PACKED_BYTES = {"forward": 128 * K * 4, "backward": 128 * N * 4}  # columns rounded up to panels of 64
+PACKED_BYTES = packed_bytes(N, K)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> Iterator[None]:
-    skip_unless_served("cpu")
-    mode = str(cpu.pack_cache_stats()["mode"])
-    cpu.clear_pack_cache()
-    cpu.set_pack_mode("both")
-    yield
-    cpu.set_pack_mode(mode)
-    cpu.clear_pack_cache()
-
-
-def _count(name: str) -> int:
-    return int(cpu.pack_cache_stats()[name])
-
-
-def _gained(action: Callable[[], object]) -> tuple[int, int]:
-    """Hits and misses that `action` causes."""
-    hits, misses = _count("hits"), _count("misses")
-    action()
-    return _count("hits") - hits, _count("misses") - misses
+    with fresh_cache():
+        yield
 
 
 def _call(seed: int, **arguments: object) -> Call:
@@ -57,16 +41,16 @@ def _forward(call: Call, weight: Tensor | None = None) -> Tensor:
 
 def test_the_second_call_hits(seed: int) -> None:
     call = _call(seed)
-    assert _gained(lambda: run(call, "cpu")) == (0, 2)
-    assert _gained(lambda: run(call, "cpu")) == (2, 0)
-    assert _count("entries") == 2
-    assert _count("bytes") == sum(PACKED_BYTES.values())
+    assert gained(lambda: run(call, "cpu")) == (0, 2)
+    assert gained(lambda: run(call, "cpu")) == (2, 0)
+    assert count("entries") == 2
+    assert count("bytes") == sum(PACKED_BYTES.values())
 
 
 def test_another_rank_plan_or_adapter_shares_the_pack(seed: int) -> None:
     call, other = _call(seed), _call(seed + 1, plan=True)
     _forward(call)
-    assert _gained(lambda: _forward(other, call.weight)) == (1, 0)
+    assert gained(lambda: _forward(other, call.weight)) == (1, 0)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -75,8 +59,8 @@ def test_layers_that_share_a_weight_share_a_pack(dtype: str, seed: int) -> None:
     parameter = nn.Parameter(call.weight, requires_grad=False)
     _forward(call, parameter)
     for alias in (parameter.detach(), parameter.data, parameter.view(N, K)):
-        assert _gained(lambda alias=alias: _forward(call, alias)) == (1, 0)  # type: ignore[misc]
-    assert _count("entries") == 1
+        assert gained(lambda alias=alias: _forward(call, alias)) == (1, 0)  # type: ignore[misc]
+    assert count("entries") == 1
 
 
 def test_views_of_one_storage_have_packs_of_their_own(seed: int) -> None:
@@ -167,11 +151,11 @@ def test_a_deleted_weight_frees_its_packs(seed: int) -> None:
     kept, dropped = _call(seed), _call(seed + 1)
     run(kept, "cpu")
     run(dropped, "cpu")
-    assert _count("entries") == 4
+    assert count("entries") == 4
     del dropped
-    assert _count("entries") == 2
-    assert _count("bytes") == sum(PACKED_BYTES.values())
-    assert _gained(lambda: run(kept, "cpu")) == (2, 0)
+    assert count("entries") == 2
+    assert count("bytes") == sum(PACKED_BYTES.values())
+    assert gained(lambda: run(kept, "cpu")) == (2, 0)
 
 
 def test_packs_do_not_keep_weights_alive(seed: int) -> None:
@@ -180,7 +164,7 @@ def test_packs_do_not_keep_weights_alive(seed: int) -> None:
     storage = weakref.ref(call.weight)
     call.weight = torch.zeros(1)
     assert storage() is None
-    assert _count("entries") == 0
+    assert count("entries") == 0
 
 
 def test_a_changed_weight_leaves_no_old_pack(seed: int) -> None:
@@ -188,27 +172,27 @@ def test_a_changed_weight_leaves_no_old_pack(seed: int) -> None:
     for _ in range(5):
         run(call, "cpu")
         call.weight.add_(1.0)
-    assert _count("entries") == 2
+    assert count("entries") == 2
 
 
 @pytest.mark.parametrize(
-    ("mode", "entries", "bytes_kept", "gained"),
+    ("mode", "entries", "bytes_kept", "hits_and_misses"),
     [
         ("both", 2, sum(PACKED_BYTES.values()), (2, 0)),
         ("forward", 1, PACKED_BYTES["forward"], (1, 1)),
         ("off", 0, 0, (0, 2)),
     ],
 )
-def test_modes(mode: str, entries: int, bytes_kept: int, gained: tuple[int, int], seed: int) -> None:
+def test_modes(mode: str, entries: int, bytes_kept: int, hits_and_misses: tuple[int, int], seed: int) -> None:
     call = _call(seed)
     run(call, "cpu")
     cpu.set_pack_mode(mode)
     assert cpu.pack_cache_stats()["mode"] == mode
-    assert _count("entries") == entries
+    assert count("entries") == entries
     run(call, "cpu")
-    assert _gained(lambda: run(call, "cpu")) == gained
-    assert _count("entries") == entries
-    assert _count("bytes") == bytes_kept
+    assert gained(lambda: run(call, "cpu")) == hits_and_misses
+    assert count("entries") == entries
+    assert count("bytes") == bytes_kept
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors"])
@@ -225,8 +209,8 @@ def test_clearing_frees_everything(seed: int) -> None:
     call = _call(seed)
     run(call, "cpu")
     cpu.clear_pack_cache()
-    assert _count("entries") == 0
-    assert _count("bytes") == 0
+    assert count("entries") == 0
+    assert count("bytes") == 0
     within_budget(call, "cpu")
 
 

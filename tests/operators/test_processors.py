@@ -27,6 +27,7 @@ from support.oracle import Budget
 from peftkernels.backends import cpu
 
 torch.set_num_threads(1)
+torch.backends.mkldnn.set_flags(sys.argv[2] == "with_onednn")
 for name, check in CHECKS.items():
     if name != "subsets":
         check("cpu", 7)
@@ -38,20 +39,27 @@ print(torch.backends.cpu.get_cpu_capability(), cpu.build_facts()["bf16_kernels"]
 """
 
 
+PORTABLE = {"PEFTKERNELS_CPU_ISA": "portable"}
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    ("environment", "onednn", "expected"),
     [
-        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, " False"),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "AVX2 False"),
-        ({"ATEN_CPU_CAPABILITY": "default"}, "DEFAULT "),
+        ({**PORTABLE, **AVX2}, "with_onednn", " False"),
+        ({**PORTABLE, **AVX2, "ATEN_CPU_CAPABILITY": "avx2"}, "with_onednn", "AVX2 False"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "with_onednn", "DEFAULT "),
+        (PORTABLE, "without_onednn", " False"),
     ],
-    ids=["onednn_avx2", "all_avx2", "aten_default"],
+    ids=["portable_onednn_avx2", "portable_all_avx2", "aten_default", "portable_without_onednn"],
 )
-def test_other_instruction_sets(environment: dict[str, str], expected: str, request: pytest.FixtureRequest) -> None:
+def test_other_instruction_sets(
+    environment: dict[str, str], onednn: str, expected: str, request: pytest.FixtureRequest
+) -> None:
     """Correct in fp32 and in bf16, where without bf16 instructions a slow loop serves."""
     skip_unless_served("cpu")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(request.config.rootpath / "tests")],
+        [sys.executable, "-c", PROGRAM, str(request.config.rootpath / "tests"), onednn],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
