@@ -175,13 +175,14 @@ def test_packs_are_freed_with_the_weight_at_once() -> None:
     """Without another call, and without the statistics, which look for dead weights."""
     layer = _layer(2048, 1024)
     _train(layer)
-    weight = weakref.ref(layer.weight)
+    weight, weight_bytes = weakref.ref(layer.weight), layer.weight.nbytes
     packs = sum(packed_bytes(2048, 1024).values())
     assert count("bytes") == packs
     before = _resident()
     del layer
     assert weight() is None
-    assert before - _resident() > 0.9 * (packs + 2048 * 1024 * 4)
+    # More than the weight alone, whose memory may wait in torch's allocator for its next use.
+    assert before - _resident() > 0.9 * packs > weight_bytes
 
 
 @pytest.mark.parametrize("memory", ["numpy", "file"])
