@@ -54,8 +54,22 @@ def _assert_same(found: Outcome, expected: Outcome, what: str) -> None:
         assert torch.equal(found.named()[name], value), f"{what}: {name} differs"
 
 
-def _run_times() -> dict[str, int]:
-    """Nanoseconds for which each thread of this process has run."""
+# In a process of its own: nobody else's threads are counted there.
+COUNT_THREADS = """
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from support.cases import make_call, run
+
+TASKS = Path("/proc/self/task")
+
+
+def run_times():
     times = {}
     for task in TASKS.iterdir():
         try:
@@ -65,6 +79,22 @@ def _run_times() -> dict[str, int]:
     return times
 
 
+rows, n, k, seed = map(int, sys.argv[2:])
+call = make_call(seed, leading=(rows,), n=n, k=k, r=6)
+for wanted in (1, 3, 2, 1):
+    torch.set_num_threads(wanted)
+    run(call, "cpu")
+    time.sleep(0.1)  # until the threads of the setting before have come to rest
+    before, ran, calls = run_times(), set(), 0
+    deadline = time.monotonic() + 20
+    while calls < 10 or (len(ran) < wanted and time.monotonic() < deadline):
+        run(call, "cpu")
+        calls += 1
+        ran = {task for task, took in run_times().items() if took > before.get(task, 0)}
+    assert len(ran) == wanted, f"{wanted} threads are set, {len(ran)} ran in {calls} calls"
+"""
+
+
 @pytest.mark.skipif(
     not (TASKS / str(os.getpid()) / "schedstat").exists(),
     reason="this system has no /proc/self/task/*/schedstat, which tells how long each thread ran",
@@ -72,18 +102,10 @@ def _run_times() -> dict[str, int]:
 @pytest.mark.parametrize(("rows", "n", "k"), [(300, 700, 500), (1, 2200, 2000)], ids=["many_rows", "one_row"])
 def test_as_many_threads_as_torch_is_told(rows: int, n: int, k: int, seed: int) -> None:
     """Those that run in forward and backward are as many as `torch.set_num_threads` says, whatever it said before."""
-    call = make_call(seed, leading=(rows,), n=n, k=k, r=6)
-    for wanted in (1, 3, 2, 1):
-        with threads(wanted):
-            run(call, "cpu")
-            time.sleep(0.1)  # until the threads of the setting before have come to rest
-            before, ran, calls = _run_times(), set(), 0
-            deadline = time.monotonic() + 20
-            while calls < 10 or (len(ran) < wanted and time.monotonic() < deadline):
-                run(call, "cpu")
-                calls += 1
-                ran = {task for task, took in _run_times().items() if took > before.get(task, 0)}
-        assert len(ran) == wanted, f"{wanted} threads are set, {len(ran)} ran in {calls} calls"
+    tests = str(Path(__file__).parent.parent)
+    arguments = [str(argument) for argument in (tests, rows, n, k, seed)]
+    ran = subprocess.run([sys.executable, "-c", COUNT_THREADS, *arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_many_python_threads_and_a_cache_that_changes(seed: int) -> None:
