@@ -2,9 +2,9 @@
 // gradients in ranges of columns, each summed over all rows by one task in a fixed order.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "adapter.h"
+#include "gradient.h"
 #include "lora_linear.h"
 #include "operands.h"
 #include "pack_cache.h"
@@ -25,9 +25,8 @@ struct Needs {
   bool x, A, B, bias, gate;
 };
 
-// Results in fp32, whatever the parameters' dtypes; a gradient nobody asked for is undefined.
-struct Sums {
-  at::Tensor A, B, bias, gate;
+struct FactorGradients {
+  Gradient A, B, bias, gate;
 };
 
 template <typename scalar_t>
@@ -36,7 +35,7 @@ class Backward {
   Backward(
       const at::Tensor& grads, const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_A,
       const at::Tensor& lora_B, const at::Tensor& shrink, const LiveRanks& ranks, const Dropout& dropout,
-      const Needs& needs, at::Tensor& grad_x, Sums& sums)
+      const Needs& needs, at::Tensor& grad_x, FactorGradients& gradients)
       : grads_(left_rows<scalar_t>(grads)),
         rows_(grads.size(0)),
         columns_(weight.size(0)),
@@ -48,7 +47,7 @@ class Backward {
         dropout_(dropout),
         needs_(needs),
         expands_(ranks.live() > 0 && (needs.x || needs.A || needs.gate)),
-        sums_(sums),
+        gradients_(gradients),
         group_(depth_group<scalar_t>()),
         panel_size_(round_up(columns_, group_) * kPanelColumns) {
     if (rows.defined()) {
@@ -209,14 +208,14 @@ class Backward {
     if (!needs_.gate) {
       return;
     }
-    auto* const to = sums_.gate.template data_ptr<float>();
     const int64_t live = ranks_.live(), parts = divide_up(rows_, kRowShare);
     for (int64_t i = 0; i < live; ++i) {
       double sum = 0.0;
       for (int64_t part = 0; part < parts; ++part) {
         sum += gate_sums_[static_cast<size_t>(part * live + i)];
       }
-      to[ranks_.index[i]] = static_cast<float>(sum * ranks_.scaling);
+      const auto gradient = static_cast<float>(sum * ranks_.scaling);
+      gradients_.gate.write(ranks_.index[i], 1, &gradient);
     }
   }
 
@@ -294,9 +293,8 @@ class Backward {
       RowSums<scalar_t> whole{rows_, active, width, left_A_, x_.data + column, x_.stride};
       sum_over_rows(whole, sums, width, false);
     }
-    auto* const to = sums_.A.template data_ptr<float>() + column;
     for (int64_t i = 0; i < active; ++i) {
-      std::copy(sums + i * width, sums + (i + 1) * width, to + ranks_.index[i] * depth_);
+      gradients_.A.write(ranks_.index[i] * depth_ + column, width, sums + i * width);
     }
   }
 
@@ -307,21 +305,20 @@ class Backward {
       float* const sums = thread_scratch<float, Scratch::Products>(active * width);
       RowSums<scalar_t> whole{rows_, active, width, left_B_, grads_.data + column, grads_.stride};
       sum_over_rows(whole, sums, width, false);
-      auto* const to = sums_.B.template data_ptr<float>() + column * r_;
+      // ∂Bᵀ of all ranks, zeros where a rank takes no part, and then on its side.
+      float* const by_rank = thread_scratch<float, Scratch::Tile>(2 * width * r_);
+      float* const to = by_rank + width * r_;
+      if (active < r_) {
+        std::fill(by_rank, by_rank + width * r_, 0.0f);
+      }
       for (int64_t i = 0; i < active; ++i) {
-        std::transform(sums + i * width, sums + (i + 1) * width, sums + i * width, [&](float sum) {
-          return sum * ranks_.factor[i];
-        });
+        const float factor = ranks_.factor[i];
+        std::transform(
+            sums + i * width, sums + (i + 1) * width, by_rank + ranks_.index[i] * width,
+            [factor](float sum) { return sum * factor; });
       }
-      if (ranks_.in_place) {
-        transpose_words(sums, width * static_cast<int64_t>(sizeof(float)), active, width, to, r_);
-      } else {
-        for (int64_t w = 0; w < width; ++w) {
-          for (int64_t i = 0; i < active; ++i) {
-            to[w * r_ + ranks_.index[i]] = sums[i * width + w];
-          }
-        }
-      }
+      transpose_words(by_rank, width * static_cast<int64_t>(sizeof(float)), r_, width, to, r_);
+      gradients_.B.write(column * r_, width * r_, to);
     }
     if (needs_.bias) {
       sum_bias(column, width);
@@ -329,7 +326,7 @@ class Backward {
   }
 
   void sum_bias(int64_t column, int64_t width) {
-    float* const to = sums_.bias.template data_ptr<float>() + column;
+    float* const to = thread_scratch<float, Scratch::Tile>(width);
     float* const part = thread_scratch<float, Scratch::Products>(width);
     std::fill(to, to + width, 0.0f);
     for (int64_t first = 0; first < rows_; first += kSumRows) {
@@ -339,6 +336,7 @@ class Backward {
       }
       add_row(part, width, to);
     }
+    gradients_.bias.write(column, width, to);
   }
 
   LeftRows<scalar_t> grads_;
@@ -349,7 +347,7 @@ class Backward {
   const Dropout& dropout_;
   Needs needs_;
   bool expands_;
-  Sums& sums_;
+  FactorGradients& gradients_;
   int64_t group_, panel_size_;
   const scalar_t* shrink_ = nullptr;
   scalar_t* grad_x_ = nullptr;
@@ -388,29 +386,22 @@ Gradients lora_linear_backward(
   auto shape = grad_y.sizes().vec();
   shape.back() = weight.size(1);
   auto grad_x = wanted.x ? at::empty(shape, grad_y.options()) : at::empty({0}, grad_y.options());
-  const auto sums_options = grad_y.options().dtype(at::kFloat);
-  const auto sums_like = [&](bool wanted_one, const at::Tensor& like, bool every_element) {
-    const auto sizes = wanted_one ? like.sizes().vec() : std::vector<int64_t>{0};
-    return every_element ? at::empty(sizes, sums_options) : at::zeros(sizes, sums_options);
-  };
-  const auto& gate_like = gate ? *gate : lora_A;
-  const auto& bias_like = bias ? *bias : grad_y;
-  Sums sums{
-      sums_like(wanted.A, lora_A, ranks.active == r), sums_like(wanted.B, lora_B, ranks.active == r),
-      sums_like(wanted.bias, bias_like, true), sums_like(wanted.gate, gate_like, ranks.live() == r)};
+  FactorGradients gradients{
+      Gradient(wanted.A, lora_A, ranks.active == r), Gradient(wanted.B, lora_B, ranks.active > 0),
+      Gradient(wanted.bias, bias ? *bias : grad_y, true), Gradient(wanted.gate, gate ? *gate : lora_A, ranks.live() == r)};
 
   AT_DISPATCH_SWITCH(
       dtype, "lora_linear_bwd.cpu",
-      AT_DISPATCH_CASE(at::kFloat, [&] { Backward<float>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, sums).run(); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, sums).run(); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { Backward<at::Half>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, sums).run(); }));
+      AT_DISPATCH_CASE(at::kFloat, [&] { Backward<float>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
+      AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
+      AT_DISPATCH_CASE(at::kHalf, [&] { Backward<at::Half>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); }));
   return {
       grad_x,
       at::empty({0}, weight.options()),
-      sums.A.to(lora_A.scalar_type()),
-      sums.B.to(lora_B.scalar_type()),
-      sums.bias.to(bias_like.scalar_type()),
-      sums.gate.to(gate_like.scalar_type())};
+      gradients.A.tensor(),
+      gradients.B.tensor(),
+      gradients.bias.tensor(),
+      gradients.gate.tensor()};
 }
 
 } // namespace peftkernels::cpu

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "adapter.h"
 #include "product.h"
@@ -54,37 +55,44 @@ const T* live_rows(const at::Tensor& lora_A, const LiveRanks& ranks, int64_t cou
   return to;
 }
 
-// Columns of the first `count` live ranks of B (N, r): [N][count], times `factor` of each where it is not null.
+// Columns of the first `count` live ranks of B (N, r): [N][count], times `factor` of each where it is not null. As they
+// lie, where ranks, dtype and factors allow it.
 template <typename T>
 const T* live_columns(const at::Tensor& lora_B, const LiveRanks& ranks, int64_t count, const float* factor) {
   const int64_t columns = lora_B.size(0), r = lora_B.size(1);
-  const bool same_dtype = lora_B.scalar_type() == c10::CppTypeToScalarType<T>::value;
-  if (ranks.in_place && count == r && factor == nullptr && same_dtype) {
-    return lora_B.const_data_ptr<T>();
+  const bool fp32 = lora_B.scalar_type() == at::kFloat;
+  const bool as_they_lie = ranks.in_place && count == r && factor == nullptr;
+  if (as_they_lie && fp32 == std::is_same_v<T, float>) {
+    return static_cast<const T*>(lora_B.const_data_ptr());
   }
   T* const to = thread_scratch<T, Scratch::FactorB>(columns * count);
-  if (ranks.in_place && count == r && factor == nullptr) {
+  if (as_they_lie) {
     copy_elements(lora_B, 0, columns * count, to);
     return to;
   }
-  const auto gather = [&](const auto* from) {
-    for (int64_t n = 0; n < columns; ++n) {
-      for (int64_t i = 0; i < count; ++i) {
-        const auto value = static_cast<float>(from[n * r + ranks.index[i]]);
-        to[n * count + i] = static_cast<T>(factor == nullptr ? value : value * factor[i]);
-      }
-    }
-  };
-  if (!same_dtype || std::is_same_v<T, float>) {
-    const auto* const from = lora_B.const_data_ptr<float>();
-    if (ranks.in_place && factor != nullptr) {
-      scale_columns(from, r, columns, count, factor, to);
-    } else {
-      gather(from);
-    }
+  const std::vector<float> ones(factor == nullptr ? static_cast<size_t>(count) : 0, 1.0f);
+  const float* const by = factor == nullptr ? ones.data() : factor;
+  if (fp32 && ranks.in_place) {
+    scale_columns(lora_B.const_data_ptr<float>(), r, columns, count, by, to);
     return to;
   }
-  gather(lora_B.const_data_ptr<T>());
+  const std::vector<int32_t> index(ranks.index.begin(), ranks.index.begin() + count);
+  if (fp32 && std::is_same_v<T, float>) {
+    gather_columns(lora_B.const_data_ptr<float>(), r, columns, index.data(), count, by, reinterpret_cast<float*>(to));
+    return to;
+  }
+  // By way of fp32 rows, rounded once.
+  float* const wide = thread_scratch<float, Scratch::WideRow>(r + count);
+  for (int64_t n = 0; n < columns; ++n) {
+    const float* row = wide;
+    if (fp32) {
+      row = lora_B.const_data_ptr<float>() + n * r;
+    } else {
+      convert_row(lora_B.const_data_ptr<T>() + n * r, r, wide);
+    }
+    gather_columns(row, r, 1, index.data(), count, by, wide + r);
+    convert_row(wide + r, count, to + n * count);
+  }
   return to;
 }
 

@@ -78,6 +78,20 @@ void scale_columns_bf16(
 }
 
 PEFTKERNELS_MULTIVERSION
+void gather_columns_fp32(
+    const float* from, int64_t from_stride, int64_t rows, const int32_t* index, int64_t columns, const float* factor,
+    float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* const from_row = from + row * from_stride;
+    float* const to_row = to + row * columns;
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) {
+      to_row[i] = from_row[index[i]] * factor[i];
+    }
+  }
+}
+
+PEFTKERNELS_MULTIVERSION
 void add_products_fp32(const float* a, const float* b, int64_t count, float* sums) {
   for (int64_t i = 0; i < count; ++i) {
     sums[i] += a[i] * b[i];
@@ -169,6 +183,12 @@ void scale_columns(
       to[row * columns + i] = static_cast<c10::Half>(from[row * from_stride + i] * factor[i]);
     }
   }
+}
+
+void gather_columns(
+    const float* from, int64_t from_stride, int64_t rows, const int32_t* index, int64_t columns, const float* factor,
+    float* to) {
+  gather_columns_fp32(from, from_stride, rows, index, columns, factor, to);
 }
 
 void add_products(const float* a, const float* b, int64_t count, float* sums) {

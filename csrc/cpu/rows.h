@@ -28,6 +28,11 @@ void scale_columns(
 void scale_columns(
     const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* factor, c10::Half* to);
 
+// to[row · columns + i] = from[row · from_stride + index[i]] · factor[i]
+void gather_columns(
+    const float* from, int64_t from_stride, int64_t rows, const int32_t* index, int64_t columns, const float* factor,
+    float* to);
+
 // sums[i] += a[i]·b[i]
 void add_products(const float* a, const float* b, int64_t count, float* sums);
 

@@ -19,6 +19,7 @@ enum class Scratch {
   TailRows, // left operand of the tail
   Bias, // bias in fp32
   FactorA, // A of the live ranks, in the dtype of computation
+  WideRow, // a row of B in fp32, and what is gathered from it
   FactorB, // B of the live ranks, in the dtype of computation
   ActiveShrink, // S of the active ranks as left operand
   PairedExpand, // H with its factors in pairs of rows
