@@ -105,20 +105,33 @@ def origin() -> Origin:
     )
 
 
+# What a run and its report write themselves.
+WRITTEN = ("bench/results", "bench/plots", "README.md")
+
+
 def commit() -> str:
-    """The commit that is measured, marked when tracked files have changes; "unknown" outside a checkout."""
+    """The commit that is measured, "-dirty" behind it when tracked files differ from it; "unknown" outside a checkout.
+
+    Results and what is generated from them do not count: a run that follows another one measures the same code.
+    """
     here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        run = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else None
+
     try:
         # An installed package may lie inside somebody else's repository.
-        known = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", "results.py"], cwd=here, capture_output=True, check=False
-        )
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-        )
+        if git("ls-files", "--error-unmatch", "results.py") is None:
+            return "unknown"
+        excluded = [f":(top,exclude){path}" for path in WRITTEN]
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded)
+        described = git("describe", "--always")
     except OSError:
         return "unknown"
-    return found.stdout.strip() if known.returncode == 0 and found.returncode == 0 else "unknown"
+    if changes is None or described is None:
+        return "unknown"
+    return f"{described}-dirty" if changes else described
 
 
 def rows_of(
