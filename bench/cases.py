@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 LAYER, ALLOCATOR, TRAINING = "layer", "allocator", "training"
 FORWARD, BACKWARD = "forward", "forward+backward"
@@ -104,14 +105,14 @@ def _layers(
     widths: Iterable[tuple[int, int]] = (MIDDLE,),
     tokens: Iterable[int] = (MIDDLE_TOKENS,),
     passes: Iterable[str] = PASSES,
-    **fields: object,
+    **fields: Any,
 ) -> Iterator[Case]:
     """One case for each width, pass and number of tokens; cases of one width follow each other and share its weight."""
     tokens, passes = tuple(tokens), tuple(passes)
     for k, n in widths:
         for direction in passes:
             for m in tokens:
-                yield replace(Case(direction=direction, K=k, N=n, M=m), **fields)  # type: ignore[arg-type]
+                yield replace(Case(direction=direction, K=k, N=n, M=m), **fields)
 
 
 def _low_precision(dtype: str) -> Iterator[Case]:

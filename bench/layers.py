@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels import lora_linear
+from peftkernels.cli.saved import bytes_saved_for_backward
 
 from . import data, lineup
 from .cases import Case
-from .saved import bytes_saved_for_backward
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ def _note(rows: Sequence[Row]) -> str:
     )
 
 
-def _layer(direction: str, **fields: object) -> Case:
+def _layer(direction: str, **fields: Any) -> Case:
     case = Case(direction=direction, K=MIDDLE[0], N=MIDDLE[1], M=MIDDLE_TOKENS)
-    return replace(case, **fields)  # type: ignore[arg-type]
+    return replace(case, **fields)
 
 
 _PEERS = (lineup.OURS, lineup.FLOOR, lineup.EAGER, lineup.PEFT_LORA, lineup.PEFT_ADALORA, lineup.COMPILED)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 import peftkernels
-from peftkernels.cli.demo.load import ForeignLoad
+from peftkernels.cli.load import ForeignLoad
 
 from . import data, lineup
 from .cases import LAYER, Case

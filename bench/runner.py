@@ -38,19 +38,19 @@ def build_and_verify(case: Case, extent: lineup.Extent = lineup.USUAL) -> CaseBe
 
         allocators = AllocatorBench(case)
         allocators.verify()
-        return allocators  # type: ignore[return-value]
+        return allocators
     if case.operator == TRAINING:
         from .training import TrainingBench
 
         training = TrainingBench(case)
         training.verify()
-        return training  # type: ignore[return-value]
+        return training
     from .layers import LayerBench
     from .verify import verify
 
     layer = LayerBench(case, extent)
     verify(layer)
-    return layer  # type: ignore[return-value]
+    return layer
 
 
 def measure_case(

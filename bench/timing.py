@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from peftkernels.cli.demo.load import ForeignLoad
+from peftkernels.cli.load import ForeignLoad
 
 MOST_FOREIGN_SHARE = 0.06
 WINDOW_SECONDS = 0.2
@@ -29,7 +29,7 @@ class Bench(Protocol):
     def baseline(self) -> str: ...
 
     @property
-    def contestants(self) -> dict[str, object]: ...
+    def contestants(self) -> Mapping[str, object]: ...
 
     def prepare(self, name: str) -> None:
         """Called before each turn, off the clock."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from peftkernels.cli.demo.model import TextClassifier, adaptable_linears, load_e
 from peftkernels.cli.demo.recipe import Recipe
 from peftkernels.cli.demo.runs import Run, Start
 from peftkernels.cli.demo.timing import FrozenStep, TimedRun
+from peftkernels.cli.saved import bytes_saved_for_backward
 
 from . import lineup
 from .cases import Case
-from .saved import bytes_saved_for_backward
 from .verify import WrongResultError
 
 RUNS = {
@@ -81,7 +82,8 @@ class TrainingBench:
         adapted = [linears[i * len(linears) // case.modules] for i in range(case.modules)]
         torch.manual_seed(1)
         base = TextClassifier(encoder, CLASSES)
-        self.batches = [self._batch(seed, int(encoder.config.vocab_size)) for seed in range(BATCHES)]  # type: ignore
+        vocabulary = int(cast(Any, encoder).config.vocab_size)
+        self.batches = [self._batch(seed, vocabulary) for seed in range(BATCHES)]
         start = Start(base, adapted, RECIPE, seed=2)
         self._frozen = FrozenStep(base)
         self._runs: dict[str, Run] = {name: build(run, start) for name, run in RUNS.items()}

@@ -120,12 +120,6 @@ void pack_from_rows(const T* from, int64_t from_stride, int64_t width, int64_t d
   }
 }
 
-// Whether right operands of T are read in pairs, so that `pair_up` has to lay them side by side.
-template <typename T>
-bool needs_pairs() {
-  return !std::is_same_v<T, float> && depth_group<T>() == 2;
-}
-
 // Rows (depth x width) as pairs along the depth, [depth/2][width][2].
 template <typename T>
 void pair_up(const T* from, int64_t from_stride, int64_t depth, int64_t width, T* to) {

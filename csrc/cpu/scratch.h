@@ -40,7 +40,9 @@ T* thread_scratch(int64_t count) {
   static thread_local std::unique_ptr<T, Release> memory;
   static thread_local int64_t capacity = 0;
   if (capacity < count) {
+    // Nothing is there, should the allocation fail.
     memory.reset();
+    capacity = 0;
     memory.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlignment)));
     capacity = count;
   }

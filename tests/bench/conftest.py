@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
+from support.implementations import threads
 
 from peftkernels.bench import data
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ class Clockwork:
         self.share = next(self._shares)
 
     def run(self, effort: Effort) -> Samples:
-        return interleave(self, effort, load=self.load, clock=self.clock)  # type: ignore[arg-type]
+        return interleave(self, effort, load=self.load, clock=self.clock)
 
 
 def test_turns_rotate_share_inputs_and_give_paired_ratios() -> None:
@@ -86,7 +86,7 @@ def test_disturbed_windows_are_discarded_and_measured_again() -> None:
 def test_a_window_lasts_long_enough_to_tell_the_load() -> None:
     """Where a round is short, its neighbours share a window, and its fate."""
     bench = Clockwork({"frozen": 0.01, "ours": 0.02}, [0.9, 0.0, 0.0])
-    bench.prepare = lambda name: None  # type: ignore[method-assign]
+    bench.prepare = lambda name: None
     samples = bench.run(Effort(0.0, 4, 1e9))
     assert 4 <= samples.discarded <= timing.WINDOW_SECONDS / 0.03
     assert 4 <= len(samples.rounds) <= timing.WINDOW_SECONDS / 0.03

@@ -195,7 +195,7 @@ def test_largest_and_average_batches_are_timed() -> None:
     lengths = [4] * 8 + [10] * 8 + [60] * 8
     training = Encoded([[1] * length for length in lengths], [0] * 24, pad_id=0)
     order = [[*range(start, start + 4)] for start in range(0, 24, 4)]
-    typical, longest = typical_and_longest_batches(SimpleNamespace(training=training, order=order))  # type: ignore[arg-type]
+    typical, longest = typical_and_longest_batches(SimpleNamespace(training=training, order=order))
     # The average is (4 + 10 + 60) / 3 = 24.7 tokens a text: nearest are those of 10, then 4, then 60.
     assert [batch.tokens // 4 for batch in typical] == [10, 10, 4, 4, 60, 60]
     assert longest.tokens == 240

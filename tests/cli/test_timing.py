@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from peftkernels.cli.demo import load, timing
+from peftkernels.cli import load
+from peftkernels.cli.demo import timing
 from peftkernels.cli.demo.batches import Batch
-from peftkernels.cli.demo.load import ForeignLoad
-from peftkernels.cli.demo.timing import FROZEN, bytes_saved_for_backward, time_steps
+from peftkernels.cli.demo.timing import FROZEN, time_steps
+from peftkernels.cli.load import ForeignLoad
+from peftkernels.cli.saved import bytes_saved_for_backward
 
 BATCH = Batch(
     torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -67,7 +69,7 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, wanted: int, most_seconds
     clock.install(monkeypatch)
     variants = {FROZEN: clock.variant(FROZEN, 0.1), "lora": clock.variant("lora", 0.12)}
     return time_steps(
-        variants,  # type: ignore[arg-type]
+        variants,
         [BATCH],
         wanted_rounds=wanted,
         most_rounds=2 * wanted,
@@ -148,9 +150,9 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
         # Both layers save x (once: 160 bytes) and their weights (not counted); relu saves its output (320 bytes).
         return torch.relu(first(x)).sum() + second(x).sum()
 
-    assert bytes_saved_for_backward(forward, model) == 5 * 8 * 4 + 5 * 16 * 4
+    assert bytes_saved_for_backward(forward, model.parameters()) == 5 * 8 * 4 + 5 * 16 * 4
 
 
 def test_saved_bytes_are_none_without_gradients() -> None:
     model = nn.Linear(8, 16).requires_grad_(False)
-    assert bytes_saved_for_backward(lambda: model(torch.randn(5, 8)).sum(), model) == 0
+    assert bytes_saved_for_backward(lambda: model(torch.randn(5, 8)).sum(), model.parameters()) == 0

@@ -1,8 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
-from support.implementations import ALL, skip_unless_served
+from support.implementations import ALL, skip_unless_served, threads
 
 from peftkernels import functional
 
@@ -10,10 +9,8 @@ from peftkernels import functional
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """The matrices here are small: threads only wait for each other, for seconds where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def _plain(call: Call, dtype: torch.dtype) -> Outcome:
         delta = F.linear(shrink * leaves["gate"], leaves["lora_B"]) * call.scaling
         y = F.linear(leaves["x"], leaves["weight"], leaves["bias"]) + delta
     y.backward(call.grad_y.to(y.dtype))
-    return Outcome(y.detach(), {name: leaf.grad for name, leaf in leaves.items()})  # type: ignore[misc]
+    return Outcome(y.detach(), {name: leaf.grad for name, leaf in leaves.items()})
 
 
 @low_precision
@@ -138,4 +138,4 @@ def test_checkpointing_under_autocast(impl: str, use_reentrant: bool, seed: int)
     expected = _run(call, impl, torch.bfloat16)
     assert torch.equal(y.detach(), expected.y)
     for name, gradient in expected.gradients.items():
-        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"

@@ -28,7 +28,7 @@ def _apply(leaves: dict[str, Tensor], call: Call, impl: str, **changes: Any) -> 
 
 def _assert_gradients(leaves: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, gradient in expected.items():
-        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
@@ -194,7 +194,7 @@ def test_gradients_accumulate(impl: str, seed: int) -> None:
     for _ in range(2):
         _apply(leaves, call, impl).backward(call.grad_y)
     for name, gradient in run(call, impl).gradients.items():
-        assert torch.equal(leaves[name].grad, 2 * gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, 2 * gradient), f"∂{name}"
 
 
 def test_one_tensor_as_two_arguments(impl: str, seed: int) -> None:
@@ -203,7 +203,7 @@ def test_one_tensor_as_two_arguments(impl: str, seed: int) -> None:
     tied = call.lora_A.clone().requires_grad_()
     lora_linear(call.x, call.weight, tied, tied, scaling=1.7, impl=impl).backward(call.grad_y)
     separate = run(call.replace(lora_B=call.lora_A, bias=None), impl).gradients
-    assert torch.equal(tied.grad, separate["lora_A"] + separate["lora_B"])  # type: ignore[arg-type]
+    assert torch.equal(tied.grad, separate["lora_A"] + separate["lora_B"])
 
 
 def test_layers_may_be_copied(impl: str, seed: int) -> None:
@@ -226,7 +226,7 @@ def test_gradients_of_intermediate_results(impl: str, seed: int) -> None:
     _apply(doubled, call, impl).backward(call.grad_y)
     twice = call.replace(**{name: 2 * value for name, value in call.tensors().items() if leaves[name].requires_grad})
     for name, gradient in run(twice, impl).gradients.items():
-        assert torch.equal(leaves[name].grad, 2 * gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, 2 * gradient), f"∂{name}"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -49,7 +49,7 @@ def _assert_as_uncompiled(y: Tensor, leaves: dict[str, Tensor], call: Call, impl
     expected = run(call, impl)
     assert torch.equal(y.detach(), expected.y)
     for name, gradient in expected.gradients.items():
-        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"
 
 
 SITUATIONS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def test_auto_is_traced(seed: int) -> None:
     expected = run(call, "auto", TRAINABLE)
     assert torch.equal(y.detach(), expected.y)
     for name in TRAINABLE:
-        assert torch.equal(leaves[name].grad, expected.gradients[name]), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, expected.gradients[name]), f"∂{name}"
     assert counter.frame_count == 1
 
 
@@ -144,7 +144,7 @@ def test_dropout_inside_draws_seeds_of_its_own(impl: str, seed: int) -> None:
     assert not torch.equal(first, second)
     assert 0.3 < float((first == 0).float().mean()) < 0.7
     again.backward(torch.ones_like(again))
-    assert torch.equal(leaf.grad, again.detach())  # type: ignore[arg-type]
+    assert torch.equal(leaf.grad, again.detach())
     assert counter.frame_count == 1
 
 
@@ -202,7 +202,7 @@ def test_a_module_compiles_with_its_neighbours(impl: str, seed: int) -> None:
     expected = network(again)
     expected.sum().backward()
     assert torch.equal(y, expected)
-    assert torch.equal(x.grad, again.grad)  # type: ignore[arg-type]
+    assert torch.equal(x.grad, again.grad)
     assert counter.frame_count == 1
 
 
@@ -233,6 +233,6 @@ def test_inductor(name: str, seed: int) -> None:
     y.backward(call.grad_y)
     outcome = run(call, name)
     outcome.y = y.detach()
-    outcome.gradients = {key: leaves[key].grad for key in outcome.gradients}  # type: ignore[misc]
+    outcome.gradients = {key: leaves[key].grad for key in outcome.gradients}
     excesses = Budget(call).excesses(outcome)
     assert not excesses, excesses[0]

@@ -102,7 +102,7 @@ LEFT_TO_PYTHON: dict[str, Callable[[Call], dict[str, Any]]] = {
     "trained_weight": lambda call: {"weight": call.weight.requires_grad_()},
     "float64": lambda call: {name: value.double() for name, value in call.tensors().items()},
     "subclass": lambda call: {"x": call.x.as_subclass(_Subclass)},
-    "subclass_of_a_bias": lambda call: {"bias": call.bias.as_subclass(_Subclass)},  # type: ignore[union-attr]
+    "subclass_of_a_bias": lambda call: {"bias": call.bias.as_subclass(_Subclass)},
     "subclass_of_a_parameter": lambda call: {"lora_A": nn.Parameter(call.lora_A.as_subclass(_Subclass))},
     "subclass_of_a_plan": lambda call: {"rank_plan": _plan_subclass()},
     "negative_view": lambda call: {"x": torch.view_as_complex(torch.randn(7, 29, 2)).conj().imag},

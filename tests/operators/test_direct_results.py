@@ -144,7 +144,7 @@ def test_an_undefined_gradient_counts_as_zero(seed: int) -> None:
     leaves = _leaves(call)
     _Blocked.apply(_apply(leaves, call)).backward(call.grad_y)
     for name in TRAINABLE:
-        assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
 
 
 @on_both_ways
@@ -174,7 +174,7 @@ def test_y_may_be_changed_in_place(seed: int) -> None:
     grad_y = 2 * call.grad_y
     grad_y[0] = 0
     for name, gradient in run(call.replace(grad_y=grad_y), "cpu").gradients.items():
-        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"
 
 
 def _in_threads(count: int, function: Callable[[int], None]) -> None:
@@ -265,4 +265,4 @@ def test_compiled_autograd(seed: int) -> None:
         y.backward(call.grad_y)
     torch._dynamo.reset()
     for name, gradient in run(call, "cpu").gradients.items():
-        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"  # type: ignore[arg-type]
+        assert torch.equal(leaves[name].grad, gradient), f"∂{name}"

@@ -98,7 +98,7 @@ def test_an_explanation_is_a_dataclass_that_prints_its_reasons() -> None:
     assert dataclasses.is_dataclass(explanation)
     assert str(explanation) == "lora_linear runs on 'eager'\n  not 'cuda': no GPU\n  not 'cpu': not built"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        explanation.chosen = "cpu"  # type: ignore[misc]
+        explanation.chosen = "cpu"
 
 
 def test_explaining_computes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

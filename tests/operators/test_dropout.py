@@ -43,8 +43,8 @@ def _dropped(x: Tensor, p: float, seed: int | Tensor | None, impl: str) -> Tenso
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS, ids=["zeros", "ones", "digits_of_pi"])
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
-    assert philox.philox4x32_10(counter, key) == words  # type: ignore[arg-type]
-    found = reference.philox4x32_10(_tensors(counter), _tensors(key))  # type: ignore[arg-type]
+    assert philox.philox4x32_10(counter, key) == words
+    found = reference.philox4x32_10(_tensors(counter), _tensors(key))
     assert tuple(int(word) for word in found) == words
 
 
@@ -53,7 +53,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
     key=st.tuples(*[st.integers(0, ONES)] * 2),
 )
 def test_the_reference_generator_is_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> None:
-    found = reference.philox4x32_10(_tensors(counter), _tensors(key))  # type: ignore[arg-type]
+    found = reference.philox4x32_10(_tensors(counter), _tensors(key))
     assert tuple(int(word) for word in found) == philox.philox4x32_10(counter, key)
 
 

@@ -29,7 +29,7 @@ def _fresh_cache() -> Iterator[None]:
 
 
 def _call(seed: int, **arguments: object) -> Call:
-    return make_call(seed, leading=(6,), n=N, k=K, r=4, **arguments)  # type: ignore[arg-type]
+    return make_call(seed, leading=(6,), n=N, k=K, r=4, **arguments)
 
 
 def _forward(call: Call, weight: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def test_layers_that_share_a_weight_share_a_pack(dtype: str, seed: int) -> None:
     parameter = nn.Parameter(call.weight, requires_grad=False)
     _forward(call, parameter)
     for alias in (parameter.detach(), parameter.data, parameter.view(N, K)):
-        assert gained(lambda alias=alias: _forward(call, alias)) == (1, 0)  # type: ignore[misc]
+        assert gained(lambda alias=alias: _forward(call, alias)) == (1, 0)
     assert count("entries") == 1
 
 

@@ -87,7 +87,7 @@ def _swap(layer: LoRALinear) -> None:
 
 
 def _set(layer: LoRALinear) -> None:
-    layer.weight.data.set_(torch.randn(N, K))  # type: ignore[call-overload]
+    layer.weight.data.set_(torch.randn(N, K))
 
 
 def _resize(layer: LoRALinear) -> None:

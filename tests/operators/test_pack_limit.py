@@ -76,7 +76,7 @@ def test_auto_serves_what_has_no_room_without_packs(seed: int) -> None:
     chosen = [_chosen(call) for call in calls]
     assert sorted(chosen) == ["cpu"] * 2 + ["eager"] * 4
     for call, impl in zip(calls, chosen, strict=True):
-        assert gained(lambda call=call: _train(call, "auto")) == ((2, 0) if impl == "cpu" else (0, 0))  # type: ignore[misc]
+        assert gained(lambda call=call: _train(call, "auto")) == ((2, 0) if impl == "cpu" else (0, 0))
         within_budget(call, "auto")
     refused = calls[chosen.index("eager")]
     why_not = explain(refused.x, refused.weight, refused.lora_A, refused.lora_B).why_not["cpu"]
@@ -258,7 +258,7 @@ def test_wrong_settings(setting: int | str) -> None:
 @pytest.mark.parametrize("setting", [None, 1.5, True])
 def test_settings_of_a_wrong_type(setting: object) -> None:
     with pytest.raises(TypeError, match=f"limit: found {type(setting).__name__}, expected int or str"):
-        cpu.set_pack_limit(setting)  # type: ignore[arg-type]
+        cpu.set_pack_limit(setting)
 
 
 def _with_environment(limit: str) -> subprocess.CompletedProcess[str]:

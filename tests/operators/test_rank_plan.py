@@ -152,7 +152,7 @@ def test_what_is_no_mask(mask: Any, error: type[Exception], message: str) -> Non
 
 def test_masked_must_be_a_state() -> None:
     with pytest.raises(ValueError, match="7 is not a valid RankState"):
-        RankPlan.from_mask(torch.tensor([True, False]), masked=7)  # type: ignore[arg-type]
+        RankPlan.from_mask(torch.tensor([True, False]), masked=7)
 
 
 def test_an_empty_plan() -> None:

@@ -168,7 +168,7 @@ def test_gradients_of_reductions(impl: str, reduction: str, dtype: str, seed: in
     within_budget(call.replace(grad_y=y.grad), impl)
     for name, gradient in expected.gradients.items():
         if name != "weight":
-            assert torch.equal(leaves[name].grad, gradient), name  # type: ignore[arg-type]
+            assert torch.equal(leaves[name].grad, gradient), name
 
 
 @pytest.mark.parametrize("leading", [(0,), (0, 3), (3, 0), (2, 0, 2)], ids=str)
@@ -191,7 +191,7 @@ def test_empty_dimensions(impl: str, n: int, k: int, r: int, dtype: str, p: floa
 
 def test_rank_zero_is_the_frozen_layer(impl: str, seed: int) -> None:
     call = make_call(seed, leading=(9,), r=0)
-    expected = torch.nn.functional.linear(call.x.double(), call.weight.double(), call.bias.double())  # type: ignore[union-attr]
+    expected = torch.nn.functional.linear(call.x.double(), call.weight.double(), call.bias.double())
     torch.testing.assert_close(run(call, impl).y.double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -87,7 +87,7 @@ def plain(call: Call) -> Outcome:
     delta = F.linear(shrink, leaves["lora_B"][:, live].to(dtype)) * call.scaling
     y = F.linear(x, leaves["weight"], leaves.get("bias")) + delta.to(dtype)
     y.backward(call.grad_y)
-    return Outcome(y.detach(), {name: leaf.grad for name, leaf in leaves.items()})  # type: ignore[misc]
+    return Outcome(y.detach(), {name: leaf.grad for name, leaf in leaves.items()})
 
 
 def scales(call: Call) -> tuple[Outcome, dict[str, int]]:

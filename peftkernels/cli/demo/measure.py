@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor, nn
+
 from peftkernels.cli.demo.batches import Batch, collate
 from peftkernels.cli.demo.builders import build
 from peftkernels.cli.demo.prepare import Prepared
 from peftkernels.cli.demo.report import RunFigures
-from peftkernels.cli.demo.timing import FROZEN, FrozenStep, TimedRun, Timing, bytes_saved_for_backward, time_steps
+from peftkernels.cli.demo.runs import Run
+from peftkernels.cli.demo.timing import FROZEN, FrozenStep, TimedRun, Timing, time_steps
 from peftkernels.cli.demo.train import Record
+from peftkernels.cli.saved import bytes_saved_for_backward
 
 TIMED_BATCHES = 6
 ROUNDS, QUICK_ROUNDS = 12, 5
@@ -33,10 +37,9 @@ def measure(
         assert record.halfway is not None
         timed[name] = TimedRun(build(name, start), record.halfway, last_step)
     batches, longest = typical_and_longest_batches(prepared)
-    saved = {FROZEN: bytes_saved_for_backward(lambda: frozen.loss(longest), frozen.model)}
+    saved = {FROZEN: bytes_saved_for_backward(lambda: frozen.loss(longest), _own(frozen.model))}
     for name, variant in timed.items():
-        run = variant.run
-        saved[name] = bytes_saved_for_backward(lambda run=run: run.forward(longest)[1], run.model)  # type: ignore[misc]
+        saved[name] = _saved_by(variant.run, longest)
     timing = time_steps(
         {FROZEN: frozen, **timed},
         batches,
@@ -49,6 +52,14 @@ def measure(
     for name, record in records.items():
         rows.append(_row(name, timing, record, timed[name].run.trainable_parameters(), saved[name]))
     return timing, rows
+
+
+def _own(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _saved_by(run: Run, batch: Batch) -> int:
+    return bytes_saved_for_backward(lambda: run.forward(batch)[1], _own(run.model))
 
 
 def typical_and_longest_batches(prepared: Prepared) -> tuple[list[Batch], Batch]:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftkernels.cli.demo.batches import Batch
-from peftkernels.cli.demo.load import ForeignLoad
 from peftkernels.cli.demo.model import TextClassifier, share_frozen
 from peftkernels.cli.demo.runs import Run
+from peftkernels.cli.load import ForeignLoad
 
 FROZEN = "frozen"
 MOST_FOREIGN_SHARE = 0.06
@@ -169,22 +168,3 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def bytes_saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that ``forward``, which returns a loss, keeps for the backward pass.
-
-    Each storage counts once; the parameters and buffers of ``model`` do not count, they are there anyway.
-    """
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in saved.values())
