@@ -20,7 +20,6 @@ from . import lineup
 from .cases import CALLS, Case, all_cases, group_of
 from .timing import Samples, spread
 
-
 # The device of every result that was not measured on a GPU.
 CPU = "cpu"
 
