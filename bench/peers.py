@@ -20,9 +20,12 @@ class Layer(Protocol):
     """A case with its frozen weight and its adapter."""
 
     case: Case
-    weight: Tensor
     bias: Tensor | None
     adapter: data.Adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (N, K)."""
 
 
 class _Base(nn.Module):

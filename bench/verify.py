@@ -39,10 +39,13 @@ class Subject(Protocol):
 
     case: Case
     dtype: torch.dtype
-    weight: Tensor
     adapter: data.Adapter
     inputs: Sequence[Tensor]
     grads: Sequence[Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (N, K)."""
 
     def frozen(self, x: Tensor) -> Tensor:
         """The layer without an adapter."""
