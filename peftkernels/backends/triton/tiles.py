@@ -1,0 +1,84 @@
+"""Tile shapes of the products: what can be named in a table, timed by the tuner and compiled by the tests."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+TMA, POINTER, DECODE_TILE = KINDS = ("tma", "pointer", "decode")
+_NAME = re.compile(r"([a-z]+)-(\d+)x(\d+)x(\d+)-(\d+)w-(\d+)s")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program walks a product out (M, P) = in (M, Q) · Wop (Q, P).
+
+    kind      "tma": tiles come through the tensor memory accelerator (compute capability 9.0 and later) to programs that
+              stay and take one tile after another; "pointer": ordinary loads, one program a tile, any GPU, any
+              alignment; "decode": all rows of a call with few of them, one program for `columns` columns
+    rows      of the tile of out
+    columns   of the tile of out
+    depth     of Q in one step
+    warps     of a program
+    stages    of steps that are in flight
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """As tables and messages write it, `tma-128x256x64-8w-3s`; `tile(name)` reads it back."""
+        return f"{self.kind}-{self.rows}x{self.columns}x{self.depth}-{self.warps}w-{self.stages}s"
+
+
+@functools.lru_cache(maxsize=256)
+def tile(name: str) -> Tile:
+    """The tile of that name. Raises ValueError for anything else."""
+    parts = _NAME.fullmatch(name)
+    if parts is None or parts[1] not in KINDS:
+        raise ValueError(f"tile: found {name!r}, expected a name such as 'tma-128x256x64-8w-3s'")
+    return Tile(parts[1], *(int(number) for number in parts.groups()[1:]))
+
+
+# Wide tiles keep the tensor cores busy, narrow ones give small products enough programs. Stages are as many as fit
+# the shared memory (227 KiB from 9.0 on, 163 KiB on 8.0) beside what the store of the tile needs.
+_TMA = (
+    Tile(TMA, 128, 256, 64, 8, 3),
+    Tile(TMA, 128, 128, 64, 8, 4),
+    Tile(TMA, 64, 256, 64, 4, 3),
+    Tile(TMA, 128, 64, 64, 4, 4),
+    Tile(TMA, 64, 128, 64, 4, 4),
+)
+_POINTER = (
+    Tile(POINTER, 128, 256, 32, 8, 3),
+    Tile(POINTER, 128, 128, 64, 8, 3),
+    Tile(POINTER, 128, 128, 32, 4, 4),
+    Tile(POINTER, 64, 128, 64, 4, 4),
+    Tile(POINTER, 64, 64, 64, 4, 4),
+    Tile(POINTER, 16, 128, 64, 4, 4),
+)
+_DECODE = (
+    Tile(DECODE_TILE, 16, 16, 256, 4, 4),
+    Tile(DECODE_TILE, 16, 32, 256, 4, 3),
+    Tile(DECODE_TILE, 16, 64, 128, 4, 4),
+)
+# Four bytes an element, and no tensor cores unless TF32 is allowed.
+_POINTER_FP32 = (
+    Tile(POINTER, 128, 64, 32, 8, 2),
+    Tile(POINTER, 64, 64, 32, 4, 3),
+    Tile(POINTER, 16, 64, 64, 4, 3),
+)
+_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 128, 4, 3),)
+
+
+def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """Every tile that may be chosen for operands of `dtype` on a GPU of this compute capability."""
+    if dtype == "float32":
+        return (*_POINTER_FP32, *_DECODE_FP32)
+    return (*(_TMA if capability >= (9, 0) else ()), *_POINTER, *_DECODE)
