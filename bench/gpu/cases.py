@@ -24,7 +24,7 @@ MIDDLE_TOKENS = (2048, 8192)
 LIVE_RANK = 64
 GRAPH_SHAPES, GRAPH_TOKENS = (MIDDLE, (4096, 1024)), (1, 16, 128, 512)
 # Small enough for the host to be what takes time.
-ENQUEUED = {"K": 4096, "N": 1024, "M": 1}
+ENQUEUED = (4096, 1024)
 _PEFT = (lineup.PEFT_LORA_BF16, lineup.PEFT_LORA_FP32)
 _PEFT_ADALORA = (lineup.PEFT_ADALORA_BF16, lineup.PEFT_ADALORA_FP32)
 
@@ -48,8 +48,7 @@ def _live(
 
 
 def _enqueued() -> Iterator[Case]:
-    for direction in PASSES:
-        plain = Case(direction=direction, dtype="bf16", bias=False, timing=ENQUEUE, **ENQUEUED)
+    for plain in _layers([ENQUEUED], [1], timing=ENQUEUE):
         yield from (plain, replace(plain, dropout=0.1), replace(plain, masking=PROBE))
 
 
@@ -69,7 +68,7 @@ SMOKE: dict[str, tuple[Case, ...]] = {
     "gpu-live": tuple(_live([(64, 48)], (33,), (100, 50), r=8)),
     "gpu-mixed": tuple(_layers([(64, 48)], (33,), [FORWARD], dtype="mixed")),
     "gpu-graph": tuple(_layers([(64, 48)], (1,), timing=GRAPH)),
-    "gpu-enqueue": (Case(direction=FORWARD, K=64, N=48, M=1, dtype="bf16", bias=False, timing=ENQUEUE),),
+    "gpu-enqueue": tuple(_layers([(64, 48)], (1,), [FORWARD], timing=ENQUEUE)),
 }
 # Odd sizes that end inside every tile: verified without being timed, by a memory checker too.
 CHECKED: tuple[Case, ...] = (
@@ -138,8 +137,9 @@ def in_order(groups: dict[str, tuple[Case, ...]]) -> list[tuple[str, Case]]:
             return 4
         if case.timing:
             return 1
-        if case.M in MIDDLE_TOKENS:
+        rows = case.M
+        if rows in MIDDLE_TOKENS:
             return 0
-        return 2 if case.M < MIDDLE_TOKENS[0] else 3
+        return 3 if rows > max(MIDDLE_TOKENS) else 2
 
     return [(found[case], case) for case in sorted(found, key=place)]

@@ -21,11 +21,19 @@ class DeviceError(Exception):
 
 
 class Device(Protocol):
-    """A device: its name, its last cache in bytes, and how to wait, to time and to record on it."""
+    """A device, and how to wait, to time and to record on it."""
 
-    torch: torch.device
-    name: str
-    cache_bytes: int
+    @property
+    def place(self) -> torch.device:
+        """What tensors are made on."""
+
+    @property
+    def name(self) -> str:
+        """As the driver names it."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of its last cache."""
 
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
@@ -47,12 +55,12 @@ class Device(Protocol):
 class Cuda:
     """A CUDA device."""
 
-    torch: torch.device
+    place: torch.device
     name: str
     cache_bytes: int
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch)
+        torch.cuda.synchronize(self.place)
 
     def elapsed(self, work: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -71,12 +79,12 @@ class Cuda:
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
         # Handles, workspaces and compiled kernels are made on a stream of their own before they may be captured.
-        stream = torch.cuda.Stream(self.torch)
-        stream.wait_stream(torch.cuda.current_stream(self.torch))
+        stream = torch.cuda.Stream(self.place)
+        stream.wait_stream(torch.cuda.current_stream(self.place))
         with torch.cuda.stream(stream):
             for _ in range(2):
                 work()
-        torch.cuda.current_stream(self.torch).wait_stream(stream)
+        torch.cuda.current_stream(self.place).wait_stream(stream)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -86,13 +94,13 @@ class Cuda:
     def peaks(self) -> Peaks:
         """The best of several bf16 and fp32 products 8192³ and 4096³, and of copies of 2 GiB, read and written."""
         flops = {dtype: self._products(dtype, size) for dtype, size in ((torch.bfloat16, 8192), (torch.float32, 4096))}
-        source = torch.randint(1 << 30, (1 << 28,), device=self.torch)
+        source = torch.randint(1 << 30, (1 << 28,), device=self.place)
         target = torch.empty_like(source)
         rate = 2 * source.nbytes / self._fastest(lambda: target.copy_(source))
         return Peaks(flops, rate, rate)
 
     def _products(self, dtype: torch.dtype, size: int) -> float:
-        a, b = (torch.randn(size, size, device=self.torch).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=self.place).to(dtype) for _ in range(2))
         return 2.0 * size**3 / self._fastest(lambda: torch.mm(a, b))
 
     def _fastest(self, call: Callable[[], object]) -> float:
@@ -106,7 +114,7 @@ class Cuda:
 class Host:
     """The CPU in a device's place: the same code runs, nothing that it measures says anything about a GPU."""
 
-    torch: torch.device
+    place: torch.device
     name: str = CPU
     cache_bytes: int = 1 << 16
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class DeviceLayer:
     def _peft(self, name: str) -> Contestant:
         from ..peers import frozen_linear, peft_layer
 
-        layer = peft_layer(name, self).to(self.device.torch)
+        layer = peft_layer(name, self).to(self.device.place)
         layers = [layer, *(twin(layer, frozen_linear(weight, self.bias)) for weight in self.weights[1:])]
         own = tuple(parameter for each in layers for parameter in each.parameters())
         trainable = tuple(parameter for parameter in layer.parameters() if parameter.requires_grad)
@@ -145,14 +146,14 @@ class DeviceLayer:
     def record(self) -> None:
         """Capture every contestant's calls; turns replay them from now on."""
         for name in self.contestants:
-            self._replays[name] = self.device.capture(lambda name=name: self._calls(name, 0, self.recorded_calls))
+            self._replays[name] = self.device.capture(partial(self._calls, name, 0, self.recorded_calls))
 
     def prepare(self, name: str) -> None:
         """Let whatever came before end."""
         self.device.synchronize()
 
     def turn(self, name: str, first: int, repeats: int) -> None:
-        """`repeats` calls, on the inputs from number `first` on; replays, of `recorded_calls`, where they are recorded."""
+        """`repeats` calls, on the inputs from number `first` on; or replays, where `record` was called."""
         replay = self._replays.get(name)
         if replay is None:
             self._calls(name, first, repeats)
@@ -190,13 +191,13 @@ def copies(size: int, wanted: int) -> int:
 
 def _normal(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: Device, scale: float = 1.0) -> list[Tensor]:
     """`count` tensors from N(0, scale²), all different."""
-    return [torch.randn(shape, dtype=dtype, device=device.torch).mul_(scale) for _ in range(count)]
+    return [torch.randn(shape, dtype=dtype, device=device.place).mul_(scale) for _ in range(count)]
 
 
 def _moved(adapter: data.Adapter, device: Device) -> data.Adapter:
-    plan = None if adapter.plan is None else RankPlan.from_state(adapter.plan.state.to(device.torch))
-    gate = None if adapter.gate is None else adapter.gate.to(device.torch)
-    return data.Adapter(adapter.lora_A.to(device.torch), adapter.lora_B.to(device.torch), gate, plan)
+    plan = None if adapter.plan is None else RankPlan.from_state(adapter.plan.state.to(device.place))
+    gate = None if adapter.gate is None else adapter.gate.to(device.place)
+    return data.Adapter(adapter.lora_A.to(device.place), adapter.lora_B.to(device.place), gate, plan)
 
 
 def twin(layer: nn.Module, linear: nn.Linear) -> nn.Module:
