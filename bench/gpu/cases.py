@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -143,3 +143,12 @@ def in_order(groups: dict[str, tuple[Case, ...]]) -> list[tuple[str, Case]]:
         return 3 if rows > max(MIDDLE_TOKENS) else 2
 
     return [(found[case], case) for case in sorted(found, key=place)]
+
+
+def select(ordered: Sequence[tuple[str, Case]], patterns: Sequence[str]) -> list[tuple[str, Case]]:
+    """Those whose group, or a part of whose id, is in `patterns`; all of them without any."""
+    return [
+        (group, case)
+        for group, case in ordered
+        if not patterns or any(pattern == group or pattern in case.id for pattern in patterns)
+    ]

@@ -46,6 +46,8 @@ class DeviceLayer:
     """The contestants of a layer's case on a device."""
 
     baseline = lineup.FROZEN
+    # Why contestants that were asked for do not take part.
+    left_out: dict[str, str]
 
     def __init__(self, case: Case, device: Device, names: Sequence[str], impl: str = "auto") -> None:
         self.case, self.device, self.impl = case, device, impl
@@ -59,8 +61,11 @@ class DeviceLayer:
         self.grads: Sequence[Tensor] = []
         if case.trains:
             self.grads = _normal(copies(m * n * size, wanted), (m, n), self.dtype, device)
-        self.contestants = {name: self._build(name) for name in names}
         self._replays: dict[str, Callable[[], object]] = {}
+        self.contestants: dict[str, Contestant] = {}
+        self.left_out = {}
+        for name in names:
+            self._add(name)
 
     @property
     def weight(self) -> Tensor:
@@ -71,6 +76,20 @@ class DeviceLayer:
     def recorded_calls(self) -> int:
         """How many calls a graph holds: one on each weight and each input at least."""
         return max(len(self.weights), len(self.inputs)) if self.case.timing == GRAPH else 1
+
+    def _add(self, name: str) -> None:
+        """Build a contestant; one of peft's that cannot be built and called is left out, with the reason."""
+        if not name.startswith("peft "):
+            self.contestants[name] = self._build(name)
+            return
+        try:
+            self.contestants[name] = self._build(name)
+            self._calls(name, 0, 1)
+            self.device.synchronize()
+        except Exception as error:
+            # Other people's code, compilers among it, on versions that it may not know.
+            self.contestants.pop(name, None)
+            self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
     def _build(self, name: str) -> Contestant:
         frozen = tuple(self.weights) if self.bias is None else (*self.weights, self.bias)
