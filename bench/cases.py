@@ -13,7 +13,12 @@ PASSES = (FORWARD, BACKWARD)
 PROBE, DEAD = "PROBE", "DEAD"
 CALLS, GRAPH, ENQUEUE = "", "graph", "enqueue"
 # x, weight and bias in the first dtype, the adapter's factors and its gate in the second.
-DTYPES = {"fp32": ("float32", "float32"), "bf16": ("bfloat16", "bfloat16"), "mixed": ("bfloat16", "float32")}
+DTYPES = {
+    "fp32": ("float32", "float32"),
+    "bf16": ("bfloat16", "bfloat16"),
+    "mixed": ("bfloat16", "float32"),
+    "fp16": ("float16", "float16"),
+}
 
 WIDTHS = (
     (384, 384),

@@ -150,3 +150,13 @@ def find(name: str) -> Device:
     device = torch.device("cuda", torch.cuda.current_device())
     facts = torch.cuda.get_device_properties(device)
     return Cuda(device, facts.name, int(getattr(facts, "L2_cache_size", 0)) or USUAL_L2_BYTES)
+
+
+def answers(device: Device) -> bool:
+    """Whether the device still computes: after a fault of a kernel it refuses everything."""
+    try:
+        torch.ones(1, device=device.place).add_(1)
+        device.synchronize()
+    except RuntimeError:
+        return False
+    return True

@@ -17,7 +17,7 @@ from ..timing import Effort, Samples, interleave, spread
 from ..verify import WrongResultError
 from .budget import TURN_SECONDS, Budget
 from .cases import CHECKED, contestants
-from .device import Device
+from .device import Device, answers
 from .layer import DeviceLayer
 from .verify import verify
 
@@ -142,16 +142,6 @@ def run(
         budget.spent(case, time.perf_counter() - began, effort.seconds)
         say(f"{place} {line(item)}")
     return found
-
-
-def answers(device: Device) -> bool:
-    """Whether the device still computes: after a fault of a kernel it refuses everything."""
-    try:
-        torch.ones(1, device=device.place).add_(1)
-        device.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 def line(item: Measured) -> str:

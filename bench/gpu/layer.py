@@ -54,13 +54,13 @@ class DeviceLayer:
         self.dtype, _ = data.dtypes(case)
         wanted = 2 * device.cache_bytes
         k, n, m, size = case.K, case.N, case.M, self.dtype.itemsize
-        self.weights = _normal(copies(n * k * size, wanted), (n, k), self.dtype, device, k**-0.5)
-        self.bias = _normal(1, (n,), self.dtype, device)[0] if case.bias else None
+        self.weights = normal(copies(n * k * size, wanted), (n, k), self.dtype, device, k**-0.5)
+        self.bias = normal(1, (n,), self.dtype, device)[0] if case.bias else None
         self.adapter = _moved(data.adapter(case), device)
-        self.inputs: Sequence[Tensor] = _normal(copies(m * k * size, wanted), (m, k), self.dtype, device)
+        self.inputs: Sequence[Tensor] = normal(copies(m * k * size, wanted), (m, k), self.dtype, device)
         self.grads: Sequence[Tensor] = []
         if case.trains:
-            self.grads = _normal(copies(m * n * size, wanted), (m, n), self.dtype, device)
+            self.grads = normal(copies(m * n * size, wanted), (m, n), self.dtype, device)
         self._replays: dict[str, Callable[[], object]] = {}
         self.contestants: dict[str, Contestant] = {}
         self.left_out = {}
@@ -208,7 +208,7 @@ def copies(size: int, wanted: int) -> int:
     return min(MOST_SETS, max(2, math.ceil(wanted / max(size, 1))))
 
 
-def _normal(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: Device, scale: float = 1.0) -> list[Tensor]:
+def normal(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: Device, scale: float = 1.0) -> list[Tensor]:
     """`count` tensors from N(0, scale²), all different."""
     return [torch.randn(shape, dtype=dtype, device=device.place).mul_(scale) for _ in range(count)]
 
