@@ -120,10 +120,15 @@ WRITTEN = ("bench/results", "bench/plots", "README.md")
 
 
 def commit() -> str:
-    """The commit that is measured, "-dirty" behind it when tracked files differ from it; "unknown" outside a checkout.
+    """The commit that is measured, "-dirty" behind it when tracked files differ from it.
 
-    Results and what is generated from them do not count: a run that follows another one measures the same code.
+    Results and what is generated from them do not count: a run that follows another one measures the same code. Where
+    there is no repository, as in a copy on another machine, it is what PEFTKERNELS_COMMIT says, else "unknown".
     """
+    return _commit() or os.environ.get("PEFTKERNELS_COMMIT") or "unknown"
+
+
+def _commit() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -133,14 +138,14 @@ def commit() -> str:
     try:
         # An installed package may lie inside somebody else's repository.
         if git("ls-files", "--error-unmatch", "results.py") is None:
-            return "unknown"
+            return None
         excluded = [f":(top,exclude){path}" for path in WRITTEN]
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded)
         described = git("describe", "--always")
     except OSError:
-        return "unknown"
+        return None
     if changes is None or described is None:
-        return "unknown"
+        return None
     return f"{described}-dirty" if changes else described
 
 

@@ -44,10 +44,21 @@ GRAPH_ROWS, MOST_RECORDED = 512, 16
 KEPT = 4
 # What a candidate has to save to be preferred to the library.
 MARGIN = 0.005
-BRIEF, LONG = Effort(0.0, 3, 1.0), Effort(0.25, 5, 1.5)
-# How long a turn of the bare product lasts, briefly and for longer.
-TURNS, SMOKE_TURNS = (2e-3, 4e-3), (1e-4, 1e-4)
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Efforts for all candidates and for the best of them, and seconds of a turn of the bare product in each."""
+
+    brief: Effort
+    long: Effort
+    brief_turn: float
+    long_turn: float
+
+
+USUAL = Pace(Effort(0.0, 3, 1.0), Effort(0.25, 5, 1.5), 2e-3, 4e-3)
+SMOKE = Pace(Effort(0.0, 1, 0.1), Effort(0.0, 1, 0.1), 1e-4, 1e-4)
 
 
 class ProductBench:
@@ -201,7 +212,7 @@ def tune(
     limit: float | None,
     say: Callable[[str], None],
     *,
-    turns: tuple[float, float] = TURNS,
+    pace: Pace = USUAL,
     alive: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
@@ -218,7 +229,7 @@ def tune(
             say(f"time ran out: {len(found.left_out)} of {len(wanted)} products are left to their nearest neighbours")
             break
         try:
-            entry = tune_product(product, capability, make, found, say, turns)
+            entry = tune_product(product, capability, make, found, say, pace)
         except Exception as error:
             entry = None
             found.wrong.append(f"{name_of(product)}: {type(error).__name__}: {error}")
@@ -244,7 +255,7 @@ def tune_product(
     make: Callable[[Product], ProductBench],
     found: Tuned,
     say: Callable[[str], None],
-    turns: tuple[float, float] = TURNS,
+    pace: Pace = USUAL,
 ) -> Entry | None:
     """The entry of one product, None where no candidate is right; failures are added to `found`."""
     bench = make(product)
@@ -262,10 +273,10 @@ def tune_product(
             found.broken.setdefault(str(choice), reason)
     if len(bench.contestants) == 1:
         return None
-    ratios = bench.ratios(BRIEF, turns[0])
+    ratios = bench.ratios(pace.brief, pace.brief_turn)
     kept = sorted(ratios, key=ratios.__getitem__)[:KEPT]
     bench.keep(list(dict.fromkeys([*kept, *(name for name in (LIBRARY,) if name in ratios)])))
-    ratios.update(bench.ratios(LONG, turns[1]))
+    ratios.update(bench.ratios(pace.long, pace.long_turn))
     # A brief figure must not win against a long one.
     chosen = best({name: ratios[name] for name in bench.contestants if name != BARE})
     rounded = {name: round(ratio, 4) for name, ratio in sorted(ratios.items(), key=lambda item: item[1])}
@@ -316,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda product: ProductBench(product, device, impl),
         options.limit,
         lambda text: print(text, flush=True),
-        turns=SMOKE_TURNS if options.smoke else TURNS,
+        pace=SMOKE if options.smoke else USUAL,
         alive=partial(answers, device),
     )
     if not found.entries:

@@ -130,12 +130,11 @@ def _run(options: Options) -> int:
         print(f"{len(ordered)} cases")
         return 0
     device = find(options.device)
-    lineup = _lineup(options)
     if options.check:
         from .job import check
 
-        return 0 if check(device, lineup, print) else 1
-    return _measure(options, ordered, device, lineup)
+        return 0 if check(device, options.impl, print) else 1
+    return _measure(options, ordered, device, _lineup(options))
 
 
 def _lineup(options: Options) -> Lineup:

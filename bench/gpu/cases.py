@@ -67,7 +67,7 @@ SMOKE: dict[str, tuple[Case, ...]] = {
     "gpu-dropout": tuple(_layers([(64, 48)], (33,), [BACKWARD], dropout=0.1)),
     "gpu-live": tuple(_live([(64, 48)], (33,), (100, 50), r=8)),
     "gpu-mixed": tuple(_layers([(64, 48)], (33,), [FORWARD], dtype="mixed")),
-    "gpu-graph": tuple(_layers([(64, 48)], (1,), timing=GRAPH)),
+    "gpu-graph": tuple(_layers([(64, 48)], (1,), [FORWARD], timing=GRAPH)),
     "gpu-enqueue": tuple(_layers([(64, 48)], (1,), [FORWARD], timing=ENQUEUE)),
 }
 # Odd sizes that end inside every tile: verified without being timed, by a memory checker too.
