@@ -115,7 +115,7 @@ class Host:
     """The CPU in a device's place: the same code runs, nothing that it measures says anything about a GPU."""
 
     place: torch.device
-    name: str = CPU
+    name: str = "smoke run on the CPU"
     cache_bytes: int = 1 << 16
 
     def synchronize(self) -> None:
