@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkernels import _ops
 from peftkernels._checks import FLOATS
-from peftkernels.backends import cpu, eager, oracle
+from peftkernels.backends import cpu, eager, oracle, triton
 from peftkernels.rank_plan import RankPlan
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
@@ -19,6 +19,7 @@ REGISTERED = _ops.IMPLEMENTATIONS
 
 oracle.register()
 eager.register()
+triton.register()
 
 
 Result = TypeVar("Result", bound=Callable[..., object])
@@ -47,13 +48,12 @@ def _cpu_has_fp16_kernels() -> bool:
 
 def backend_status() -> dict[str, str | None]:
     """For every implementation by name: None when it can run in this process, else why it cannot."""
-    no_gpu_kernels = "this version of peftkernels has no {} kernels"
     return {
         "reference": None,
         "eager": None,
         "cpu": _cpu_unavailable_reason(),
-        "triton": no_gpu_kernels.format("Triton"),
-        "cuda": no_gpu_kernels.format("CUDA"),
+        "triton": triton.unavailable_reason(),
+        "cuda": "this version of peftkernels has no CUDA C++ kernels",
     }
 
 
@@ -84,6 +84,11 @@ def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
         if weight.requires_grad:
             return "weight requires grad, the C++ kernels serve frozen weights"
         return _unserved_dtype(x.dtype)
+    if impl == "triton":
+        reason = triton.refusal(x)
+        if reason is None and weight.requires_grad:
+            return "weight requires grad, the Triton kernels serve frozen weights"
+        return reason
     return backend_status()[impl]
 
 
