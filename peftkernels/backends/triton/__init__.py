@@ -6,12 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkernels import _ops
+from peftkernels.backends.triton import routes
 
 OLDEST = (8, 0)
 _OFF = ("", "0", "false", "off", "no", "n", "f")
@@ -47,35 +49,69 @@ def unavailable_reason() -> str | None:
     return _old_gpu(torch.device("cuda", torch.cuda.current_device()))
 
 
-def refusal(x: Tensor) -> str | None:
-    """None when the kernels can compute with x's device and dtype, else why not."""
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the kernels can compute with an x of this device and dtype, else why not."""
     reason = _missing()
     if reason is not None:
         return reason
-    if x.dtype is torch.float64:
+    if dtype is torch.float64:
         return "x is torch.float64, the Triton kernels compute in float32, float16 and bfloat16"
     if interpreting():
-        if x.device.type != "cpu":
-            return f"x is on {x.device}, and TRITON_INTERPRET is set, which runs kernels on the CPU"
-        if x.dtype is torch.bfloat16:
+        if device.type != "cpu":
+            return f"x is on {device}, and TRITON_INTERPRET is set, which runs kernels on the CPU"
+        if dtype is torch.bfloat16:
             return "x is torch.bfloat16, which Triton's interpreter multiplies wrongly"
         return None
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, the Triton kernels run on CUDA devices"
+    if device.type != "cuda":
+        return f"x is on {device}, the Triton kernels run on CUDA devices"
     if torch.version.cuda is None:
         return "this torch was built for AMD GPUs, for which the kernels were not built"
-    return _old_gpu(x.device)
+    return _old_gpu(device)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return importlib.import_module("peftkernels.backends.triton.forward").forward(*arguments)
+def disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when "auto" may take the kernels, else why not."""
+    reason = refusal(device, dtype)
+    if reason is None and interpreting():
+        return "TRITON_INTERPRET is set: the kernels are interpreted, which is for tests"
+    return reason
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return importlib.import_module("peftkernels.backends.triton.backward").backward(*arguments)
+def route_in_words(x: Tensor, weight: Tensor) -> dict[str, str]:
+    """For the forward and the backward product: which way it goes, and why."""
+    launch = importlib.import_module("peftkernels.backends.triton.launch")
+    gpu, capability = launch.gpu_name(x.device), launch.capability(x.device)
+    (n, k), m, words = weight.shape, x.shape[:-1].numel(), {}
+    for direction in routes.DIRECTIONS:
+        product = routes.Product(direction, str(x.dtype).removeprefix("torch."), m, n, k)
+        choice, reason = routes.choose(product, gpu, capability)
+        words[direction] = f"{choice} ({reason})"
+    return words
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., tuple[Tensor, ...]]]:
+    passes = [importlib.import_module(f"peftkernels.backends.triton.{name}_pass") for name in ("forward", "backward")]
+    return passes[0].forward, passes[1].backward
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is to be saved; arguments as declared in `_ops`."""
+    return _kernels()[0](*arguments)
+
+
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same with an empty tensor for an S that is not saved."""
+    y, shrink = forward(*arguments)
+    return y, y.new_empty((0, arguments[2].shape[0])) if shrink is None else shrink
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients; arguments as declared in `_ops`."""
+    return _kernels()[1](*arguments)
 
 
 def register() -> None:
     """Implement the `.triton` overloads."""
-    _ops.library.impl("lora_linear_fwd.triton", _forward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_linear_bwd.triton", _backward, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_linear_fwd.triton", _forward_operator, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_linear_bwd.triton", backward, "CompositeExplicitAutograd")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-@dataclass(frozen=True)
-class Kinds:
+class Kinds(NamedTuple):
     """The call as the compiler sees it; no sizes and no values.
 
     x          dtype of x, the frozen weight and the bias: the dtype of computation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,12 +53,15 @@ def fp32_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+_HERE = nullcontext()
+
+
 def place(tensor: Tensor) -> Any:
     """A context in which kernels run on the tensor's device, with the operators' own dtypes."""
     device = tensor.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return _elsewhere(device)
-    return without_autocast(device.type)
+    return without_autocast(device.type) if torch.is_autocast_enabled(device.type) else _HERE
 
 
 @contextmanager

@@ -17,9 +17,7 @@ PLACES = (16, 32, 64, 128)
 def _kinds(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Kinds, Kinds]:
     """A call with everything there is, with fp32 factors as HF peft has them, and one with nothing beside A and B."""
     pdl = capability >= (9, 0)
-    everything = Kinds(
-        dtype, torch.float32, torch.float32, torch.float32, plan=True, dropout=True, bias=True, pdl=pdl
-    )
+    everything = Kinds(dtype, torch.float32, torch.float32, torch.float32, plan=True, dropout=True, bias=True, pdl=pdl)
     return everything, Kinds(dtype, dtype, pdl=pdl)
 
 

@@ -113,4 +113,6 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")
     aligned = (*outputs, "x_ptr", "a_ptr", "K", "stride_x") if kinds.aligned else outputs
     label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' split' * split}{' pack' * pack}"
-    return Variant(shrink, types, constants, aligned=aligned, options=options(8 if block_of_places > 64 else 4, 4), label=label)
+    return Variant(
+        shrink, types, constants, aligned=aligned, options=options(8 if block_of_places > 64 else 4, 4), label=label
+    )

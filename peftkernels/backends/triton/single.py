@@ -26,6 +26,9 @@ from peftkernels.backends.triton.ranks import active_and_live, store_by_rank
 from peftkernels.backends.triton.shrink import shrink_rows
 from peftkernels.backends.triton.tiles import Blocks, Tile
 
+# Places of a piece at a time: with more, the registers beside a tile's sums run out.
+MOST_PLACES = 32
+
 
 @triton.jit
 def shrink_pieces(
@@ -156,7 +159,7 @@ def _pieces(kinds: Kinds, blocks: Blocks, tile: Tile, block_of_places: int) -> d
     return {
         "PIECE": min(blocks.piece, tile.rows),
         "PIECE_K": blocks.shrink_depth,
-        "BLOCK_R": block_of_places,
+        "BLOCK_R": min(block_of_places, MOST_PLACES),
         "WHOLE_BLOCKS": kinds.whole,
     }
 

@@ -219,17 +219,19 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     save_shrink: bool,
-) -> tuple[Tensor, Tensor]:
-    """`peftkernels::lora_linear_fwd.triton`."""
+) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is to be saved; arguments as declared in `_ops`."""
     n, k = weight.shape
     r = lora_A.shape[0]
     m = x.shape[:-1].numel()
     dtype = x.dtype
     with place(x):
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        if 0 in (m, n, k, r):
-            return F.linear(x, weight, bias), x.new_zeros((m if save_shrink else 0, r))
+        if weight.dtype is not dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        if not (m and n and k and r):
+            return F.linear(x, weight, bias), x.new_zeros((m, r)) if save_shrink else None
         rows = rows_of(x)
         lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
         gate = dense(gate)
@@ -249,13 +251,12 @@ def forward(
         plain_weight = weight.stride() == (k, 1)
         plan = _plan(kinds, x.device, m, n, k, r, save_shrink, plain_weight, routes.current_override())
         least, keep_scale = dropped(dropout_p, dropout_seed)
-        saved = x.new_empty((m if save_shrink else 0, r))
-        kept = saved if save_shrink else None
+        saved = x.new_empty((m, r)) if save_shrink else None
         y = _run(
             plan, rows, weight, lora_A, lora_B, bias, gate, rank_order, rank_counts, scaling, scaling_tensor,
-            least, keep_scale, dropout_seed, kept,
+            least, keep_scale, dropout_seed, saved,
         )  # fmt: skip
-        return y.view(*x.shape[:-1], n), saved
+        return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), saved
 
 
 def _run(
@@ -273,14 +274,14 @@ def _run(
     least: int,
     keep_scale: float,
     seed: Tensor | None,
-    kept: Tensor | None,
+    saved: Tensor | None,
 ) -> Tensor:
     (m, k), (n, r) = rows.shape, lora_B.shape
     numbers = (scaling, keep_scale, least, m, n, k, r, plan.width, rows.stride(0))
     if plan.shrink is None:
         assert plan.product is not None and plan.tile is not None
         y = rows.new_empty((m, n))
-        factors = (lora_A, lora_B, order, counts, gate, scaling_tensor, seed, kept)
+        factors = (lora_A, lora_B, order, counts, gate, scaling_tensor, seed, saved)
         if plan.choice.route == routes.DECODE:
             plan.product(plan.programs, rows, weight, bias, *factors, y, *numbers)
             return y
@@ -294,7 +295,7 @@ def _run(
             plan.product(plan.programs, rows, weight, bias, *factors, left, progress, y, *numbers)
         return y
     left, right = _shrink_and_pack(
-        plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, kept
+        plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved
     )
     if plan.product is None:
         y = F.linear(rows, weight, bias)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftkernels import _ops
 from peftkernels.backends.triton import columns, dropout, expand, finish, gemm, routes
-from peftkernels.backends.triton.forward import multiply, route
+from peftkernels.backends.triton.forward_pass import multiply, route
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
 from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
@@ -174,7 +174,7 @@ def backward(
     dropout_seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """`peftkernels::lora_linear_bwd.triton`."""
+    """∂x, ∂W (never), ∂A, ∂B, ∂bias and ∂gate; arguments as declared in `_ops`."""
     if needs[1]:
         raise RuntimeError("impl='triton' cannot serve this call: weight requires grad, the kernels serve frozen ones")
     with place(grad_y):
