@@ -44,6 +44,7 @@ GRAPH_ROWS, MOST_RECORDED = 512, 16
 KEPT = 4
 # What a candidate has to save to be preferred to the library.
 MARGIN = 0.005
+DTYPE = ["bfloat16"]
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -319,8 +320,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench.tune: error: the Triton backend cannot run here: {refused}", file=sys.stderr)
             return 2
     else:
-        impl = "eager"
-    wanted = products(options.smoke, options.dtype or ["bfloat16"])
+        empty = torch.empty(0, 0, dtype=getattr(torch, (options.dtype or DTYPE)[0]))
+        refused = dispatch.refusal(impl, empty, empty)
+        if refused is not None:
+            print(f"every candidate runs on the eager backend: {refused}")
+            impl = "eager"
+    wanted = products(options.smoke, options.dtype or DTYPE)
     found = tune(
         wanted,
         capability,

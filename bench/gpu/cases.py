@@ -72,9 +72,15 @@ SMOKE: dict[str, tuple[Case, ...]] = {
 }
 # Odd sizes that end inside every tile: verified without being timed, by a memory checker too.
 CHECKED: tuple[Case, ...] = (
-    *_layers([(200, 136)], (1, 67), bias=True),
-    *_layers([(200, 136)], (67,), [BACKWARD], dropout=0.1),
-    *_live([(200, 136)], (67,), (50,), passes=[BACKWARD], r=32),
+    *(
+        case
+        for dtype in ("bf16", "fp16", "fp32")
+        for case in (
+            *_layers([(200, 136)], (1, 67), bias=True, dtype=dtype),
+            *_layers([(200, 136)], (67,), [BACKWARD], dropout=0.1, dtype=dtype),
+            *_live([(200, 136)], (67,), (50,), passes=[BACKWARD], r=32, dtype=dtype),
+        )
+    ),
     *_layers([(200, 136)], (67,), [BACKWARD], dtype="mixed"),
 )
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .. import results, roofline
+from peftkernels import dispatch
+
+from .. import data, results, roofline
 from ..cases import CALLS, ENQUEUE, GRAPH, Case
 from ..results import Origin, Row
 from ..runner import Measured
@@ -152,13 +154,24 @@ def line(item: Measured) -> str:
 
 
 def check(device: Device, impl: str, say: Callable[[str], None]) -> bool:
-    """Verify ours and the floor on the odd shapes of CHECKED, timing nothing; returns whether all are right."""
-    right = True
+    """Verify ours and the floor on the odd shapes of CHECKED, timing nothing; returns whether all are right.
+
+    Cases in a dtype that `impl` does not serve on this device are left out, with its reason; none must be the rule.
+    """
+    right, checked = True, 0
     for case in CHECKED:
+        empty = torch.empty(0, 0, dtype=data.dtypes(case)[0], device=device.place)
+        refused = None if impl == "auto" else dispatch.refusal(impl, empty, empty)
+        if refused is not None:
+            say(f"left out: {case.id}: {refused}")
+            continue
+        checked += 1
         try:
             verify(DeviceLayer(case, device, contestants(case, peft=False), impl))
             say(f"right: {case.id}")
         except WrongResultError as error:
             right = False
             say(f"WRONG: {error}")
-    return right
+    if not checked:
+        say(f"no case was checked: impl={impl!r} serves none of them")
+    return right and checked > 0
