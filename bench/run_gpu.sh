@@ -78,6 +78,7 @@ step() {
 finish() {
     if [ ${#failures[@]} -eq 0 ]; then
         echo "run_gpu: passed in $SECONDS s; results in $out"
+        [ -z "$smoke" ] || echo "run_gpu: a smoke run: no figure in it says anything about a GPU"
     else
         printf 'run_gpu: FAILED: %s\n' "${failures[@]}"
     fi

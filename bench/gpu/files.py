@@ -72,6 +72,7 @@ def write_json(path: Path, found: Found, cases: Sequence[Case], device: Device, 
         ],
         "failed": found.failed,
         "left_out": found.left_out,
+        "served": found.served,
         "rows": [asdict(row) for row in found.rows],
     }
     beside = path.with_name(path.name + ".partial")

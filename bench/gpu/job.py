@@ -33,11 +33,13 @@ class Found:
 
     failed    ids of cases whose results were wrong, or whose code broke, with the reason
     left_out  what was not measured, with the reason
+    served    by id, which implementation computed ours and which way its products went
     """
 
     measured: list[Measured] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    served: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -64,8 +66,8 @@ def measure_case(
     lineup: Lineup,
     say: Callable[[str], None],
     turn_seconds: float = TURN_SECONDS,
-) -> Measured:
-    """Verify and time one case; `say` why a peer does not take part."""
+) -> tuple[Measured, str]:
+    """Verify and time one case; `say` why a peer does not take part. Also returns how ours was served."""
     bench = DeviceLayer(case, device, contestants(case, peft=lineup.peft, compiled=lineup.compiled), lineup.impl)
     for name, reason in bench.left_out.items():
         say(f"{case.id}: {name} is left out: {reason}")
@@ -85,7 +87,17 @@ def measure_case(
     percent = {}
     if case.timing != ENQUEUE:
         percent = {name: roofline.percent(case, name, spread(samples.times(name)).median, peaks) for name in saved}
-    return Measured(case, samples, results.rows_of(case, samples, percent, saved, common, group))
+    return Measured(case, samples, results.rows_of(case, samples, percent, saved, common, group)), served(bench)
+
+
+def served(bench: DeviceLayer) -> str:
+    """The implementation that computes ours, and where it says so the way that each product goes."""
+    if bench.impl != "auto":
+        return bench.impl
+    found = dispatch.explain_choice(bench.inputs[0], bench.weight)
+    directions = ("forward", "backward") if bench.case.trains else ("forward",)
+    ways = [f"{direction} {found.routes[direction]}" for direction in directions if direction in found.routes]
+    return "; ".join([found.chosen, *ways])
 
 
 def per_call(samples: Samples, calls: int) -> Samples:
@@ -120,7 +132,7 @@ def run(
             continue
         began = time.perf_counter()
         try:
-            item = measure_case(case, group, effort, device, budget.peaks, common, lineup, say, turn_seconds)
+            item, how = measure_case(case, group, effort, device, budget.peaks, common, lineup, say, turn_seconds)
         except torch.OutOfMemoryError as error:
             found.left_out[case.id] = f"out of memory: {error}".splitlines()[0]
             say(f"{place} {case.id}: left out, {found.left_out[case.id]}")
@@ -140,9 +152,10 @@ def run(
                 break
             continue
         found.measured.append(item)
+        found.served[case.id] = how
         results.write(found.rows, path)
         budget.spent(case, time.perf_counter() - began, effort.seconds)
-        say(f"{place} {line(item)}")
+        say(f"{place} {line(item)}  [{how}]")
     return found
 
 
