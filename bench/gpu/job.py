@@ -56,6 +56,15 @@ class Lineup:
     impl: str = "auto"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A measured case, how ours was served, and which peers could not take part, with the reason."""
+
+    measured: Measured
+    served: str
+    left_out: dict[str, str]
+
+
 def measure_case(
     case: Case,
     group: str,
@@ -64,17 +73,14 @@ def measure_case(
     peaks: roofline.Peaks,
     common: Origin,
     lineup: Lineup,
-    say: Callable[[str], None],
     turn_seconds: float = TURN_SECONDS,
-) -> tuple[Measured, str]:
-    """Verify and time one case; `say` why a peer does not take part. Also returns how ours was served."""
+) -> Outcome:
+    """Verify and time one case."""
     bench = DeviceLayer(case, device, contestants(case, peft=lineup.peft, compiled=lineup.compiled), lineup.impl)
-    for name, reason in bench.left_out.items():
-        say(f"{case.id}: {name} is left out: {reason}")
     verify(bench)
-    saved = {name: bench.saved_bytes(name) if case.timing == CALLS else None for name in bench.contestants}
     if case.timing == GRAPH:
         bench.record()
+    saved = {name: bench.saved_bytes(name) if case.timing == CALLS else None for name in bench.contestants}
     enqueued = case.timing == ENQUEUE
     samples = interleave(
         bench,
@@ -87,7 +93,8 @@ def measure_case(
     percent = {}
     if case.timing != ENQUEUE:
         percent = {name: roofline.percent(case, name, spread(samples.times(name)).median, peaks) for name in saved}
-    return Measured(case, samples, results.rows_of(case, samples, percent, saved, common, group)), served(bench)
+    rows = results.rows_of(case, samples, percent, saved, common, group)
+    return Outcome(Measured(case, samples, rows), served(bench), bench.left_out)
 
 
 def served(bench: DeviceLayer) -> str:
@@ -132,7 +139,7 @@ def run(
             continue
         began = time.perf_counter()
         try:
-            item, how = measure_case(case, group, effort, device, budget.peaks, common, lineup, say, turn_seconds)
+            outcome = measure_case(case, group, effort, device, budget.peaks, common, lineup, turn_seconds)
         except torch.OutOfMemoryError as error:
             found.left_out[case.id] = f"out of memory: {error}".splitlines()[0]
             say(f"{place} {case.id}: left out, {found.left_out[case.id]}")
@@ -151,11 +158,14 @@ def run(
                 found.left_out.update({each.id: "the device no longer answers" for each in left[1:]})
                 break
             continue
-        found.measured.append(item)
-        found.served[case.id] = how
+        found.measured.append(outcome.measured)
+        found.served[case.id] = outcome.served
+        for name, reason in outcome.left_out.items():
+            found.left_out[f"{case.id}: {name}"] = reason
+            say(f"{case.id}: {name} is left out: {reason}")
         results.write(found.rows, path)
         budget.spent(case, time.perf_counter() - began, effort.seconds)
-        say(f"{place} {line(item)}  [{how}]")
+        say(f"{place} {line(outcome.measured)}  [{outcome.served}]")
     return found
 
 

@@ -87,9 +87,12 @@ class DeviceLayer:
             self._calls(name, 0, 1)
             self.device.synchronize()
         except Exception as error:
-            # Other people's code, compilers among it, on versions that it may not know.
-            self.contestants.pop(name, None)
-            self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        # Other people's code, compilers among it, on versions that it may not know.
+        self.contestants.pop(name, None)
+        self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
     def _build(self, name: str) -> Contestant:
         frozen = tuple(self.weights) if self.bias is None else (*self.weights, self.bias)
@@ -163,9 +166,16 @@ class DeviceLayer:
         return call
 
     def record(self) -> None:
-        """Capture every contestant's calls; turns replay them from now on."""
-        for name in self.contestants:
-            self._replays[name] = self.device.capture(partial(self._calls, name, 0, self.recorded_calls))
+        """Capture everyone's calls; turns replay them from now on. Peers that cannot be captured are left out."""
+        for name in list(self.contestants):
+            calls = partial(self._calls, name, 0, self.recorded_calls)
+            if not name.startswith("peft "):
+                self._replays[name] = self.device.capture(calls)
+                continue
+            try:
+                self._replays[name] = self.device.capture(calls)
+            except Exception as error:
+                self._leave_out(name, error)
 
     def prepare(self, name: str) -> None:
         """Let whatever came before end."""
