@@ -9,12 +9,13 @@
 # OUT_DIR   default: peftkernels-bench-gpu
 #
 # PYTHON (default python3) is the interpreter whose torch is used; the package is used from this checkout.
-# RUN_GPU_SECONDS (default 580) is what all of it may take. Exit codes: 0 done, 1 something was wrong or could not be
+# RUN_GPU_SECONDS (default 580) is what all of it may take; in a copy without a repository, PEFTKERNELS_COMMIT is the
+# commit that results are labelled with. Exit codes: 0 done, 1 something was wrong or could not be
 # shown to be right, 2 wrong input or no GPU. A missed goal is no failure.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-usage() { sed -n '5,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '5,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 smoke=''
 tests=tests
@@ -82,11 +83,18 @@ finish() {
     else
         printf 'run_gpu: FAILED: %s\n' "${failures[@]}"
     fi
-    # Let the log be written to its end.
-    exec >&- 2>&-
-    wait "$tee_pid"
+    close_log
     [ ${#failures[@]} -eq 0 ]
     exit
+}
+
+# Let the log be written to its end, which something that a stopped step left behind may hold open.
+close_log() {
+    exec >&- 2>&-
+    for _ in {1..50}; do
+        kill -0 "$tee_pid" 2> /dev/null || break
+        sleep 0.1
+    done
 }
 
 find_device='
@@ -108,8 +116,7 @@ if sys.argv[1] == "cuda":
     print(f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory >> 20} MiB")
 '
 "$python" -c "$find_device" "$device" || {
-    exec >&- 2>&-
-    wait "$tee_pid"
+    close_log
     exit 2
 }
 if [ -z "$smoke" ]; then
@@ -170,7 +177,8 @@ fi
 tune_for=$(least $tune_limit $(($(left) / 2)))
 tune=("$python" -m bench.tune --out "$out" --device "$device" --limit "$tune_for")
 [ -z "$smoke" ] || tune+=(--smoke)
-step calibration $((tune_for + 30)) "${tune[@]}"
+# Its last product, and starting, come on top of its own limit.
+step calibration "$(least $((tune_for + 30)) "$(left)")" "${tune[@]}"
 code=$?
 [ $code -eq 0 ] || failures+=("calibration: exit code $code")
 [ -n "$smoke" ] ||

@@ -10,12 +10,12 @@ few rows are timed as replays of a CUDA graph, so that the host's time does not 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,6 +82,7 @@ class ProductBench:
             for operator in (torch.ops.peftkernels.lora_linear_fwd, torch.ops.peftkernels.lora_linear_bwd)
         ]
         self._replays: dict[str, Callable[[], object]] = {}
+        self._rows = sampled_rows(m, m * n * k)
         self.contestants: dict[str, Choice | None] = {BARE: None}
 
     @property
@@ -109,7 +110,7 @@ class ProductBench:
         for name in self.contestants:
             calls = max(len(self._weights), min(len(self._inputs), MOST_RECORDED))
             if self.recorded and name not in self._replays:
-                self._replays[name] = self._device.capture(partial(self._calls, name, 0, calls))
+                self._replays[name] = self._device.capture(functools.partial(self._calls, name, 0, calls))
 
     def prepare(self, name: str) -> None:
         """Let whatever came before end."""
@@ -159,11 +160,15 @@ class ProductBench:
         case = cases.Case(direction=direction, K=p.k, N=p.n, M=p.m, dtype=_DTYPES[p.dtype], bias=False)
         if not found.isfinite().all():
             raise verify.WrongResultError(f"{case.id}: {name}: {what} holds elements that are not finite or written")
-        rows = sampled_rows(p.m, p.m * p.n * p.k)
+        plain, exact = self._right
+        verify.check(case, name, {what: found[self._rows]}, {what: plain}, {what: exact})
+
+    @functools.cached_property
+    def _right(self) -> tuple[Tensor, Tensor]:
+        """In plain PyTorch, and exactly, in the rows that are compared."""
         operands = (self._inputs[0], self._weights[0], self._lora_A, self._lora_B)
-        plain = self._formula(*operands)[rows]
-        exact = self._formula(operands[0][rows].double(), *(operand.double() for operand in operands[1:]))
-        verify.check(case, name, {what: found[rows]}, {what: plain}, {what: exact})
+        given = operands[0][self._rows].double()
+        return self._formula(*operands)[self._rows], self._formula(given, *(each.double() for each in operands[1:]))
 
     def _formula(self, given: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         if self._forward:
@@ -221,11 +226,12 @@ def tune(
 
     `alive` says whether the device still computes after something broke.
     """
-    found, began, longest = Tuned(), clock(), 0.0
+    found, began = Tuned(), clock()
+    taken: list[float] = []
     for number, product in enumerate(wanted):
         started = clock()
-        # Another product like those so far would not end in time.
-        if limit is not None and started - began + longest > limit:
+        # The first products compile kernels and take long: the shortest of the last ones is what to expect.
+        if limit is not None and started - began + min(taken[-3:], default=0.0) > limit:
             found.left_out = list(wanted[number:])
             say(f"time ran out: {len(found.left_out)} of {len(wanted)} products are left to their nearest neighbours")
             break
@@ -238,8 +244,7 @@ def tune(
             if not alive():
                 say("the device no longer answers")
                 break
-        # The first product of a kind compiles kernels: later ones are shorter, and what is expected follows.
-        longest = clock() - started if not longest else 0.7 * longest + 0.3 * (clock() - started)
+        taken.append(clock() - started)
         if entry is not None:
             found.entries.append(entry)
             chosen = str(entry.choice)
@@ -333,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.limit,
         lambda text: print(text, flush=True),
         pace=SMOKE if options.smoke else USUAL,
-        alive=partial(answers, device),
+        alive=functools.partial(answers, device),
     )
     if not found.entries:
         print("bench.tune: error: no product was measured, no table was written", file=sys.stderr)

@@ -24,7 +24,7 @@ from .layer import DeviceLayer
 from .verify import verify
 
 # Calls of a turn where the host is timed: few enough for a device's queue to take them all without waiting.
-ENQUEUED_CALLS = 64
+ENQUEUED_CALLS = 32
 
 
 @dataclass

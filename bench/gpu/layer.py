@@ -108,7 +108,9 @@ class DeviceLayer:
     def _peft(self, name: str) -> Contestant:
         from ..peers import frozen_linear, peft_layer
 
-        layer = peft_layer(name, self).to(self.device.place)
+        # Compiled, too, with factors in the layer's own dtype: peft's faster setting.
+        kind = lineup.PEFT_LORA_BF16 if name == lineup.COMPILED else name
+        layer = peft_layer(kind, self).to(self.device.place)
         layers = [layer, *(twin(layer, frozen_linear(weight, self.bias)) for weight in self.weights[1:])]
         own = tuple(parameter for each in layers for parameter in each.parameters())
         trainable = tuple(parameter for parameter in layer.parameters() if parameter.requires_grad)
