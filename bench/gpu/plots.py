@@ -17,6 +17,8 @@ _EVERYONE = (lineup.OURS, lineup.FLOOR, *_PEFT, lineup.COMPILED)
 _MASKED = (lineup.OURS, lineup.FLOOR, lineup.PEFT_ADALORA_BF16, lineup.PEFT_ADALORA_FP32)
 _WIDTH = f"K = {MIDDLE[0]}, N = {MIDDLE[1]}"
 _ROWS = MIDDLE_TOKENS[-1]
+# The label of 8192 would run into that of 16384.
+_TOKENS_SHOWN = tuple(m for m in TOKENS if m != 8192)
 
 
 def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
@@ -48,7 +50,7 @@ def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
             note,
             tokens,
             "rows of x (tokens)",
-            TOKENS,
+            _TOKENS_SHOWN,
         ),
         draw_ratios(
             folder / f"{prefix}ratio-against-rank.png",

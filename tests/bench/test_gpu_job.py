@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ def test_a_wrong_result_is_the_exit_code(
     assert json.loads((tmp_path / "results.json").read_text())["failed"]
 
 
+def test_the_limit_counts_from_the_start_and_leaves_time_for_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[Budget] = []
+
+    def run(cases: Any, device: Any, budget: Budget, *_: Any, **__: Any) -> Found:
+        budgets.append(budget)
+        return Found()
+
+    monkeypatch.setattr(job, "run", run)
+    arguments = [*ARGUMENTS, "--out", str(tmp_path), "--limit", "100"]
+    assert command.main(arguments, started=time.perf_counter() - 30.0) == 0
+    (budget,) = budgets
+    assert budget.limit == pytest.approx(100 - 30 - command.CLOSING_SECONDS, abs=20) and budget.limit < 70
+
+
 def test_a_missed_goal_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "measure_case", lambda case, *_, **__: Outcome(_measured(case, 5.0), "triton", {}))
     assert command.main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
@@ -232,7 +249,7 @@ def test_no_case_and_no_gpu_are_exit_code_2(
 
 
 def test_an_interrupted_run_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(options: command.Options) -> int:
+    def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_run", interrupted)
