@@ -11,6 +11,9 @@ from peftkernels.backends.triton.launch import Variant, integers, options, point
 from peftkernels.backends.triton.ranks import active_and_live, pack_rows, rank_at, scaled_gate, store_by_rank
 from peftkernels.backends.triton.tiles import Blocks
 
+# Places that a program holds.
+MOST_PLACES = 128
+
 
 @triton.jit
 def added_slots(slots_ptr, slots, lines, places, LINES, WIDTH, n_live):
