@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -127,6 +129,20 @@ def test_all_cases_end_within_the_limit(limit: float, setup: float) -> None:
     # What is left out is what matters least.
     elif setup == 1.5:
         assert 20 < len(done) < len(todo) and done[:20] == todo[:20]
+
+
+def test_time_is_shared_among_the_cases_that_are_left() -> None:
+    """Ten equal cases in ten seconds are a second each, half of which goes into building and verifying them."""
+    cases = [replace(GROUPS["gpu-grid"][0], bias=bool(number % 2), r=number + 1) for number in range(10)]
+    clock = Clock()
+    planned = Budget(10.0, PEAKS, seconds=5.0, clock=clock)
+    effort = planned.effort(cases)
+    assert effort is not None and effort.seconds == pytest.approx(1.0 - budget.SETUP_SECONDS)
+    # The first one took half a second less than it might have: the others share it.
+    clock.now += 0.5
+    planned.spent(cases[0], 0.5, 0.5)
+    effort = planned.effort(cases[1:])
+    assert effort is not None and effort.seconds == pytest.approx(9.5 / 9)
 
 
 def test_without_a_limit_every_case_gets_what_was_asked_for() -> None:

@@ -74,6 +74,8 @@ def test_events_time_the_device_and_the_host_is_timed_without_it(gpu: FakeGpu) -
 def test_ratios_of_turns_on_the_device(gpu: FakeGpu) -> None:
     """Rounds by events: contestants that the host enqueues alike and that the device takes 1, 2 and 3 ms for."""
 
+    turns: list[int] = []
+
     class Bench:
         baseline = "frozen"
         contestants = {"frozen": 1e-3, "ours": 2e-3, "peer": 3e-3}  # noqa: RUF012
@@ -82,6 +84,7 @@ def test_ratios_of_turns_on_the_device(gpu: FakeGpu) -> None:
             gpu.synchronize()
 
         def turn(self, name: str, first: int, repeats: int) -> None:
+            turns.append(repeats)
             for _ in range(repeats):
                 gpu.work(self.contestants[name])
 
@@ -90,7 +93,10 @@ def test_ratios_of_turns_on_the_device(gpu: FakeGpu) -> None:
     )
     assert by_events.ratios("ours", "frozen") == pytest.approx([2.0] * len(by_events.rounds), rel=1e-3)
     assert by_events.times("peer") == pytest.approx([3e-3] * len(by_events.rounds), rel=1e-3)
+    # A turn of the frozen layer lasts as long as was asked for, or is of as many calls as were.
+    assert turns[-1] == 8
     by_host = interleave(Bench(), Effort(0.0, 4, 1.0), clock=lambda: gpu.host, stopwatch=CUDA.enqueued, repeats=10)
+    assert turns[-1] == 10
     assert by_host.ratios("peer", "frozen") == pytest.approx([1.0] * len(by_host.rounds))
     assert by_host.times("ours") == pytest.approx([FakeGpu.ENQUEUE] * len(by_host.rounds))
 

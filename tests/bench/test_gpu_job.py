@@ -69,6 +69,25 @@ def test_a_case_is_verified_and_timed(number: int) -> None:
     assert (rows[-1].roofline_percent is None) == (case.timing == ENQUEUE)
 
 
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_host_is_timed_where_calls_are_enqueued_and_the_device_elsewhere(number: int) -> None:
+    watched: set[str] = set()
+
+    class Watched(Host):
+        def elapsed(self, work: Any) -> float:
+            watched.add("elapsed")
+            return super().elapsed(work)
+
+        def enqueued(self, work: Any) -> float:
+            watched.add("enqueued")
+            return super().elapsed(work)
+
+    group, case = CASES[number]
+    device = Watched(torch.device("cpu"))
+    job.measure_case(case, group, BRIEF, device, HOST.peaks(), made_up.ORIGIN, Lineup(False, False, "eager"), 1e-5)
+    assert watched == {"enqueued" if case.timing == ENQUEUE else "elapsed"}
+
+
 def test_a_graph_of_many_calls_is_timed_a_call() -> None:
     samples = Samples("frozen", ({"frozen": 8.0, "ours": 4.0}, {"frozen": 16.0, "ours": 24.0}), 3, True)
     found = job.per_call(samples, 8)

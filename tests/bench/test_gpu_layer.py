@@ -158,6 +158,12 @@ def test_a_scaled_adapter_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
         verify(_bench(replace(RIGHT[name], dtype="fp32")))
 
 
+def test_allocations_are_poisoned_while_results_are_verified() -> None:
+    with sampled.poisoned_allocations():
+        assert torch.empty(3).isnan().all() and torch.empty(2, 2, dtype=torch.bfloat16).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_rows_that_nobody_writes_are_caught_outside_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled, "sampled_rows", lambda count, products: torch.tensor([0, count - 1]))
 
