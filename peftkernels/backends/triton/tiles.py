@@ -51,6 +51,7 @@ def tile(name: str) -> Tile:
 # Wide tiles keep the tensor cores busy, narrow ones give small products enough programs. Stages are as many as fit
 # the shared memory (227 KiB from 9.0 on, 163 KiB on 8.0) beside what the store of the tile needs.
 _TMA = (
+    Tile(TMA, 128, 256, 64, 8, 4),
     Tile(TMA, 128, 256, 64, 8, 3),
     Tile(TMA, 128, 128, 64, 8, 4),
     Tile(TMA, 64, 256, 64, 4, 3),
@@ -71,7 +72,7 @@ _DECODE = (
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _POINTER_FP32 = (
-    Tile(POINTER, 128, 64, 32, 8, 2),
+    Tile(POINTER, 128, 64, 16, 8, 3),
     Tile(POINTER, 64, 64, 32, 8, 3),
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
@@ -129,4 +130,4 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     if capability < (9, 0):
         return (*_POINTER, *_DECODE)
     # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there.
-    return (*(_TMA if capability < (10, 0) else _TMA[:2]), *_POINTER, *_DECODE)
+    return (*(_TMA if capability < (10, 0) else _TMA[1:3]), *_POINTER, *_DECODE)
