@@ -91,7 +91,7 @@ class Blocks:
     finish_rows                    lines of a program that adds slots
     pack                           columns of B or A of a program that packs them
     piece                          rows of x in a piece of the single launch
-    spread                         programs a multiprocessor that splits aim at
+    shrink_spread, column_spread   programs a multiprocessor that splits of K and of the rows aim at
     """
 
     shrink_rows: int = 64
@@ -104,7 +104,8 @@ class Blocks:
     finish_rows: int = 32
     pack: int = 128
     piece: int = 32
-    spread: int = 2
+    shrink_spread: int = 1
+    column_spread: int = 2
 
 
 BLOCKS = Blocks()
@@ -113,7 +114,7 @@ BLOCKS_FP32 = Blocks(
     shrink_depth=32, shrink_places=32, fewest_steps=32, column_rows=16, column_columns=64, column_places=32
 )
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
-BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4)
+BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4, 4)
 
 
 def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
