@@ -42,7 +42,7 @@ def _plan_columns(
 ) -> _Columns:
     places = block_of_places(r, blocks.column_places)
     tiles = -(-c // blocks.column_columns)
-    wanted = -(-blocks.spread * multiprocessors(device) // tiles)
+    wanted = -(-blocks.column_spread * multiprocessors(device) // tiles)
     splits = max(1, min(wanted, -(-m // (4 * blocks.column_rows))))
     rows_of_split = -(-m // (splits * blocks.column_rows)) * blocks.column_rows
     splits = -(-m // rows_of_split)

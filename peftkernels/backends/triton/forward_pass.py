@@ -56,7 +56,7 @@ def _plan_shrink(kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: 
     # B as it lies will do where its columns are already what the tail reads.
     packs = kinds.plan or kinds.factor is not kinds.x or r % 16 != 0
     row_blocks = -(-m // blocks.shrink_rows)
-    wanted = blocks.spread * multiprocessors(device) // row_blocks
+    wanted = blocks.shrink_spread * multiprocessors(device) // row_blocks
     most = -(-k // (blocks.fewest_steps * blocks.shrink_depth))
     splits = max(1, min(wanted, most))
     chunk = -(-k // (splits * blocks.shrink_depth)) * blocks.shrink_depth

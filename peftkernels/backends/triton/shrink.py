@@ -88,7 +88,7 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     x = pointer(kinds.x)
     # Many ranks, or random words that neighbours do not share, fill the registers of four warps.
     crowded = (block_of_places > 32) + (kinds.dropout and not kinds.whole)
-    warps = 8 if crowded or (kinds.x.itemsize == 4 and block_of_places > 16) else 4
+    warps = 8 if crowded or block_of_places > 16 else 4
     types = {
         "x_ptr": x,
         "a_ptr": pointer(kinds.factor),

@@ -51,6 +51,7 @@ def tile(name: str) -> Tile:
 # Wide tiles keep the tensor cores busy, narrow ones give small products enough programs. Stages are as many as fit
 # the shared memory (227 KiB from 9.0 on, 163 KiB on 8.0) beside what the store of the tile needs.
 _TMA = (
+    Tile(TMA, 128, 256, 64, 8, 4),
     Tile(TMA, 128, 256, 64, 8, 3),
     Tile(TMA, 128, 128, 64, 8, 4),
     Tile(TMA, 64, 256, 64, 4, 3),
@@ -71,7 +72,7 @@ _DECODE = (
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _POINTER_FP32 = (
-    Tile(POINTER, 128, 64, 32, 8, 2),
+    Tile(POINTER, 128, 64, 16, 8, 3),
     Tile(POINTER, 64, 64, 32, 8, 3),
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
@@ -90,7 +91,7 @@ class Blocks:
     finish_rows                    lines of a program that adds slots
     pack                           columns of B or A of a program that packs them
     piece                          rows of x in a piece of the single launch
-    spread                         programs a multiprocessor that splits aim at
+    shrink_spread, column_spread   programs a multiprocessor that splits of K and of the rows aim at
     """
 
     shrink_rows: int = 64
@@ -103,7 +104,8 @@ class Blocks:
     finish_rows: int = 32
     pack: int = 128
     piece: int = 32
-    spread: int = 2
+    shrink_spread: int = 1
+    column_spread: int = 2
 
 
 BLOCKS = Blocks()
@@ -112,7 +114,7 @@ BLOCKS_FP32 = Blocks(
     shrink_depth=32, shrink_places=32, fewest_steps=32, column_rows=16, column_columns=64, column_places=32
 )
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
-BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4)
+BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4, 4)
 
 
 def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
@@ -129,4 +131,4 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     if capability < (9, 0):
         return (*_POINTER, *_DECODE)
     # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there.
-    return (*(_TMA if capability < (10, 0) else _TMA[:2]), *_POINTER, *_DECODE)
+    return (*(_TMA if capability < (10, 0) else _TMA[1:3]), *_POINTER, *_DECODE)
