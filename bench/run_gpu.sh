@@ -53,7 +53,7 @@ tee_pid=$!
 
 failures=()
 # What each step may take at most; the benchmark gets what the others leave.
-build_limit=90 doctor_limit=60 tests_limit=180 checker_limit=60 tune_limit=150 closing=15
+build_limit=90 doctor_limit=60 tests_limit=180 checker_limit=80 tune_limit=150 closing=15
 
 left() { echo $((limit - SECONDS)); }
 
@@ -160,7 +160,7 @@ else
     # Without the allocator's cache every tensor has bounds of its own.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memory checker" "$(least $checker_limit "$(left)")" \
         compute-sanitizer --tool memcheck --error-exitcode 99 --log-file "$checked" \
-        "$python" -m bench.gpu --check
+        "$python" -m bench.gpu --check bf16
     code=$?
     [ ! -f "$checked" ] || tail -n 15 "$checked"
     if [ $code -eq 124 ] || [ $code -eq 137 ]; then
