@@ -137,6 +137,10 @@ step doctor "$(least $doctor_limit "$(left)")" "$python" -m peftkernels doctor |
 
 # 2. Tests, and a memory checker on a few odd shapes.
 pytest=("$python" -m pytest -m gpu -q -p no:cacheprovider "$tests")
+# Kernels are compiled as tests first call them, each on one core: several processes share that.
+if [ -z "$smoke" ] && "$python" -c 'import xdist' 2> /dev/null; then
+    pytest+=(-n "$(least 8 "$(nproc)")")
+fi
 if ! "$python" -c 'import pytest' 2> /dev/null; then
     echo "gpu tests: pytest is not installed, nothing was tested"
     failures+=("gpu tests: pytest is not installed")
