@@ -24,6 +24,15 @@ def threshold(p: float) -> tuple[int, float]:
 
 
 @triton.jit
+def block_words(seed, block):
+    """The four words of Philox blocks, int64 of any shape."""
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
 def random_words(seed_ptr, rows, first, COLUMNS_OF_X, COUNT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
     """The words of elements (rows, first … first + COUNT), uint32 (rows, COUNT).
 
@@ -36,10 +45,7 @@ def random_words(seed_ptr, rows, first, COLUMNS_OF_X, COUNT: tl.constexpr, WHOLE
     else:
         flat = wide[:, None] + tl.arange(0, COUNT)[None, :]
         block = flat // 4
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
-    zero = low * 0
-    word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
+    word0, word1, word2, word3 = block_words(seed, block)
     if WHOLE_BLOCKS:
         # The last dimension of a join is its two arguments: (word0, word1), (word2, word3) in memory order.
         words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (rows.shape[0], COUNT))
@@ -85,10 +91,21 @@ def keep_bits(
     blocks = tl.cdiv(row_words, BLOCK_WORDS)
     rows = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_word = (tl.program_id(0) % blocks) * BLOCK_WORDS
-    words = random_words(seed_ptr, rows, first_word * 32, K, BLOCK_WORDS * 32, WHOLE_BLOCKS)
-    kept = tl.reshape((words >= least.to(tl.uint32)).to(tl.int32), (BLOCK_M, BLOCK_WORDS, 32))
-    packed = tl.sum(kept << tl.arange(0, 32)[None, None, :], axis=2)
     word = first_word + tl.arange(0, BLOCK_WORDS)
+    smallest = least.to(tl.uint32)
+    if WHOLE_BLOCKS:
+        # Eight blocks a word, four decisions each, where they are drawn: nothing changes threads but the last sum.
+        seed = tl.load(seed_ptr)
+        first_block = (rows.to(tl.int64)[:, None] * K + word[None, :] * 32) // 4
+        block = first_block[:, :, None] + tl.arange(0, 8)[None, None, :]
+        word0, word1, word2, word3 = block_words(seed, block)
+        kept = (word0 >= smallest).to(tl.int32) | ((word1 >= smallest).to(tl.int32) << 1)
+        kept = kept | ((word2 >= smallest).to(tl.int32) << 2) | ((word3 >= smallest).to(tl.int32) << 3)
+        packed = tl.sum(kept << (4 * tl.arange(0, 8))[None, None, :], axis=2)
+    else:
+        words = random_words(seed_ptr, rows, first_word * 32, K, BLOCK_WORDS * 32, False)
+        kept = tl.reshape((words >= smallest).to(tl.int32), (BLOCK_M, BLOCK_WORDS, 32))
+        packed = tl.sum(kept << tl.arange(0, 32)[None, None, :], axis=2)
     inside = (rows < M)[:, None] & (word < row_words)[None, :]
     tl.store(bits_ptr + rows.to(tl.int64)[:, None] * row_words + word[None, :], packed, mask=inside)
 
