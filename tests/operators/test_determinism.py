@@ -22,7 +22,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "nine_blocks": {"leading": (1100,), "n": 70, "k": 66},
 }
 in_every_size = pytest.mark.parametrize("size", LARGE.values(), ids=LARGE)
-in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors"])
+in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors"])
 
 WORKER = """
 import sys

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import moved, moved_plan
 from torch import Tensor
 
 from peftkernels import RankPlan, explain, functional, lora_linear
@@ -296,7 +297,10 @@ def test_the_fixture_notices_a_kernel(name: str) -> None:
 
 
 def test_the_unchanged_call_is_served(impl: str) -> None:
-    assert _call(lora_linear, {}, VALID, impl=impl).shape == (2, 3, N)
+    device = torch.get_default_device()
+    here = {name: moved(value, device) if isinstance(value, Tensor) else value for name, value in VALID.items()}
+    here["rank_plan"] = moved_plan(VALID["rank_plan"], device)
+    assert _call(lora_linear, {}, here, impl=impl).shape == (2, 3, N)
 
 
 @pytest.mark.usefixtures("_no_kernel_may_run")

@@ -20,7 +20,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "no_rows": {"leading": (0,), "n": 9, "k": 11, "r": 2},
 }
 in_every_call = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
-in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors"])
+in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors"])
 in_every_mode = pytest.mark.parametrize(
     "options", [{}, {"plan": True}, {"plan": True, "dropout_p": 0.4}, {"bias": False, "gate": False}], ids=str
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -10,16 +10,32 @@ import torch
 
 from peftkernels import dispatch
 from support.cases import DTYPES
+from support.devices import device_of, interpreting
 
-ALL = ("reference", "eager", "cpu")
+ALL = ("reference", "eager", "cpu", "triton")
+
+
+def refusal(impl: str, dtype: str = "fp32") -> str | None:
+    """Why this machine or this build has no `impl` for the dtype of x, in the package's words; None where it has."""
+    empty = torch.empty(0, 0, dtype=DTYPES[dtype][0], device=device_of(impl))
+    return dispatch.refusal(impl, empty, empty)
 
 
 def skip_unless_served(impl: str, dtype: str = "fp32") -> None:
     """Skip, with the package's own reason, where this machine or this build has no `impl` for the dtype of x."""
-    empty = torch.empty(0, 0, dtype=DTYPES[dtype][0])
-    reason = dispatch.refusal(impl, empty, empty)
+    reason = refusal(impl, dtype)
     if reason is not None:
         pytest.skip(f"impl={impl!r}: {reason}")
+
+
+def served(impl: str, dtypes: Sequence[str]) -> list[str]:
+    """Those of `dtypes` that `impl` serves here."""
+    return [dtype for dtype in dtypes if refusal(impl, dtype) is None]
+
+
+def examples(impl: str, count: int) -> int:
+    """How many random examples a test takes: a tenth where `impl` is interpreted."""
+    return count // 10 if impl == "triton" and interpreting() else count
 
 
 @contextmanager
