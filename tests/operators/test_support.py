@@ -1,4 +1,4 @@
-"""The machinery of the other tests: what is left out where kernels are interpreted, and calls moved with their strides."""
+"""Machinery of the other tests: what is left out where kernels are interpreted, and calls moved with their strides."""
 
 from __future__ import annotations
 
