@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             by_test[item.nodeid.partition("[")[0]].append(item)
     left_out = set()
     for tests in by_test.values():
-        kept = covering([test.callspec.indices for test in tests])
+        kept = covering([{name: repr(value) for name, value in test.callspec.params.items()} for test in tests])
         left_out.update(test for place, test in enumerate(tests) if place not in kept)
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])

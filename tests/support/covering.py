@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
 
 
-def pairs(values: dict[str, int]) -> set[tuple[tuple[str, int], ...]]:
+def pairs(values: dict[str, Hashable]) -> set[tuple[tuple[str, Hashable], ...]]:
     """Every two of the values, or the only one."""
-    return set(combinations(sorted(values.items()), min(2, len(values))))
+    return set(combinations(sorted(values.items(), key=lambda item: item[0]), min(2, len(values))))
 
 
-def covering(parametrisations: Sequence[dict[str, int]]) -> list[int]:
-    """Places of parametrisations (name: which of the parameter's values) that together have every pair of values.
+def covering(parametrisations: Sequence[dict[str, Hashable]]) -> list[int]:
+    """Places of parametrisations (name: value) that together have every pair of values.
 
     Most faults need one or two parameters to be what they are: where all pairs were run, few of them are left (Kuhn,
     Wallace and Gallo, "Software fault interactions and implications for software testing", IEEE TSE 2004). Greedy: the
