@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 
 # Autocast leaves every other dtype, float64 among them, as it is.
@@ -18,3 +21,10 @@ def autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     if autocast_enabled(device_type) and dtype in CASTABLE:
         return torch.get_autocast_dtype(device_type)
     return dtype
+
+
+def without_autocast(device_type: str) -> Any:
+    """A context in which operators that state their own dtypes run: autocast would round their fp32 arithmetic."""
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

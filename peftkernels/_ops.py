@@ -1,9 +1,9 @@
 """Every operator's schema, fake implementation and FLOP formula. Backends only implement what is declared here.
 
 `peftkernels::lora_linear_fwd` and `peftkernels::lora_linear_bwd` have one overload per implementation (`.reference`,
-`.eager`, `.cpu`), all with the same arguments, so that the choice made by `dispatch` is part of a traced program.
-`reference.py` says what they compute. The dtype of x is the dtype of computation: weight, bias, factors and gate are
-cast to it, x never is.
+`.eager`, `.cpu`, `.triton`), all with the same arguments, so that the choice made by `dispatch` is part of a traced
+program. `reference.py` says what they compute. The dtype of x is the dtype of computation: weight, bias, factors and
+gate are cast to it, x never is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-IMPLEMENTATIONS = ("reference", "eager", "cpu")
+IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton")
 
 _SHARED = (
     "Tensor? gate, Tensor? rank_state, Tensor? rank_order, Tensor? rank_counts, "

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from peftkernels import _ops
 from peftkernels._checks import FLOATS
-from peftkernels.backends import cpu, eager, oracle
+from peftkernels.backends import cpu, eager, oracle, triton
 from peftkernels.rank_plan import RankPlan
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
 REGISTERED = _ops.IMPLEMENTATIONS
 
+PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
+
 oracle.register()
 eager.register()
+triton.register()
 
 
 Result = TypeVar("Result", bound=Callable[..., object])
@@ -45,15 +48,24 @@ def _cpu_has_fp16_kernels() -> bool:
     return cpu.has_kernels_for(torch.float16)
 
 
+@_constant_when_traced
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return triton.refusal(device, dtype)
+
+
+@_constant_when_traced
+def _triton_disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
+    return triton.disadvantage(device, dtype)
+
+
 def backend_status() -> dict[str, str | None]:
     """For every implementation by name: None when it can run in this process, else why it cannot."""
-    no_gpu_kernels = "this version of peftkernels has no {} kernels"
     return {
         "reference": None,
         "eager": None,
         "cpu": _cpu_unavailable_reason(),
-        "triton": no_gpu_kernels.format("Triton"),
-        "cuda": no_gpu_kernels.format("CUDA"),
+        "triton": triton.unavailable_reason(),
+        "cuda": "this version of peftkernels has no CUDA C++ kernels",
     }
 
 
@@ -84,12 +96,19 @@ def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
         if weight.requires_grad:
             return "weight requires grad, the C++ kernels serve frozen weights"
         return _unserved_dtype(x.dtype)
+    if impl == "triton":
+        reason = _triton_refusal(x.device, x.dtype)
+        if reason is None and weight.requires_grad:
+            return "weight requires grad, the Triton kernels serve frozen weights"
+        return reason
     return backend_status()[impl]
 
 
 def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
     """None when "auto" may take `impl`, else why it cannot or would be slower than the library's matmuls."""
     reason = refusal(impl, x, weight)
+    if reason is None and impl == "triton":
+        return _triton_disadvantage(x.device, x.dtype)
     if reason is not None or impl != "cpu":
         return reason
     reason = _slow_dtype(x.dtype)
@@ -113,7 +132,8 @@ def choose(impl: str, x: Tensor, weight: Tensor) -> str:
     unknown name and RuntimeError, with the reason, for one that cannot serve.
     """
     if impl == "auto":
-        return "cpu" if disadvantage("cpu", x, weight) is None else "eager"
+        kernels = "cpu" if x.device.type == "cpu" else "triton"
+        return kernels if disadvantage(kernels, x, weight) is None else "eager"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     reason = refusal(impl, x, weight)
@@ -135,13 +155,18 @@ def direct_call() -> Callable[..., Tensor | None] | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `impl="auto"` takes for a call, and why each faster implementation was not taken."""
+    """What `impl="auto"` takes for a call, and why each faster implementation was not taken.
+
+    routes  on "triton": for the forward and the backward product which way it goes, and why
+    """
 
     chosen: str
     why_not: dict[str, str] = field(default_factory=dict)
+    routes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"lora_linear runs on {self.chosen!r}"]
+        lines += [f"  {direction}: {route}" for direction, route in self.routes.items()]
         lines += [f"  not {name!r}: {reason}" for name, reason in self.why_not.items()]
         return "\n".join(lines)
 
@@ -151,4 +176,5 @@ def explain_choice(x: Tensor, weight: Tensor) -> Explanation:
     chosen = choose("auto", x, weight)
     faster = ("cuda", "triton", "cpu", "eager")
     why_not = {name: disadvantage(name, x, weight) for name in faster[: faster.index(chosen)]}
-    return Explanation(chosen, {name: reason for name, reason in why_not.items() if reason is not None})
+    reasons = {name: reason for name, reason in why_not.items() if reason is not None}
+    return Explanation(chosen, reasons, triton.route_in_words(x, weight) if chosen == "triton" else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from peftkernels.rank_plan import RankPlan
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
 _OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
+# The functions behind overloads that are written in Python: what runs when nobody watches operators, without the way
+# through torch's dispatcher.
+_FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in dispatch.PYTHON_FUNCTIONS.items()}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _SEED_END = 2**63 - 1
 
 
@@ -31,6 +36,24 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise RuntimeError(
             "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated"
         )
+
+
+def _operator(impl: str, direction: int, first: Tensor, weight: Tensor, lora_A: Tensor) -> Callable[..., Any]:
+    """What computes: an overload, or the function behind it where no mode, no subclass and no tracer would see it."""
+    overloads = _OVERLOADS[impl]
+    behind = _FUNCTIONS.get(impl)
+    if (
+        behind is None
+        or behind[0] is not overloads
+        or is_dynamo_compiling()
+        or type(first) is not Tensor
+        or type(weight) not in _PLAIN
+        or type(lora_A) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return overloads[direction]
+    return behind[1][direction]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -54,7 +77,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
         save_shrink = needs_B or needs_gate
-        y, shrink = _OVERLOADS[impl][0](
+        y, shrink = _operator(impl, 0, x, weight, lora_A)(
             x,
             weight,
             lora_A,
@@ -106,7 +129,7 @@ class _LoraLinear(torch.autograd.Function):
             dropout_seed,
         ) = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        gradients = _OVERLOADS[ctx.impl][1](
+        gradients = _operator(ctx.impl, 1, grad_y, weight, lora_A)(
             grad_y,
             x,
             weight,
@@ -241,7 +264,7 @@ def lora_linear(
             seed,
             chosen,
         )
-    return _OVERLOADS[chosen][0](
+    return _operator(chosen, 0, x, weight, lora_A)(
         x,
         weight,
         lora_A,

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels import _ops
-from peftkernels._autocast import autocast_enabled
+from peftkernels._autocast import without_autocast
 from peftkernels.reference import dropout_factor
-
-
-def _without_autocast(device_type: str) -> Any:
-    """The operators state their own dtypes: autocast would round the fp32 parts of the arithmetic."""
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _dropped(rows: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -108,7 +98,7 @@ def _forward(
     dropout_seed: Tensor | None,
     save_shrink: bool,
 ) -> tuple[Tensor, Tensor]:
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         dtype = x.dtype
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
@@ -140,7 +130,7 @@ def _backward(
     dropout_seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    with _without_autocast(grad_y.device.type):
+    with without_autocast(grad_y.device.type):
         dtype = grad_y.dtype
         needs_x, needs_weight, needs_A, needs_B, needs_bias, needs_gate = needs
         results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6))

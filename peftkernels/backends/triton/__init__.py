@@ -1,0 +1,117 @@
+"""Triton kernels for NVIDIA GPUs behind the `.triton` overloads. Triton is imported by the first call that needs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkernels import _ops
+from peftkernels.backends.triton import routes
+
+OLDEST = (8, 0)
+_OFF = ("", "0", "false", "off", "no", "n", "f")
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() not in _OFF
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def _old_gpu(device: torch.device) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST:
+        return None
+    return f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, the kernels need 8.0"
+
+
+def unavailable_reason() -> str | None:
+    """None when the kernels can run in this process, on some device, else why not."""
+    reason = _missing()
+    if reason is not None or interpreting():
+        return reason
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _old_gpu(torch.device("cuda", torch.cuda.current_device()))
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the kernels can compute with an x of this device and dtype, else why not."""
+    reason = _missing()
+    if reason is not None:
+        return reason
+    if dtype is torch.float64:
+        return "x is torch.float64, the Triton kernels compute in float32, float16 and bfloat16"
+    if interpreting():
+        if device.type != "cpu":
+            return f"x is on {device}, and TRITON_INTERPRET is set, which runs kernels on the CPU"
+        if dtype is torch.bfloat16:
+            return "x is torch.bfloat16, which Triton's interpreter multiplies wrongly"
+        return None
+    if device.type != "cuda":
+        return f"x is on {device}, the Triton kernels run on CUDA devices"
+    if torch.version.cuda is None:
+        return "this torch was built for AMD GPUs, for which the kernels were not built"
+    return _old_gpu(device)
+
+
+def disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when "auto" may take the kernels, else why not."""
+    reason = refusal(device, dtype)
+    if reason is None and interpreting():
+        return "TRITON_INTERPRET is set: the kernels are interpreted, which is for tests"
+    return reason
+
+
+def route_in_words(x: Tensor, weight: Tensor) -> dict[str, str]:
+    """For the forward and the backward product: which way it goes, and why."""
+    launch = importlib.import_module("peftkernels.backends.triton.launch")
+    gpu, capability = launch.gpu_name(x.device), launch.capability(x.device)
+    (n, k), m, words = weight.shape, x.shape[:-1].numel(), {}
+    for direction in routes.DIRECTIONS:
+        product = routes.Product(direction, str(x.dtype).removeprefix("torch."), m, n, k)
+        choice, reason = routes.choose(product, gpu, capability)
+        words[direction] = f"{choice} ({reason})"
+    return words
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., tuple[Tensor, ...]]]:
+    passes = [importlib.import_module(f"peftkernels.backends.triton.{name}_pass") for name in ("forward", "backward")]
+    return passes[0].forward, passes[1].backward
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is to be saved; arguments as declared in `_ops`."""
+    return _kernels()[0](*arguments)
+
+
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same with an empty tensor for an S that is not saved."""
+    y, shrink = forward(*arguments)
+    return y, y.new_empty((0, arguments[2].shape[0])) if shrink is None else shrink
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients; arguments as declared in `_ops`."""
+    return _kernels()[1](*arguments)
+
+
+def register() -> None:
+    """Implement the `.triton` overloads."""
+    _ops.library.impl("lora_linear_fwd.triton", _forward_operator, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_linear_bwd.triton", backward, "CompositeExplicitAutograd")

@@ -25,6 +25,7 @@ TABLES = Path(__file__).parent / "configs"
 # Farthest that a measured product may be from the one asked for: the sum of the base-2 logarithms of three ratios.
 FARTHEST = 3.0
 MOST_DECODE_ROWS = 16
+FORCED = "forced"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        """Whether rows of W, x and G are multiples of 16 bytes, which the tensor memory accelerator asks for."""
-        elements = 4 if self.dtype == "float32" else 8
-        return self.n % elements == 0 and self.k % elements == 0
+        """Whether rows of W, x and G are multiples of 16 elements, which tiles of kind "tma" ask for."""
+        return self.n % 16 == 0 and self.k % 16 == 0
 
     def distance(self, other: Product) -> float:
         """How far two products of one direction and dtype are apart; infinite for others."""
@@ -69,7 +69,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured for a product: the fastest choice, and every candidate's median time over the bare product's."""
+    """What was measured for a product: the fastest choice, every candidate's median time over the bare product's."""
 
     product: Product
     choice: Choice
@@ -108,7 +108,7 @@ def refusal(choice: Choice, product: Product, capability: tuple[int, int]) -> st
         if product.dtype == "float32":
             return "tiles of kind 'tma' serve float16 and bfloat16"
         if not product.aligned:
-            return f"tiles of kind 'tma' need N and K in multiples of 8, found N = {product.n}, K = {product.k}"
+            return f"tiles of kind 'tma' need N and K in multiples of 16, found N = {product.n}, K = {product.k}"
     return None
 
 
@@ -156,7 +156,7 @@ def choose(product: Product, gpu: str, capability: tuple[int, int]) -> tuple[Cho
         reason = refusal(_forced, product, capability)
         # A tile that only one direction has is no choice for the other: that one keeps the table's.
         if reason is None:
-            return _forced, "forced"
+            return _forced, FORCED
         if product.direction == FORWARD or _forced.route not in (SINGLE, DECODE):
             raise RuntimeError(f"choice {str(_forced)!r} cannot serve {product}: {reason}")
     return _from_table(product, gpu, capability)

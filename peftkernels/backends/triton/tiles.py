@@ -6,6 +6,8 @@ import functools
 import re
 from dataclasses import dataclass
 
+import torch
+
 TMA, POINTER, DECODE_TILE = KINDS = ("tma", "pointer", "decode")
 _NAME = re.compile(r"([a-z]+)-(\d+)x(\d+)x(\d+)-(\d+)w-(\d+)s")
 
@@ -14,8 +16,8 @@ _NAME = re.compile(r"([a-z]+)-(\d+)x(\d+)x(\d+)-(\d+)w-(\d+)s")
 class Tile:
     """How one program walks a product out (M, P) = in (M, Q) · Wop (Q, P).
 
-    kind      "tma": tiles come through the tensor memory accelerator (compute capability 9.0 and later) to programs that
-              stay and take one tile after another; "pointer": ordinary loads, one program a tile, any GPU, any
+    kind      "tma": tiles come through the tensor memory accelerator (compute capability 9.0 and later) to programs
+              that stay and take one tile after another; "pointer": ordinary loads, one program a tile, any GPU, any
               alignment; "decode": all rows of a call with few of them, one program for `columns` columns
     rows      of the tile of out
     columns   of the tile of out
@@ -56,7 +58,6 @@ _TMA = (
     Tile(TMA, 64, 128, 64, 4, 4),
 )
 _POINTER = (
-    Tile(POINTER, 128, 256, 32, 8, 3),
     Tile(POINTER, 128, 128, 64, 8, 3),
     Tile(POINTER, 128, 128, 32, 4, 4),
     Tile(POINTER, 64, 128, 64, 4, 4),
@@ -64,9 +65,9 @@ _POINTER = (
     Tile(POINTER, 16, 128, 64, 4, 4),
 )
 _DECODE = (
-    Tile(DECODE_TILE, 16, 16, 256, 4, 4),
-    Tile(DECODE_TILE, 16, 32, 256, 4, 3),
-    Tile(DECODE_TILE, 16, 64, 128, 4, 4),
+    Tile(DECODE_TILE, 16, 16, 128, 4, 4),
+    Tile(DECODE_TILE, 16, 32, 128, 4, 4),
+    Tile(DECODE_TILE, 16, 64, 128, 4, 3),
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _POINTER_FP32 = (
@@ -75,6 +76,44 @@ _POINTER_FP32 = (
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
 _DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 128, 4, 3),)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the kernels beside the GEMM cut their work.
+
+    shrink_rows, shrink_depth    of x in one step of the shrink
+    fewest_steps                 of a split of K: shorter ones cost more than they spread
+    column_rows, column_columns  of G or x in one step of the sums over rows
+    finish_rows                  lines of a program that adds slots
+    pack                         columns of B or A of a program that packs them
+    piece                        rows of x in a piece of the single launch
+    spread                       programs a multiprocessor that splits aim at
+    """
+
+    shrink_rows: int = 64
+    shrink_depth: int = 64
+    fewest_steps: int = 16
+    column_rows: int = 64
+    column_columns: int = 128
+    finish_rows: int = 32
+    pack: int = 128
+    piece: int = 32
+    spread: int = 2
+
+
+BLOCKS = Blocks()
+# Half as deep: four bytes an element.
+BLOCKS_FP32 = Blocks(shrink_depth=32, fewest_steps=32, column_columns=64)
+# Small enough that small matrices have edges, several tiles and several splits in every dimension.
+BLOCKS_INTERPRETED = Blocks(16, 32, 1, 32, 32, 32, 32, 16, 4)
+
+
+def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
+    """The blocks for operands of `dtype`; they depend on nothing else, so that sums are always taken in one order."""
+    if interpreted:
+        return BLOCKS_INTERPRETED
+    return BLOCKS_FP32 if dtype is torch.float32 else BLOCKS
 
 
 def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:

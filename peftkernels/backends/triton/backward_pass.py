@@ -1,0 +1,354 @@
+"""The gradients: what is launched for any subset of them, planned once for each kind and shape of call.
+
+column_products  one read of G: the parts of H = G·B and of Gᵀ·S
+finish_rows      H from its parts, times scaling·ĝ, and A's ACTIVE rows side by side
+the ∂x product   G·W with (H ⊙ ĝ)·A as its tail, or the library's GEMM and `addmm_`
+finish_grad_B    ∂B, and the parts of ∂gate
+column_products  one read of x: the parts of ∂A
+finish_grad_A    ∂A and ∂gate
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkernels import _ops
+from peftkernels.backends.triton import columns, dropout, expand, finish, gemm, routes
+from peftkernels.backends.triton.forward_pass import multiply, route
+from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
+from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
+from peftkernels.backends.triton.ranks import block_of_places, width
+from peftkernels.backends.triton.tiles import TMA, Blocks, Tile, blocks_for, tile
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A launch of `column_products` over in (M, C)."""
+
+    variant: Variant
+    programs: int
+    splits: int
+    rows_of_split: int
+    tiles: int
+
+
+def _plan_columns(
+    kinds: Kinds, blocks: Blocks, device: torch.device, m: int, c: int, r: int, compact: bool, sums: bool, slots: bool
+) -> _Columns:
+    places = block_of_places(r)
+    tiles = -(-c // blocks.column_columns)
+    wanted = -(-blocks.spread * multiprocessors(device) // tiles)
+    splits = max(1, min(wanted, -(-m // (4 * blocks.column_rows))))
+    rows_of_split = -(-m // (splits * blocks.column_rows)) * blocks.column_rows
+    splits = -(-m // rows_of_split)
+    variant = columns.variant(kinds, blocks, places, compact, sums, slots)
+    return _Columns(variant, tiles * splits * -(-width(r) // places), splits, rows_of_split, tiles)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is launched for one subset of gradients; None for what is not needed."""
+
+    width: int
+    blocks: Blocks
+    place_blocks: int
+    packs: bool
+    from_grads: _Columns | None
+    from_rows: _Columns | None
+    finish_H: Variant | None
+    grad_B: Variant | None
+    grad_A: Variant | None
+    bits: Variant | None
+    tile: Tile | None
+    product: Variant | None
+    programs: int
+    expand: Variant | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    kinds: Kinds,
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    needs: tuple[bool, bool, bool, bool],
+    plain_weight: bool,
+    override: routes.Choice | None,
+) -> _Plan:
+    needs_x, needs_A, needs_B, needs_gate = needs
+    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r)
+    needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
+    # A as it lies will do where its rows are already what the tail reads.
+    packs = needs_x and (kinds.plan or kinds.factor is not kinds.x or r % 16 != 0)
+    taken: Tile | None = None
+    product, programs = None, 0
+    if needs_x:
+        choice = route(kinds, device, routes.BACKWARD, m, n, k, plain_weight)
+        if choice.route != routes.LIBRARY:
+            taken = tile(choice.tile)
+            tiles = -(-m // taken.rows) * -(-k // taken.columns)
+            if taken.kind == TMA:
+                product, programs = gemm.tma_variant(kinds, taken, True), min(tiles, multiprocessors(device))
+            else:
+                product, programs = gemm.pointer_variant(kinds, taken, True, n % taken.depth == 0), tiles
+    planned = functools.partial(_plan_columns, kinds, blocks, device, m)
+    return _Plan(
+        width(r),
+        blocks,
+        -(-width(r) // places),
+        packs,
+        planned(n, r, False, needs_sums, needs_H) if needs_H or needs_sums else None,
+        planned(k, r, True, True, False) if needs_A else None,
+        finish.rows_variant(kinds, blocks, places, False, True, packs) if needs_H else None,
+        finish.grad_B_variant(kinds, blocks, places, needs_B, needs_gate) if needs_sums else None,
+        finish.grad_A_variant(kinds, blocks, places, needs_A, needs_gate) if needs_A or needs_gate else None,
+        dropout.bits_variant(kinds) if kinds.dropout and needs_H else None,
+        taken,
+        product,
+        programs,
+        expand.variant(kinds) if needs_x and product is None and kinds.dropout else None,
+    )
+
+
+def _column_products(
+    launch: _Columns,
+    values: Tensor,
+    left: Tensor | None,
+    lora_B: Tensor | None,
+    bits: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    keep_scale: float,
+    r: int,
+    sums: bool,
+    slots: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """fp32 sums (splits, C, width) and slots (tiles, M, width), each where it is asked for."""
+    (m, c), wide = values.shape, width(r)
+    summed = values.new_empty((launch.splits, c, wide), dtype=torch.float32) if sums else None
+    parts = values.new_empty((launch.tiles, m, wide), dtype=torch.float32) if slots else None
+    launch.variant(
+        launch.programs,
+        values,
+        left,
+        lora_B,
+        bits,
+        order,
+        counts,
+        summed,
+        parts,
+        keep_scale,
+        m,
+        c,
+        r,
+        wide,
+        values.stride(0),
+        launch.splits,
+        launch.rows_of_split,
+    )
+    return summed, parts
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor | None,
+    gate: Tensor | None,
+    rank_state: Tensor | None,
+    rank_order: Tensor | None,
+    rank_counts: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """∂x, ∂W (never), ∂A, ∂B, ∂bias and ∂gate; arguments as declared in `_ops`."""
+    if needs[1]:
+        raise RuntimeError("impl='triton' cannot serve this call: weight requires grad, the kernels serve frozen ones")
+    with place(grad_y):
+        results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
+        if needs[4]:
+            results[4] = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=results[4].dtype)
+        _adapter_gradients(
+            results, grad_y, x, weight.to(grad_y.dtype), lora_A, lora_B, shrink, gate, rank_order, rank_counts,
+            scaling, scaling_tensor, dropout_p, dropout_seed, (needs[0], needs[2], needs[3], needs[5]),
+        )  # fmt: skip
+    return tuple(results)
+
+
+def _adapter_gradients(
+    results: list[Tensor],
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrink: Tensor | None,
+    gate: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> None:
+    """Write ∂x, ∂A, ∂B and ∂gate into `results`, each where it is needed."""
+    needs_x, needs_A, needs_B, needs_gate = needs
+    if not any(needs):
+        return
+    n, k = weight.shape
+    r = lora_A.shape[0]
+    m = grad_y.shape[:-1].numel()
+    if 0 in (m, n, k, r):
+        for index, needed in zip((0, 2, 3, 5), needs, strict=True):
+            if needed:
+                results[index].zero_()
+        if needs_x and m and k:
+            torch.mm(grad_y.reshape(m, n), weight, out=results[0].view(m, k))
+        return
+    grads = rows_of(grad_y)
+    rows = None if x is None else rows_of(x)
+    lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
+    tensors = (grads, weight, lora_A) if rows is None else (grads, weight, lora_A, rows)
+    strides = (grads.stride(0), 0 if rows is None else rows.stride(0))
+    kinds = Kinds(
+        grads.dtype,
+        lora_A.dtype,
+        None if gate is None else gate.dtype,
+        None if scaling_tensor is None else scaling_tensor.dtype,
+        counts is not None,
+        seed is not None,
+        False,
+        is_aligned(tensors, n, k, *strides),
+        k % 4 == 0,
+        fp32_precision(grads.dtype),
+        overlaps(grads.device),
+    )
+    plan = _plan(kinds, grads.device, m, n, k, r, needs, weight.stride() == (k, 1), routes.current_override())
+    least, keep_scale = dropped(dropout_p, seed)
+    bits = None
+    if plan.bits is not None:
+        words = -(-k // 32)
+        bits = grads.new_empty((m, words), dtype=torch.int32)
+        programs = -(-m // dropout.BITS_ROWS) * -(-words // dropout.BITS_WORDS)
+        plan.bits(programs, seed, bits, m, k, least)
+
+    assert plan.from_grads is not None
+    needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
+    sums, parts = _column_products(
+        plan.from_grads, grads, shrink if needs_sums else None, lora_B if needs_H else None, None, order, counts,
+        keep_scale, r, needs_sums, needs_H,
+    )  # fmt: skip
+    left = right = None
+    if plan.finish_H is not None:
+        left = grads.new_empty((m, plan.width))
+        right = grads.new_empty((plan.width, k)) if plan.packs else lora_A
+        programs = -(-m // plan.blocks.finish_rows) * plan.place_blocks
+        programs += -(-k // plan.blocks.pack) if plan.packs else 0
+        plan.finish_H(
+            programs,
+            parts,
+            order,
+            counts,
+            gate,
+            scaling_tensor,
+            None,
+            left,
+            lora_A if plan.packs else None,
+            right if plan.packs else None,
+            scaling,
+            m,
+            k,
+            r,
+            plan.width,
+            plan.from_grads.tiles,
+        )
+    if needs_x:
+        assert left is not None and right is not None
+        _grad_x(plan, results[0].view(m, k), grads, weight, left, right, bits, counts, keep_scale, r)
+    gate_parts = None
+    if plan.grad_B is not None:
+        column_blocks = -(-n // plan.blocks.finish_rows)
+        gate_parts = grads.new_empty((column_blocks, plan.width), dtype=torch.float32) if needs_gate else None
+        plan.grad_B(
+            column_blocks * plan.place_blocks,
+            sums,
+            lora_B if needs_gate else None,
+            order,
+            counts,
+            gate,
+            scaling_tensor,
+            results[3] if needs_B else None,
+            gate_parts,
+            scaling,
+            n,
+            r,
+            plan.width,
+            plan.from_grads.splits,
+        )
+    if plan.grad_A is None:
+        return
+    from_rows, programs = None, plan.place_blocks
+    if plan.from_rows is not None:
+        assert rows is not None
+        from_rows, _ = _column_products(
+            plan.from_rows, rows, left, None, bits, order, counts, keep_scale, r, True, False
+        )
+        programs *= -(-k // plan.blocks.finish_rows)
+    plan.grad_A(
+        programs,
+        from_rows,
+        gate_parts,
+        order,
+        counts,
+        scaling_tensor,
+        results[2] if needs_A else None,
+        results[5] if needs_gate else None,
+        scaling,
+        k,
+        r,
+        plan.width,
+        0 if plan.from_rows is None else plan.from_rows.splits,
+        0 if gate_parts is None else gate_parts.shape[0],
+    )
+
+
+def _grad_x(
+    plan: _Plan,
+    grad_x: Tensor,
+    grads: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bits: Tensor | None,
+    counts: Tensor | None,
+    keep_scale: float,
+    r: int,
+) -> None:
+    """∂x (M, K) = G·W + drop'(left·right)."""
+    if plan.product is not None:
+        multiply(
+            plan.product, plan.programs, plan.tile, grads, weight, grad_x, None, left, right, bits, counts,
+            keep_scale, r, True,
+        )  # fmt: skip
+        return
+    torch.mm(grads, weight, out=grad_x)
+    if plan.expand is None:
+        grad_x.addmm_(left, right)
+        return
+    m, k = grad_x.shape
+    programs = -(-m // expand.ROWS) * -(-k // expand.COLUMNS)
+    plan.expand(programs, grad_x, left, right, bits, counts, keep_scale, m, k, r, plan.width)

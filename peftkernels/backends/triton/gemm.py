@@ -1,0 +1,179 @@
+"""The frozen GEMM with the low-rank product as its last steps: through pointers, and through TMA on compute capability
+9.0 and later. The forward and the backward pass use the same kernels; see `products`.
+"""
+
+import functools
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.launch import Variant, descriptor, integers, options, pointer
+from peftkernels.backends.triton.products import (
+    add_bias,
+    add_frozen,
+    add_frozen_tma,
+    add_low_rank,
+    dropped_low_rank,
+    store_tile,
+    store_tile_tma,
+    tile_at,
+)
+from peftkernels.backends.triton.ranks import active_and_live
+from peftkernels.backends.triton.tiles import Tile
+
+
+@triton.jit
+def gemm_pointer(
+    x_ptr, w_ptr, bias_ptr, left_ptr, right_ptr, bits_ptr, counts_ptr, y_ptr,
+    keep_scale, M, P, Q, r, WIDTH, stride_x,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of y (M, P). bits given: the low-rank share passes dropout (backward)."""
+    row_block, column_block = tile_at(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    n_active, _ = active_and_live(counts_ptr, r)
+    sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    if bits_ptr is not None:
+        if WAIT:
+            gdc_wait()
+        sums = dropped_low_rank(
+            left_ptr, right_ptr, bits_ptr, rows, column_block * BLOCK_P, M, P, r, WIDTH, n_active, keep_scale,
+            BLOCK_M, BLOCK_P, PRECISION,
+        )  # fmt: skip
+    sums = add_frozen(sums, x_ptr, w_ptr, rows, columns, M, P, Q, stride_x, TRANSPOSED, BLOCK_Q, EVEN, PRECISION)
+    if bits_ptr is None:
+        if WAIT:
+            gdc_wait()
+        sums = add_low_rank(
+            sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, TRANSPOSED, False, PRECISION
+        )
+    sums = add_bias(sums, bias_ptr, columns, P)
+    store_tile(sums, y_ptr, rows, columns, M, P)
+
+
+@triton.jit
+def gemm_tma(
+    x_desc, w_desc, y_desc, bias_ptr, left_ptr, right_ptr, bits_ptr, counts_ptr,
+    keep_scale, M, P, Q, r, WIDTH,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    GROUP: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Programs that stay and take every num_programs-th tile."""
+    n_active, _ = active_and_live(counts_ptr, r)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(P, BLOCK_P)
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row_block, column_block = tile_at(number, M, P, BLOCK_M, BLOCK_P, GROUP)
+        row = row_block * BLOCK_M
+        column = column_block * BLOCK_P
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_P)
+        sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        if bits_ptr is not None:
+            if WAIT:
+                gdc_wait()
+            sums = dropped_low_rank(
+                left_ptr, right_ptr, bits_ptr, rows, column, M, P, r, WIDTH, n_active, keep_scale,
+                BLOCK_M, BLOCK_P, "ieee",
+            )  # fmt: skip
+        sums = add_frozen_tma(sums, x_desc, w_desc, row, column, Q, TRANSPOSED, BLOCK_Q)
+        if bits_ptr is None:
+            if WAIT:
+                gdc_wait()
+            sums = add_low_rank(
+                sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, TRANSPOSED, False, "ieee"
+            )
+        sums = add_bias(sums, bias_ptr, columns, P)
+        store_tile_tma(sums, y_desc, row, column, BLOCK_M, BLOCK_P)
+
+
+# Row blocks that go through all columns together: their rows of x stay in the L2.
+GROUP = 8
+
+
+def _wgmma(kinds: Kinds, tile: Tile) -> bool:
+    """Whether a warpgroup's matrix instructions fit the tile: at least 64 rows of 16-bit operands."""
+    return kinds.x.itemsize == 2 and tile.rows >= 64
+
+
+@functools.cache
+def pointer_variant(kinds: Kinds, tile: Tile, transposed: bool, even: bool) -> Variant:
+    """`gemm_pointer`; kinds.dropout is heeded in the backward direction (transposed) alone."""
+    x = pointer(kinds.x)
+    types = {
+        "x_ptr": x,
+        "w_ptr": x,
+        "bias_ptr": x if kinds.bias and not transposed else None,
+        "left_ptr": x,
+        "right_ptr": x,
+        "bits_ptr": "*i32" if kinds.dropout and transposed else None,
+        "counts_ptr": "*i32" if kinds.plan else None,
+        "y_ptr": x,
+        "keep_scale": "fp32",
+        **integers("M", "P", "Q", "r", "WIDTH", "stride_x"),
+    }
+    constants = {
+        "TRANSPOSED": transposed,
+        "BLOCK_M": tile.rows,
+        "BLOCK_P": tile.columns,
+        "BLOCK_Q": tile.depth,
+        "GROUP": GROUP,
+        "EVEN": even,
+        "PRECISION": kinds.precision,
+        "WAIT": kinds.pdl,
+    }
+    own = ("left_ptr", "right_ptr", "bits_ptr", "y_ptr", "WIDTH")
+    aligned = (*own, "x_ptr", "w_ptr", "P", "Q", "stride_x") if kinds.aligned else own
+    return Variant(
+        gemm_pointer,
+        types,
+        constants,
+        aligned=aligned,
+        options=options(tile.warps, tile.stages, kinds.pdl),
+        wgmma=_wgmma(kinds, tile),
+        label=f"{kinds.label} {tile.name}{' transposed' * transposed}{' even' * even}",
+    )
+
+
+def descriptor_blocks(tile: Tile, transposed: bool) -> tuple[list[int], list[int], list[int]]:
+    """The blocks of x, W and y that `gemm_tma` moves."""
+    w = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+    return [tile.rows, tile.depth], w, [tile.rows, tile.columns // 2]
+
+
+@functools.cache
+def tma_variant(kinds: Kinds, tile: Tile, transposed: bool) -> Variant:
+    """`gemm_tma`; kinds.dropout is heeded in the backward direction (transposed) alone."""
+    x = pointer(kinds.x)
+    descriptors = zip(("x_desc", "w_desc", "y_desc"), descriptor_blocks(tile, transposed), strict=True)
+    types = {
+        **{name: descriptor(kinds.x, block) for name, block in descriptors},
+        "bias_ptr": x if kinds.bias and not transposed else None,
+        "left_ptr": x,
+        "right_ptr": x,
+        "bits_ptr": "*i32" if kinds.dropout and transposed else None,
+        "counts_ptr": "*i32" if kinds.plan else None,
+        "keep_scale": "fp32",
+        **integers("M", "P", "Q", "r", "WIDTH"),
+    }
+    constants = {
+        "TRANSPOSED": transposed,
+        "BLOCK_M": tile.rows,
+        "BLOCK_P": tile.columns,
+        "BLOCK_Q": tile.depth,
+        "GROUP": GROUP,
+        "WAIT": kinds.pdl,
+    }
+    own = ("left_ptr", "right_ptr", "bits_ptr", "WIDTH")
+    return Variant(
+        gemm_tma,
+        types,
+        constants,
+        aligned=(*own, "P", "Q") if kinds.aligned else own,
+        options=options(tile.warps, tile.stages, kinds.pdl),
+        wgmma=_wgmma(kinds, tile),
+        label=f"{kinds.label} {tile.name}{' transposed' * transposed}",
+    )

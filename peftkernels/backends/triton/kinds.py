@@ -1,0 +1,50 @@
+"""What a kernel is compiled for besides its tile: dtypes, which optional operands there are, and their alignment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Kinds(NamedTuple):
+    """The call as the compiler sees it; no sizes and no values.
+
+    x          dtype of x, the frozen weight and the bias: the dtype of computation
+    factor     dtype of A and B
+    gate       dtype of the gate, None without
+    scaling    dtype of a scaling tensor, None for a number
+    plan       whether there is a rank plan
+    dropout    whether elements are dropped
+    bias       whether there is a bias
+    aligned    rows of x, G, W, A and B start at multiples of 16 bytes, and N and K are multiples of 16
+    whole      K is a multiple of 4: four neighbours share a Philox block
+    precision  of fp32 products: "ieee", or "tf32" where the user allowed it
+    pdl        launches overlap (compute capability 9.0 and later)
+    """
+
+    x: torch.dtype
+    factor: torch.dtype
+    gate: torch.dtype | None = None
+    scaling: torch.dtype | None = None
+    plan: bool = False
+    dropout: bool = False
+    bias: bool = False
+    aligned: bool = True
+    whole: bool = True
+    precision: str = "ieee"
+    pdl: bool = False
+
+    @property
+    def label(self) -> str:
+        """For the names of compiled kernels: "bf16, fp32 factors, plan"."""
+        parts = [_SHORT[self.x]]
+        if self.factor is not self.x:
+            parts.append(f"{_SHORT[self.factor]} factors")
+        optional = ("plan", "dropout", "bias", "pdl")
+        parts += [name for name in optional if getattr(self, name)]
+        parts += [f"{name} {_SHORT[kind]}" for name, kind in (("gate", self.gate), ("scaling", self.scaling)) if kind]
+        parts += [word for word, flag in (("unaligned", not self.aligned), ("ragged", not self.whole)) if flag]
+        return ", ".join([*parts, self.precision] if self.x is torch.float32 else parts)

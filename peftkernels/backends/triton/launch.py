@@ -1,0 +1,171 @@
+"""One compiled form of a kernel, and how it is launched.
+
+Types, alignment and constants of every form are stated, not read off the arguments of a call: a call pays for no
+inspection, changes of value compile nothing anew, and what the tests compile without a GPU is what runs on one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from peftkernels.backends.triton.kinds import Kinds
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+def pointer(dtype: torch.dtype | None) -> str | None:
+    """The type of a pointer to floats of `dtype`; None for an argument that is not there."""
+    return None if dtype is None else f"*{TYPES[dtype]}"
+
+
+def descriptor(dtype: torch.dtype, block: list[int]) -> str:
+    """The type of a tensor descriptor that moves blocks of this shape."""
+    return f"tensordesc<{TYPES[dtype]}[{', '.join(map(str, block))}]>"
+
+
+def rank_arguments(kinds: Kinds) -> dict[str, str | None]:
+    """The types of the arguments that say what ranks do."""
+    return {
+        "order_ptr": "*i32" if kinds.plan else None,
+        "counts_ptr": "*i32" if kinds.plan else None,
+        "gate_ptr": pointer(kinds.gate),
+        "scaling_ptr": pointer(kinds.scaling),
+    }
+
+
+def integers(*names: str) -> dict[str, str | None]:
+    """Sizes and strides; products of them are taken in 64 bits."""
+    return dict.fromkeys(names, "i32")
+
+
+def options(warps: int, stages: int, pdl: bool = False) -> dict[str, Any]:
+    """Compile options, all of them stated so that every version of Triton takes the same."""
+    return {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl, "enable_fp_fusion": True}
+
+
+class Variant:
+    """A kernel with the types of its arguments, its constants and its compile options fixed.
+
+    function   made by `triton.jit`; arguments first, then the constants (annotated `tl.constexpr`)
+    types      for each argument its type ("*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>"), or None for an optional
+               one that is not there
+    constants  for each constant its value
+    aligned    arguments that are multiples of 16 (pointers: of 16 bytes)
+    options    num_warps, num_stages, launch_pdl, …
+    wgmma      whether the compiled code must multiply with a warpgroup's instructions where the GPU has them
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        types: Mapping[str, str | None],
+        constants: Mapping[str, Any],
+        *,
+        aligned: tuple[str, ...] = (),
+        options: Mapping[str, Any] | None = None,
+        wgmma: bool = False,
+        label: str = "",
+    ) -> None:
+        expected = list(function.arg_names)
+        if [*types, *constants] != expected:
+            raise TypeError(f"{function.__name__}: found {[*types, *constants]}, expected {expected}")
+        self.function = function
+        self.types = dict(types)
+        self.constants = dict(constants)
+        self.aligned = aligned
+        self.options = dict(options or {})
+        self.wgmma = wgmma
+        self.label = label
+        self._loaded: dict[int, Callable[..., None]] = {}
+        self._tail = tuple(self.constants.values())
+
+    @property
+    def name(self) -> str:
+        """The kernel's name and what sets this form apart."""
+        return f"{self.function.__name__}[{self.label}]" if self.label else str(self.function.__name__)
+
+    def expects_wgmma(self, capability: tuple[int, int]) -> bool:
+        """Whether the code for this compute capability must hold wgmma (9.x) or tcgen05 (10.x) instructions."""
+        return self.wgmma and capability[0] in (9, 10)
+
+    def compile(self, capability: tuple[int, int]) -> CompiledKernel:
+        """The machine code for a compute capability; needs no GPU."""
+        names = list(self.function.arg_names)
+        signature = {name: kind or "constexpr" for name, kind in self.types.items()}
+        signature |= dict.fromkeys(self.constants, "constexpr")
+        fixed = {(names.index(name),): None for name, kind in self.types.items() if kind is None}
+        fixed |= {(names.index(name),): value for name, value in self.constants.items()}
+        attributes = {(names.index(name),): _DIVISIBLE_BY_16 for name in self.aligned if self.types[name] is not None}
+        source = ASTSource(self.function, signature, fixed, attributes)
+        target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+        return triton.compile(source, target=target, options=self.options)
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        """Launch `programs` programs on the current device and stream. Arguments in the order of `types`."""
+        if INTERPRETED:
+            self.function[(programs,)](*arguments, **self.constants)
+            return
+        device = torch.cuda.current_device()
+        compiled = self._loaded.get(device)
+        if compiled is None:
+            compiled = self._loaded[device] = self.compile(torch.cuda.get_device_capability(device))
+        compiled[(programs, 1, 1)](*arguments, *self._tail)  # type: ignore[index]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; the interpreter stands for one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """As the driver calls it, the name of a table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def descriptor_of(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """What the tensor memory accelerator needs to move blocks of a (rows, columns) tensor.
+
+    The class checks alignment, strides and block when it is constructed, at a cost of 3 µs each time; the plan of a
+    call has settled them, so the fields are set without it.
+    """
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(
+        base=tensor,
+        shape=list(tensor.shape),
+        strides=list(tensor.stride()),
+        block_shape=block,
+        padding="zero",
+        round_f32_to_tf32=False,
+    )
+    return made
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; the interpreter can do what 9.0 can, but overlaps no launches."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return not INTERPRETED and capability(device) >= (9, 0)

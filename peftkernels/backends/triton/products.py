@@ -1,0 +1,141 @@
+"""Device code that the GEMM kernels share: which tile a program takes, its main loop, its low-rank tail.
+
+    out (M, P) = in (M, Q) · Wop (Q, P)  +  left (M, WIDTH) · right
+
+forward (TRANSPOSED False): Wop = Wᵀ, W (P, Q) as it lies, right (P, WIDTH) holds ACTIVE columns of B;
+backward (TRANSPOSED True): Wop = W (Q, P) as it lies, right (WIDTH, P) holds ACTIVE rows of A.
+"""
+
+import triton
+import triton.language as tl
+
+from peftkernels.backends.triton.dropout import factor_from_bits
+from peftkernels.backends.triton.ranks import rank_at
+
+
+@triton.jit
+def tile_at(number, M, P, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column block of a tile: groups of GROUP row blocks go through all columns together, for the L2."""
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    column_blocks = tl.cdiv(P, BLOCK_P)
+    group = number // (GROUP * column_blocks)
+    first = group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = number % (GROUP * column_blocks)
+    return first + within % size, within // size
+
+
+@triton.jit
+def add_frozen(
+    sums, x_ptr, w_ptr, rows, columns, M, P, Q, stride_x,
+    TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + in·Wop for a tile, through pointers. EVEN: Q is a multiple of BLOCK_Q."""
+    wide_rows = rows.to(tl.int64)
+    wide_columns = columns.to(tl.int64)
+    for start in range(0, Q, BLOCK_Q):
+        depth = start + tl.arange(0, BLOCK_Q)
+        row_mask = (rows < M)[:, None]
+        column_mask = (columns < P)[None, :]
+        if not EVEN:
+            row_mask = row_mask & (depth < Q)[None, :]
+            column_mask = column_mask & (depth < Q)[:, None]
+        x = tl.load(x_ptr + wide_rows[:, None] * stride_x + depth[None, :], mask=row_mask, other=0.0)
+        if TRANSPOSED:
+            w = tl.load(w_ptr + depth.to(tl.int64)[:, None] * P + columns[None, :], mask=column_mask, other=0.0)
+        else:
+            w = tl.load(w_ptr + wide_columns[None, :] * Q + depth[:, None], mask=column_mask, other=0.0)
+        sums = tl.dot(x, w, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def add_frozen_tma(sums, x_desc, w_desc, row, column, Q, TRANSPOSED: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """sums + in·Wop for the tile at (row, column), through the tensor memory accelerator."""
+    for start in range(0, Q, BLOCK_Q):
+        x = x_desc.load([row, start])
+        if TRANSPOSED:
+            sums = tl.dot(x, w_desc.load([start, column]), sums)
+        else:
+            sums = tl.dot(x, w_desc.load([column, start]).T, sums)
+    return sums
+
+
+@triton.jit
+def add_low_rank(
+    sums, left_ptr, right_ptr, order_ptr, rows, columns, M, P, r, WIDTH, n_active,
+    TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + left·right over the ACTIVE places, sixteen a step, left from memory."""
+    row_mask = (rows < M)[:, None]
+    for first in range(0, n_active, 16):
+        places = first + tl.arange(0, 16)
+        left = tl.load(left_ptr + rows.to(tl.int64)[:, None] * WIDTH + places[None, :], mask=row_mask, other=0.0)
+        right = right_tile(right_ptr, order_ptr, columns, places, P, r, WIDTH, n_active, TRANSPOSED, GATHER)
+        sums = tl.dot(left, right.to(left_ptr.dtype.element_ty), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def right_tile(
+    right_ptr, order_ptr, columns, places, P, r, WIDTH, n_active, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr
+):
+    """right at some places and columns, (places, columns).
+
+    GATHER: right is B itself (P, r) in its own dtype, whose ACTIVE columns are picked. Otherwise it is compact.
+    """
+    inside = (columns < P)[None, :]
+    wide = columns.to(tl.int64)
+    if GATHER:
+        ranks = rank_at(order_ptr, places, r)
+        active = inside & (places < n_active)[:, None]
+        right = tl.load(right_ptr + wide[None, :] * r + ranks[:, None], mask=active, other=0.0)
+    elif TRANSPOSED:
+        right = tl.load(right_ptr + places.to(tl.int64)[:, None] * P + columns[None, :], mask=inside, other=0.0)
+    else:
+        right = tl.load(right_ptr + wide[None, :] * WIDTH + places[:, None], mask=inside, other=0.0)
+    return right
+
+
+@triton.jit
+def dropped_low_rank(
+    left_ptr, right_ptr, bits_ptr, rows, column, M, P, r, WIDTH, n_active, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """drop'(left·right) for the backward pass's tile.
+
+    It comes before the main loop, whose sums then start from it: the mask concerns the adapter's share alone, and a
+    second set of sums would not fit the registers.
+    """
+    columns = column + tl.arange(0, BLOCK_P)
+    sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    sums = add_low_rank(
+        sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, True, False, PRECISION
+    )
+    return sums * factor_from_bits(bits_ptr, rows, column, M, P, keep_scale, BLOCK_P)
+
+
+@triton.jit
+def add_bias(sums, bias_ptr, columns, P):
+    """sums + bias, where there is one."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < P, other=0.0)
+        sums += bias.to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
+def store_tile(sums, y_ptr, rows, columns, M, P):
+    """Round the sums once and write them to out (M, P)."""
+    offsets = rows.to(tl.int64)[:, None] * P + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < P)[None, :]
+    tl.store(y_ptr + offsets, sums.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_tile_tma(sums, y_desc, row, column, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The same through the tensor memory accelerator, half the columns at a time: that takes half the shared memory."""
+    halves = tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_P // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    y_desc.store([row, column], left.to(y_desc.dtype))
+    y_desc.store([row, column + BLOCK_P // 2], right.to(y_desc.dtype))

@@ -1,0 +1,109 @@
+"""Device code: which ranks a kernel walks, and how it reads and writes numbers that belong to ranks.
+
+Kernels walk *places* of the plan's compact order: ACTIVE ranks first, then PROBE, then DEAD. Compact operands are
+(rows, width) with a width of r rounded up to 16, zeros at every place that is not ACTIVE.
+"""
+
+import triton
+import triton.language as tl
+
+# Fewest ranks that a matrix instruction takes: compact operands are padded to multiples of it.
+PLACES = 16
+
+
+def width(r: int) -> int:
+    """Columns of a compact operand."""
+    return -(-r // PLACES) * PLACES
+
+
+def block_of_places(r: int) -> int:
+    """Places that one program holds: a power of two, 128 at most; more ranks take several programs."""
+    return min(128, triton.next_power_of_2(max(r, PLACES)))
+
+
+@triton.jit
+def active_and_live(counts_ptr, r):
+    """How many ranks are ACTIVE and how many are not DEAD: all r of them without a plan."""
+    n_active = r
+    n_live = r
+    if counts_ptr is not None:
+        n_active = tl.load(counts_ptr)
+        n_live = tl.load(counts_ptr + 1)
+    return n_active, n_live
+
+
+@triton.jit
+def rank_at(order_ptr, places, r):
+    """The rank at each place; rank 0 stands for places beyond r, whose values the caller masks."""
+    ranks = places
+    if order_ptr is not None:
+        ranks = tl.load(order_ptr + places, mask=places < r, other=0)
+    return ranks
+
+
+@triton.jit
+def scaled_gate(gate_ptr, scaling_ptr, scaling, ranks, places, n_active):
+    """scaling·ĝ in fp32: the gate times the scaling at ACTIVE places, 0 elsewhere."""
+    scale = scaling
+    if scaling_ptr is not None:
+        scale = tl.load(scaling_ptr).to(tl.float32)
+    factor = tl.where(places < n_active, scale, 0.0)
+    if gate_ptr is not None:
+        factor = tl.load(gate_ptr + ranks, mask=places < n_active, other=0.0).to(tl.float32) * scale
+    return factor
+
+
+@triton.jit
+def store_by_rank(
+    values, shrink_ptr, left_ptr, order_ptr, gate_ptr, scaling_ptr, scaling, rows, places, M, r, WIDTH, n_active, n_live
+):
+    """Write S or H (fp32, rows × places) as they are saved, and as the next product takes them.
+
+    shrink_ptr  (M, r) in the order of the factors, zeros for DEAD ranks
+    left_ptr    (M, WIDTH) compact, times scaling·ĝ; a place that is not ACTIVE holds 0 whatever its value was
+    """
+    ranks = rank_at(order_ptr, places, r)
+    wide = rows.to(tl.int64)
+    if shrink_ptr is not None:
+        inside = (rows < M)[:, None] & (places < r)[None, :]
+        kept = tl.where((places < n_live)[None, :], values, 0.0)
+        tl.store(shrink_ptr + wide[:, None] * r + ranks[None, :], kept.to(shrink_ptr.dtype.element_ty), mask=inside)
+    if left_ptr is not None:
+        factor = scaled_gate(gate_ptr, scaling_ptr, scaling, ranks, places, n_active)
+        gated = tl.where((places < n_active)[None, :], values * factor[None, :], 0.0)
+        inside = (rows < M)[:, None] & (places < WIDTH)[None, :]
+        tl.store(left_ptr + wide[:, None] * WIDTH + places[None, :], gated.to(left_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pack_columns(block, b_ptr, right_ptr, order_ptr, counts_ptr, N, r, WIDTH, BLOCK_N: tl.constexpr):
+    """Write ACTIVE columns of B (N, r) side by side, right (N, WIDTH), zeros behind them."""
+    n_active, _ = active_and_live(counts_ptr, r)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = columns.to(tl.int64)
+    for first in range(0, WIDTH, 16):
+        places = first + tl.arange(0, 16)
+        ranks = rank_at(order_ptr, places, r)
+        inside = (columns < N)[:, None]
+        values = tl.load(
+            b_ptr + wide[:, None] * r + ranks[None, :], mask=inside & (places < n_active)[None, :], other=0.0
+        )
+        tl.store(
+            right_ptr + wide[:, None] * WIDTH + places[None, :], values.to(right_ptr.dtype.element_ty), mask=inside
+        )
+
+
+@triton.jit
+def pack_rows(block, a_ptr, right_ptr, order_ptr, counts_ptr, K, r, WIDTH, BLOCK_K: tl.constexpr):
+    """Write ACTIVE rows of A (r, K) one below the other, right (WIDTH, K), zeros below them."""
+    n_active, _ = active_and_live(counts_ptr, r)
+    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    for first in range(0, WIDTH, 16):
+        places = first + tl.arange(0, 16)
+        ranks = rank_at(order_ptr, places, r).to(tl.int64)
+        inside = (columns < K)[None, :]
+        values = tl.load(
+            a_ptr + ranks[:, None] * K + columns[None, :], mask=inside & (places < n_active)[:, None], other=0.0
+        )
+        offsets = places.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(right_ptr + offsets, values.to(right_ptr.dtype.element_ty), mask=inside)

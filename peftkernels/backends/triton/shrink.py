@@ -1,0 +1,118 @@
+"""S = drop(x)·Aᵀ over the live ranks: one read of x, the dropout mask recomputed on the way.
+
+The launch carries programs that pack B for the GEMM's tail, and splits K where M alone gives too few programs; the
+parts lie in slots that `finish` adds in order.
+"""
+
+import functools
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from peftkernels.backends.triton.dropout import dropout_factor
+from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
+from peftkernels.backends.triton.ranks import active_and_live, pack_columns, rank_at, store_by_rank
+from peftkernels.backends.triton.tiles import Blocks
+
+
+@triton.jit
+def shrink_rows(
+    x_ptr, a_ptr, order_ptr, seed_ptr, rows, places, first, end, M, K, r, stride_x, least, keep_scale, n_live,
+    BLOCK_K: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ over columns first … end of drop(x)·Aᵀ for some rows of x and some places, in fp32."""
+    ranks = rank_at(order_ptr, places, r).to(tl.int64)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
+    a_rows = a_ptr + ranks[None, :] * K
+    sums = tl.zeros((rows.shape[0], places.shape[0]), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + columns[None, :], mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
+        if seed_ptr is not None:
+            factor = dropout_factor(seed_ptr, rows, start, K, least, keep_scale, BLOCK_K, WHOLE_BLOCKS)
+            x = (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty)
+        a = tl.load(a_rows + columns[:, None], mask=(columns < K)[:, None] & (places < n_live)[None, :], other=0.0)
+        sums = tl.dot(x, a.to(x_ptr.dtype.element_ty), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def shrink(
+    x_ptr, a_ptr, b_ptr, order_ptr, counts_ptr, gate_ptr, scaling_ptr, seed_ptr,
+    shrink_ptr, left_ptr, slots_ptr, right_ptr,
+    scaling, keep_scale, least, M, N, K, r, WIDTH, stride_x, splits, chunk,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENTS: tl.constexpr,
+):  # fmt: skip
+    """Programs: row blocks × splits × blocks of places, then column blocks of B where right is given.
+
+    slots  fp32 (splits, M, WIDTH), or None: then shrink (M, r) and left (M, WIDTH) are written at once
+    chunk  columns of x in a split, a multiple of BLOCK_K
+    """
+    if DEPENDENTS:
+        # The GEMM may start its main loop: it waits for this launch to end just before its tail.
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    place_blocks = tl.cdiv(WIDTH, BLOCK_R)
+    shrinking = tl.cdiv(M, BLOCK_M) * splits * place_blocks
+    if program < shrinking:
+        n_active, n_live = active_and_live(counts_ptr, r)
+        places = (program % place_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+        split = (program // place_blocks) % splits
+        rows = (program // (place_blocks * splits)) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = split * chunk
+        end = tl.minimum(first + chunk, K)
+        # Where no rank of the block is live there is nothing to add.
+        end = tl.where((program % place_blocks) * BLOCK_R < n_live, end, first)
+        sums = shrink_rows(
+            x_ptr, a_ptr, order_ptr, seed_ptr, rows, places, first, end, M, K, r, stride_x, least, keep_scale, n_live,
+            BLOCK_K, WHOLE_BLOCKS, PRECISION,
+        )  # fmt: skip
+        if slots_ptr is not None:
+            offsets = (split.to(tl.int64) * M + rows)[:, None] * WIDTH + places[None, :]
+            tl.store(slots_ptr + offsets, sums, mask=(rows < M)[:, None] & (places < WIDTH)[None, :])
+        else:
+            store_by_rank(
+                sums, shrink_ptr, left_ptr, order_ptr, gate_ptr, scaling_ptr, scaling, rows, places, M, r, WIDTH,
+                n_active, n_live,
+            )  # fmt: skip
+    elif right_ptr is not None:
+        pack_columns(program - shrinking, b_ptr, right_ptr, order_ptr, counts_ptr, N, r, WIDTH, BLOCK_N)
+
+
+@functools.cache
+def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, split: bool, pack: bool) -> Variant:
+    """The shrink that keeps S for the backward pass or not, splits K or not, packs B or not."""
+    x = pointer(kinds.x)
+    types = {
+        "x_ptr": x,
+        "a_ptr": pointer(kinds.factor),
+        "b_ptr": pointer(kinds.factor),
+        **rank_arguments(kinds),
+        "seed_ptr": "*i64" if kinds.dropout else None,
+        "shrink_ptr": x if keep and not split else None,
+        "left_ptr": None if split else x,
+        "slots_ptr": "*fp32" if split else None,
+        "right_ptr": x if pack else None,
+        "scaling": "fp32",
+        "keep_scale": "fp32",
+        "least": "i64",
+        **integers("M", "N", "K", "r", "WIDTH", "stride_x", "splits", "chunk"),
+    }
+    constants = {
+        "BLOCK_M": blocks.shrink_rows,
+        "BLOCK_K": blocks.shrink_depth,
+        "BLOCK_R": block_of_places,
+        "BLOCK_N": blocks.pack,
+        "WHOLE_BLOCKS": kinds.whole,
+        "PRECISION": kinds.precision,
+        "DEPENDENTS": kinds.pdl,
+    }
+    outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")
+    aligned = (*outputs, "x_ptr", "a_ptr", "K", "stride_x") if kinds.aligned else outputs
+    label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' split' * split}{' pack' * pack}"
+    return Variant(
+        shrink, types, constants, aligned=aligned, options=options(8 if block_of_places > 64 else 4, 4), label=label
+    )
