@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -77,6 +78,7 @@ class Resources:
     instructions   how many matrix instructions of each kind its PTX has
     remarks        the assembler's remarks on serialised wgmma
     error          why it does not compile, where it does not
+    seconds        that compiling took
     """
 
     variant: str
@@ -89,6 +91,7 @@ class Resources:
     instructions: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     error: str | None = None
+    seconds: float = field(default=0.0, compare=False)
 
     def faults(self) -> list[str]:
         """What must not be shipped, in words."""
@@ -113,7 +116,7 @@ def measure(variant: Variant, capability: Capability) -> Resources:
     from triton import knobs
 
     base = Resources(variant.name, capability, variant.expects_wgmma(capability))
-    log = io.StringIO()
+    log, start = io.StringIO(), time.perf_counter()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         # A kernel out of the cache has no log.
@@ -122,6 +125,7 @@ def measure(variant: Variant, capability: Capability) -> Resources:
             compiled = variant.compile(capability)
         except Exception as failure:  # the compiler and the assembler raise what they like
             return _with(base, error=f"{type(failure).__name__}: {str(failure)[-600:]}")
+    seconds = time.perf_counter() - start
     if "ptxas" not in log.getvalue():
         raise RuntimeError(f"{variant.name}: the assembler's log is missing, was it compiled?")
     registers, stack = _usage(compiled.asm["cubin"])
@@ -135,6 +139,7 @@ def measure(variant: Variant, capability: Capability) -> Resources:
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         instructions={name: count for name, count in counts.items() if count},
         remarks=remarks(log.getvalue()),
+        seconds=seconds,
     )
 
 
@@ -220,16 +225,17 @@ def _print_share(share: str, module: str, capabilities: Sequence[Capability]) ->
 
 def _print_table(found: list[Resources]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("kernel", "capability", "registers", "stack", "shared", "matrix instructions", "faults")
     for one in sorted(found, key=lambda one: (one.variant, one.capability)):
         instructions = ", ".join(f"{count} {name}" for name, count in one.instructions.items())
         numbers = (str(one.registers), str(one.stack), str(one.shared))
-        table.add_row(one.variant, _dotted(one.capability), *numbers, instructions, "; ".join(one.faults()))
+        cells = (one.variant, _dotted(one.capability), *numbers, instructions, "; ".join(one.faults()))
+        table.add_row(*map(escape, cells))
     # Into a file or a pipe, lines are as long as they need to be.
-    console = Console()
-    Console(width=None if console.is_terminal else 250).print(table)
+    Console(width=None if Console().is_terminal else 300).print(table)
 
 
 def _capability(text: str) -> Capability:

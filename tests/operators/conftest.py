@@ -4,10 +4,11 @@ from collections.abc import Iterator
 import pytest
 from support.cases import DTYPES
 from support.covering import covering
-from support.devices import device_of, interpreting
+from support.devices import device_of
 from support.implementations import ALL, refusal, skip_unless_served, threads
 
 from peftkernels import functional
+from peftkernels.backends import triton
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +50,7 @@ def _dtype(item: pytest.Function) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where the Triton kernels are interpreted, they run on every pair of a test's parameters, not on all products."""
-    if not interpreting() or refusal("triton") is not None:
+    if not triton.interpreting() or refusal("triton") is not None:
         return
     by_test: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan
+from peftkernels.backends import triton
 
 CPU = torch.device("cpu")
 # Implementations that refuse a weight that requires grad.
@@ -13,13 +14,10 @@ FROZEN_WEIGHTS = ("cpu", "triton")
 
 
 def device_of(impl: str) -> torch.device:
-    """A GPU for the Triton kernels where there is one; the CPU, for Triton's interpreter, where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if impl == "triton" and torch.cuda.is_available() else CPU
-
-
-def interpreting() -> bool:
-    """Whether the Triton kernels run in Triton's interpreter, about a thousand times slower than C++."""
-    return device_of("triton") == CPU
+    """A GPU for the Triton kernels where they are compiled for one; the CPU where they are interpreted."""
+    if impl != "triton" or triton.interpreting() or not torch.cuda.is_available():
+        return CPU
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def moved(value: Tensor, device: torch.device) -> Tensor:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from peftkernels import dispatch
+from peftkernels.backends import triton
 from support.cases import DTYPES
-from support.devices import device_of, interpreting
+from support.devices import device_of
 
 ALL = ("reference", "eager", "cpu", "triton")
 
@@ -35,7 +36,7 @@ def served(impl: str, dtypes: Sequence[str]) -> list[str]:
 
 def examples(impl: str, count: int) -> int:
     """How many random examples a test takes: a tenth where `impl` is interpreted."""
-    return count // 10 if impl == "triton" and interpreting() else count
+    return count // 10 if impl == "triton" and triton.interpreting() else count
 
 
 @contextmanager
