@@ -149,9 +149,7 @@ def test_create_graph_without_a_second_derivative(impl: str, seed: int) -> None:
     call = make_call(seed, plan=True, dropout_p=0.2)
     leaves = _leaves(call, impl)
     trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    gradients = torch.autograd.grad(
-        _apply(leaves, call, impl), list(trained.values()), call.grad_y, create_graph=True
-    )
+    gradients = torch.autograd.grad(_apply(leaves, call, impl), list(trained.values()), call.grad_y, create_graph=True)
     expected = run(call, impl).gradients
     for name, gradient in zip(trained, gradients, strict=True):
         assert torch.equal(gradient, expected[name]), f"∂{name}"

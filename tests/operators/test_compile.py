@@ -155,9 +155,7 @@ def test_dropout_with_a_seed_of_the_callers(impl: str, seed: int) -> None:
     lora_A, lora_B, x = torch.eye(24), torch.eye(24), torch.randn(40, 24)
 
     def dropped(dropout_seed: Tensor) -> Tensor:
-        return lora_linear(
-            x, torch.zeros(24, 24), lora_A, lora_B, dropout_p=0.3, dropout_seed=dropout_seed, impl=impl
-        )
+        return lora_linear(x, torch.zeros(24, 24), lora_A, lora_B, dropout_p=0.3, dropout_seed=dropout_seed, impl=impl)
 
     function, counter = _compiled(dropped)
     for value in (seed, seed + 1, -5):

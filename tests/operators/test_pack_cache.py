@@ -108,8 +108,11 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
     "data.add_": lambda weight: weight.data.add_(0.5),
     "data.mul_": lambda weight: weight.data.mul_(1.25),
     "data_low_rank_merge": lambda weight: weight.data.addmm_(torch.ones(N, 1).to(weight), torch.ones(1, K).to(weight)),
-    "numpy": lambda weight: weight.data.view(torch.int16).numpy().__imul__(3) if weight.dtype == torch.bfloat16
-    else weight.numpy().__imul__(3),
+    "numpy": lambda weight: (
+        weight.data.view(torch.int16).numpy().__imul__(3)
+        if weight.dtype == torch.bfloat16
+        else weight.numpy().__imul__(3)
+    ),
 }
 
 

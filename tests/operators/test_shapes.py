@@ -58,9 +58,7 @@ def test_any_shape(name: str) -> None:
         ),
         seed=seeds,
     )
-    def check(
-        leading: tuple[int, ...], n: int, k: int, r: int, dtype: str, options: dict[str, Any], seed: int
-    ) -> None:
+    def check(leading: tuple[int, ...], n: int, k: int, r: int, dtype: str, options: dict[str, Any], seed: int) -> None:
         within_budget(make_call(seed, leading=leading, n=n, k=k, r=r, dtype=dtype, **options), name)
 
     check()

@@ -40,9 +40,9 @@ class _Columns:
 def _plan_columns(
     kinds: Kinds, blocks: Blocks, device: torch.device, m: int, c: int, r: int, compact: bool, sums: bool, slots: bool
 ) -> _Columns:
-    places = block_of_places(r)
+    places = block_of_places(r, blocks.column_places)
     tiles = -(-c // blocks.column_columns)
-    wanted = -(-blocks.spread * multiprocessors(device) // tiles)
+    wanted = -(-blocks.column_spread * multiprocessors(device) // tiles)
     splits = max(1, min(wanted, -(-m // (4 * blocks.column_rows))))
     rows_of_split = -(-m // (splits * blocks.column_rows)) * blocks.column_rows
     splits = -(-m // rows_of_split)
@@ -83,7 +83,8 @@ def _plan(
     override: routes.Choice | None,
 ) -> _Plan:
     needs_x, needs_A, needs_B, needs_gate = needs
-    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r)
+    blocks = blocks_for(kinds.x, INTERPRETED)
+    places = block_of_places(r, finish.MOST_PLACES)
     needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
     # A as it lies will do where its rows are already what the tail reads.
     packs = needs_x and (kinds.plan or kinds.factor is not kinds.x or r % 16 != 0)

@@ -111,6 +111,6 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, compact: bool, s
         types,
         constants,
         aligned=(*own, "in_ptr", "C", "stride_in") if kinds.aligned else own,
-        options=options(8 if block_of_places > 64 else 4, 3),
+        options=options(4 if kinds.aligned and block_of_places <= 32 else 8, 2 if kinds.x.itemsize == 4 else 3),
         label=f"{kinds.label} r{block_of_places}{' compact' * compact}{' sums' * sums}{' slots' * slots}",
     )

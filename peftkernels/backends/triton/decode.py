@@ -97,7 +97,7 @@ def variant(kinds: Kinds, tile: Tile, block_of_places: int, keep: bool) -> Varia
         "BLOCK_M": tile.rows,
         "BLOCK_P": tile.columns,
         "BLOCK_Q": tile.depth,
-        "BLOCK_R": min(block_of_places, MOST_PLACES),
+        "BLOCK_R": block_of_places,
         "WHOLE_BLOCKS": kinds.whole,
         "PRECISION": kinds.precision,
     }

@@ -54,6 +54,6 @@ def variant(kinds: Kinds) -> Variant:
         types,
         constants,
         aligned=(*own, "P") if kinds.aligned else own,
-        options=options(4, 2),
+        options=options(4 if kinds.aligned else 8, 2),
         label=kinds.label,
     )

@@ -11,6 +11,9 @@ from peftkernels.backends.triton.launch import Variant, integers, options, point
 from peftkernels.backends.triton.ranks import active_and_live, pack_rows, rank_at, scaled_gate, store_by_rank
 from peftkernels.backends.triton.tiles import Blocks
 
+# Places that a program holds.
+MOST_PLACES = 128
+
 
 @triton.jit
 def added_slots(slots_ptr, slots, lines, places, LINES, WIDTH, n_live):
@@ -18,7 +21,8 @@ def added_slots(slots_ptr, slots, lines, places, LINES, WIDTH, n_live):
     inside = (lines < LINES)[:, None] & (places < n_live)[None, :]
     offsets = lines.to(tl.int64)[:, None] * WIDTH + places[None, :]
     sums = tl.zeros((lines.shape[0], places.shape[0]), tl.float32)
-    for slot in range(slots):
+    # Four loads in flight: a slot by itself is far too little to wait for.
+    for slot in tl.range(0, slots, loop_unroll_factor=4):
         base = slots_ptr + tl.cast(slot, tl.int64) * LINES * WIDTH
         sums += tl.load(base + offsets, mask=inside, other=0.0)
     return sums

@@ -52,24 +52,25 @@ class _Plan:
 
 def _plan_shrink(kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: int, keep: bool) -> _Shrink:
     blocks = blocks_for(kinds.x, INTERPRETED)
-    places = block_of_places(r)
+    places = block_of_places(r, blocks.shrink_places)
     # B as it lies will do where its columns are already what the tail reads.
     packs = kinds.plan or kinds.factor is not kinds.x or r % 16 != 0
     row_blocks = -(-m // blocks.shrink_rows)
-    wanted = blocks.spread * multiprocessors(device) // row_blocks
+    wanted = blocks.shrink_spread * multiprocessors(device) // row_blocks
     most = -(-k // (blocks.fewest_steps * blocks.shrink_depth))
     splits = max(1, min(wanted, most))
     chunk = -(-k // (splits * blocks.shrink_depth)) * blocks.shrink_depth
     splits = -(-k // chunk)
     place_blocks = -(-width(r) // places)
+    finishing = block_of_places(r, finish.MOST_PLACES)
     split = splits > 1
     return _Shrink(
         shrink.variant(kinds, blocks, places, keep, split, packs),
         row_blocks * splits * place_blocks + (-(-n // blocks.pack) if packs else 0),
         splits,
         chunk,
-        finish.rows_variant(kinds, blocks, places, keep, True, False) if split else None,
-        -(-m // blocks.finish_rows) * place_blocks,
+        finish.rows_variant(kinds, blocks, finishing, keep, True, False) if split else None,
+        -(-m // blocks.finish_rows) * -(-width(r) // finishing),
         packs,
     )
 
@@ -90,15 +91,14 @@ def _plan(
     if choice.route == routes.LIBRARY:
         return _Plan(choice, None, width(r), _plan_shrink(kinds, device, m, n, k, r, keep), None, 0)
     taken = tile(choice.tile)
-    places = block_of_places(r)
     tiles = -(-m // taken.rows) * -(-n // taken.columns)
     resident = min(tiles, multiprocessors(device))
     even = k % taken.depth == 0
     if choice.route == routes.DECODE:
-        variant = decode.variant(kinds, taken, places, keep)
+        variant = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
         return _Plan(choice, taken, width(r), None, variant, -(-n // taken.columns))
     if choice.route == routes.SINGLE:
-        blocks = blocks_for(kinds.x, INTERPRETED)
+        blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, single.MOST_PLACES)
         if taken.kind == TMA:
             variant = single.tma_variant(kinds, blocks, taken, places, keep)
         else:
@@ -121,14 +121,16 @@ def route(
     choice, reason = routes.choose(product, gpu_name(device), capability(device))
     if choice.route == routes.LIBRARY:
         return choice
+    forced = reason == routes.FORCED
     obstacle = None
     if not plain_weight:
         obstacle = "the weight's rows are not contiguous"
-    elif tile(choice.tile).kind == TMA and not kinds.aligned:
+    elif not kinds.aligned and (tile(choice.tile).kind == TMA or not forced):
+        # Pointers serve any alignment, element by element: slower than the library, right where they are asked for.
         obstacle = "an operand is not aligned to 16 bytes"
     if obstacle is None:
         return choice
-    if reason == routes.FORCED:
+    if forced:
         raise RuntimeError(f"choice {str(choice)!r} cannot serve this call: {obstacle}")
     return routes.Choice(routes.LIBRARY)
 

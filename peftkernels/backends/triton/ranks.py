@@ -16,9 +16,9 @@ def width(r: int) -> int:
     return -(-r // PLACES) * PLACES
 
 
-def block_of_places(r: int) -> int:
-    """Places that one program holds: a power of two, 128 at most; more ranks take several programs."""
-    return min(128, triton.next_power_of_2(max(r, PLACES)))
+def block_of_places(r: int, most: int) -> int:
+    """Places that one program holds: a power of two, `most` at most; more ranks take several programs."""
+    return min(most, triton.next_power_of_2(max(r, PLACES)))
 
 
 @triton.jit

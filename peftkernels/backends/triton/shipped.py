@@ -9,9 +9,7 @@ import torch
 from peftkernels.backends.triton import columns, decode, dropout, expand, finish, gemm, shrink, single, tiles
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant
-from peftkernels.backends.triton.tiles import TMA, blocks_for
-
-PLACES = (16, 32, 64, 128)
+from peftkernels.backends.triton.tiles import TMA, Blocks, Tile, blocks_for
 
 
 def _kinds(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Kinds, Kinds]:
@@ -22,65 +20,62 @@ def _kinds(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Kinds, Kind
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    """For a compute capability: every kernel with every shipped tile, dtype and number of places.
+    """For a compute capability: every kernel with every shipped tile and number of places.
 
     Options that add code (plan, gate, dropout, factors of another dtype, bias) are all on in one form and all off in
-    another; alignment, which only adds masks, is varied for one tile of each kernel.
+    another. float16 differs from bfloat16 in the names of instructions alone: each kernel is there once. Operands
+    without alignment, or with a K that no Philox block divides, take the library's GEMM: the kernels around it are
+    there in that form.
     """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
         everything, plain = _kinds(dtype, capability)
-        yield from _products(everything, plain, capability)
-        yield from _others(everything, plain)
-    yield from _ragged(capability)
-
-
-def _products(everything: Kinds, plain: Kinds, capability: tuple[int, int]) -> Iterator[Variant]:
-    blocks = blocks_for(plain.x, False)
-    for tile in tiles.shipped(str(plain.x).removeprefix("torch."), capability):
-        if tile.kind == tiles.DECODE_TILE:
-            yield decode.variant(plain, tile, 16, False)
-            yield decode.variant(everything, tile, 128, True)
-            continue
-        if tile.kind == TMA:
-            yield gemm.tma_variant(everything, tile, False)
-            yield gemm.tma_variant(everything, tile, True)
-            yield gemm.tma_variant(plain, tile, True)
-            yield single.tma_variant(everything, blocks, tile, 64, True)
-        else:
-            yield gemm.pointer_variant(everything, tile, False, True)
-            yield gemm.pointer_variant(everything, tile, True, True)
-            yield gemm.pointer_variant(plain, tile, True, True)
-            yield single.pointer_variant(everything, blocks, tile, 64, True, True)
-
-
-def _others(everything: Kinds, plain: Kinds) -> Iterator[Variant]:
-    blocks = blocks_for(plain.x, False)
-    for places in PLACES:
-        yield shrink.variant(everything, blocks, places, True, False, True)
-        yield columns.variant(everything, blocks, places, False, True, True)
-        yield columns.variant(everything, blocks, places, True, True, False)
-    for places in (16, 128):
-        yield shrink.variant(plain, blocks, places, False, True, False)
-        yield columns.variant(plain, blocks, places, False, True, True)
-        yield finish.rows_variant(everything, blocks, places, True, True, True)
-        yield finish.grad_B_variant(everything, blocks, places, True, True)
-        yield finish.grad_A_variant(everything, blocks, places, True, True)
-    yield dropout.bits_variant(plain)
-    yield expand.variant(everything)
-
-
-def _ragged(capability: tuple[int, int]) -> Iterator[Variant]:
-    """Operands without alignment, and a K that no step and no Philox block divides."""
-    kinds = Kinds(
+        blocks = blocks_for(dtype, False)
+        shipped = tiles.shipped(str(dtype).removeprefix("torch."), capability)
+        if dtype is torch.float16:
+            kinds = [tile.kind for tile in shipped]
+            shipped = tuple(shipped[kinds.index(kind)] for kind in dict.fromkeys(kinds))
+        for tile in shipped:
+            yield from _products(everything, plain, blocks, tile)
+        yield from _others(everything, plain, blocks, brief=dtype is torch.float16)
+    ragged = Kinds(
         torch.bfloat16, torch.bfloat16, torch.bfloat16, plan=True, dropout=True, bias=True, aligned=False, whole=False,
         pdl=capability >= (9, 0),
     )  # fmt: skip
-    blocks = blocks_for(kinds.x, False)
-    tile = tiles.tile("pointer-128x128x64-8w-3s")
-    yield gemm.pointer_variant(kinds, tile, False, False)
-    yield gemm.pointer_variant(kinds, tile, True, False)
-    yield single.pointer_variant(kinds, blocks, tile, 16, True, False)
-    yield decode.variant(kinds, tiles.tile("decode-16x32x128-4w-4s"), 16, True)
-    yield shrink.variant(kinds, blocks, 16, True, False, True)
-    yield columns.variant(kinds, blocks, 16, False, True, True)
-    yield dropout.bits_variant(kinds)
+    yield from _others(ragged, ragged, blocks_for(ragged.x, False), brief=True)
+
+
+def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> Iterator[Variant]:
+    if tile.kind == tiles.DECODE_TILE:
+        yield decode.variant(plain, tile, 16, False)
+        yield decode.variant(everything, tile, decode.MOST_PLACES, True)
+    elif tile.kind == TMA:
+        yield gemm.tma_variant(everything, tile, False)
+        yield gemm.tma_variant(everything, tile, True)
+        yield gemm.tma_variant(plain, tile, True)
+        yield single.tma_variant(everything, blocks, tile, single.MOST_PLACES, True)
+    else:
+        yield gemm.pointer_variant(everything, tile, False, True)
+        yield gemm.pointer_variant(everything, tile, True, True)
+        yield gemm.pointer_variant(plain, tile, True, True)
+        yield single.pointer_variant(everything, blocks, tile, single.MOST_PLACES, True, True)
+
+
+def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Iterator[Variant]:
+    for places in _places(blocks.shrink_places, brief):
+        yield shrink.variant(everything, blocks, places, True, False, True)
+        yield shrink.variant(plain, blocks, places, False, True, False)
+    for places in _places(blocks.column_places, brief):
+        yield columns.variant(everything, blocks, places, False, True, True)
+        yield columns.variant(everything, blocks, places, True, True, False)
+        yield columns.variant(plain, blocks, places, False, True, True)
+    for places in _places(finish.MOST_PLACES, True):
+        yield finish.rows_variant(everything, blocks, places, True, True, True)
+        yield finish.grad_B_variant(everything, blocks, places, True, True)
+        yield finish.grad_A_variant(everything, blocks, places, True, True)
+    yield dropout.bits_variant(everything)
+    yield expand.variant(everything)
+
+
+def _places(most: int, brief: bool) -> list[int]:
+    """Numbers of places that a program may hold; brief: the largest."""
+    return [most] if brief else [places for places in (16, 32, 64, 128) if places <= most]

@@ -86,6 +86,9 @@ def shrink(
 def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, split: bool, pack: bool) -> Variant:
     """The shrink that keeps S for the backward pass or not, splits K or not, packs B or not."""
     x = pointer(kinds.x)
+    # Many ranks, or random words that neighbours do not share, fill the registers of four warps.
+    crowded = (block_of_places > 32) + (kinds.dropout and not kinds.whole)
+    warps = 8 if crowded or block_of_places > 16 else 4
     types = {
         "x_ptr": x,
         "a_ptr": pointer(kinds.factor),
@@ -103,7 +106,7 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     }
     constants = {
         "BLOCK_M": blocks.shrink_rows,
-        "BLOCK_K": blocks.shrink_depth,
+        "BLOCK_K": max(16, blocks.shrink_depth >> crowded),
         "BLOCK_R": block_of_places,
         "BLOCK_N": blocks.pack,
         "WHOLE_BLOCKS": kinds.whole,
@@ -113,6 +116,4 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")
     aligned = (*outputs, "x_ptr", "a_ptr", "K", "stride_x") if kinds.aligned else outputs
     label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' split' * split}{' pack' * pack}"
-    return Variant(
-        shrink, types, constants, aligned=aligned, options=options(8 if block_of_places > 64 else 4, 4), label=label
-    )
+    return Variant(shrink, types, constants, aligned=aligned, options=options(warps, 4), label=label)

@@ -159,7 +159,7 @@ def _pieces(kinds: Kinds, blocks: Blocks, tile: Tile, block_of_places: int) -> d
     return {
         "PIECE": min(blocks.piece, tile.rows),
         "PIECE_K": blocks.shrink_depth,
-        "BLOCK_R": min(block_of_places, MOST_PLACES),
+        "BLOCK_R": block_of_places,
         "WHOLE_BLOCKS": kinds.whole,
     }
 

@@ -51,6 +51,7 @@ def tile(name: str) -> Tile:
 # Wide tiles keep the tensor cores busy, narrow ones give small products enough programs. Stages are as many as fit
 # the shared memory (227 KiB from 9.0 on, 163 KiB on 8.0) beside what the store of the tile needs.
 _TMA = (
+    Tile(TMA, 128, 256, 64, 8, 4),
     Tile(TMA, 128, 256, 64, 8, 3),
     Tile(TMA, 128, 128, 64, 8, 4),
     Tile(TMA, 64, 256, 64, 4, 3),
@@ -59,7 +60,7 @@ _TMA = (
 )
 _POINTER = (
     Tile(POINTER, 128, 128, 64, 8, 3),
-    Tile(POINTER, 128, 128, 32, 4, 4),
+    Tile(POINTER, 128, 128, 32, 8, 4),
     Tile(POINTER, 64, 128, 64, 4, 4),
     Tile(POINTER, 64, 64, 64, 4, 4),
     Tile(POINTER, 16, 128, 64, 4, 4),
@@ -71,42 +72,49 @@ _DECODE = (
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _POINTER_FP32 = (
-    Tile(POINTER, 128, 64, 32, 8, 2),
-    Tile(POINTER, 64, 64, 32, 4, 3),
+    Tile(POINTER, 128, 64, 16, 8, 3),
+    Tile(POINTER, 64, 64, 32, 8, 3),
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
-_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 128, 4, 3),)
+_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 64, 4, 4),)
 
 
 @dataclass(frozen=True)
 class Blocks:
     """How the kernels beside the GEMM cut their work.
 
-    shrink_rows, shrink_depth    of x in one step of the shrink
-    fewest_steps                 of a split of K: shorter ones cost more than they spread
-    column_rows, column_columns  of G or x in one step of the sums over rows
-    finish_rows                  lines of a program that adds slots
-    pack                         columns of B or A of a program that packs them
-    piece                        rows of x in a piece of the single launch
-    spread                       programs a multiprocessor that splits aim at
+    shrink_rows, shrink_depth      of x in one step of the shrink
+    shrink_places, column_places   ranks that a program holds at the most; programs beside it hold the others, and find
+                                   x or G in the L2
+    fewest_steps                   of a split of K: shorter ones cost more than they spread
+    column_rows, column_columns    of G or x in one step of the sums over rows
+    finish_rows                    lines of a program that adds slots
+    pack                           columns of B or A of a program that packs them
+    piece                          rows of x in a piece of the single launch
+    shrink_spread, column_spread   programs a multiprocessor that splits of K and of the rows aim at
     """
 
     shrink_rows: int = 64
     shrink_depth: int = 64
+    shrink_places: int = 64
     fewest_steps: int = 16
     column_rows: int = 64
     column_columns: int = 128
+    column_places: int = 64
     finish_rows: int = 32
     pack: int = 128
     piece: int = 32
-    spread: int = 2
+    shrink_spread: int = 1
+    column_spread: int = 2
 
 
 BLOCKS = Blocks()
-# Half as deep: four bytes an element.
-BLOCKS_FP32 = Blocks(shrink_depth=32, fewest_steps=32, column_columns=64)
+# Products of fp32 operands hold them in registers.
+BLOCKS_FP32 = Blocks(
+    shrink_depth=32, shrink_places=32, fewest_steps=32, column_rows=16, column_columns=64, column_places=32
+)
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
-BLOCKS_INTERPRETED = Blocks(16, 32, 1, 32, 32, 32, 32, 16, 4)
+BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4, 4)
 
 
 def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
@@ -120,4 +128,7 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """Every tile that may be chosen for operands of `dtype` on a GPU of this compute capability."""
     if dtype == "float32":
         return (*_POINTER_FP32, *_DECODE_FP32)
-    return (*(_TMA if capability >= (9, 0) else ()), *_POINTER, *_DECODE)
+    if capability < (9, 0):
+        return (*_POINTER, *_DECODE)
+    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there.
+    return (*(_TMA if capability < (10, 0) else _TMA[1:3]), *_POINTER, *_DECODE)
