@@ -54,10 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     by_test: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        parametrised = isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        if parametrised and item.callspec.params.get("impl") == "triton" and not refusal("triton", _dtype(item)):
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        if item.callspec.params.get("impl") == "triton" and refusal("triton", _dtype(item)) is None:
             by_test[item.nodeid.partition("[")[0]].append(item)
-    left_out = set()
+    left_out: set[pytest.Item] = set()
     for tests in by_test.values():
         kept = covering([{name: repr(value) for name, value in test.callspec.params.items()} for test in tests])
         left_out.update(test for place, test in enumerate(tests) if place not in kept)

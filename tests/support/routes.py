@@ -77,6 +77,11 @@ def _some_subsets_agree(call: Call) -> None:
             assert torch.equal(value, full.named()[name]), f"{call.label}, needs={needs}, {name}: bits differ"
 
 
+def _propagates_from_everywhere(call: Call) -> None:
+    for name in ("x", "weight", "lora_B", "grad_y"):
+        propagates(call, "triton", name)
+
+
 # Every check that a route could fail by itself, on a call of the given dtype and shape.
 ROUTE_CHECKS: dict[str, Callable[[int, str, dict[str, Any]], None]] = {
     "budget": lambda seed, dtype, shape: within_budget(
@@ -96,9 +101,7 @@ ROUTE_CHECKS: dict[str, Callable[[int, str, dict[str, Any]], None]] = {
     "PROBE ranks contained": lambda seed, dtype, shape: contains_probe_ranks(
         _plan(seed, dtype=dtype, **shape), "triton"
     ),
-    "NaN propagates": lambda seed, dtype, shape: [
-        propagates(_plan(seed, dtype=dtype, **shape), "triton", name) for name in ("x", "weight", "lora_B", "grad_y")
-    ][-1],
+    "NaN propagates": lambda seed, dtype, shape: _propagates_from_everywhere(_plan(seed, dtype=dtype, **shape)),
     "dropout mask": lambda seed, dtype, shape: drops_as_philox_says(
         "triton", seed, 0.4, (min(13, *shape["leading"]),), 80, dtype.partition("-")[0]
     ),
