@@ -17,9 +17,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"leading": (2, 9), "n": 48, "k": 80},
     "large": {"leading": (3, 259), "n": 1040, "k": 528},
 }
-    "small": {"leading": (2, 9), "n": 48, "k": 80},
-    "large": {"leading": (3, 259), "n": 1040, "k": 528},
-}
 in_every_size = pytest.mark.parametrize("size", [pytest.param("small"), pytest.param("large", marks=pytest.mark.gpu)])
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
