@@ -11,8 +11,14 @@ LAYER, ALLOCATOR, TRAINING = "layer", "allocator", "training"
 FORWARD, BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, BACKWARD)
 PROBE, DEAD = "PROBE", "DEAD"
+CALLS, GRAPH, ENQUEUE = "", "graph", "enqueue"
 # x, weight and bias in the first dtype, the adapter's factors and its gate in the second.
-DTYPES = {"fp32": ("float32", "float32"), "bf16": ("bfloat16", "bfloat16"), "mixed": ("bfloat16", "float32")}
+DTYPES = {
+    "fp32": ("float32", "float32"),
+    "bf16": ("bfloat16", "bfloat16"),
+    "mixed": ("bfloat16", "float32"),
+    "fp16": ("float16", "float16"),
+}
 
 WIDTHS = (
     (384, 384),
@@ -53,6 +59,8 @@ class Case:
     dropout    probability with which elements of the adapter's input are dropped
     bias       whether the layer has one
     modules    how many modules the allocator decides on, or have an adapter in the model
+    timing     CALLS: a call from start to end. On a GPU also GRAPH: the same calls replayed from a CUDA graph; and
+               ENQUEUE: the host's time to enqueue a call, whatever the device does with it
     """
 
     operator: str = LAYER
@@ -68,6 +76,7 @@ class Case:
     bias: bool = True
     modules: int = 1
     model: str = ""
+    timing: str = CALLS
 
     @property
     def id(self) -> str:
@@ -83,6 +92,8 @@ class Case:
             parts.append(f"dropout{self.dropout:g}")
         if not self.bias:
             parts.append("no-bias")
+        if self.timing:
+            parts.append(self.timing)
         return "/".join(parts)
 
     @property

@@ -7,7 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from . import lineup
-from .cases import BACKWARD, DEAD, FORWARD, GROUPS, LAYER, RANK, TRAINING_TOKENS, Case, all_cases
+from .cases import (
+    BACKWARD,
+    CALLS,
+    DEAD,
+    ENQUEUE,
+    FORWARD,
+    GRAPH,
+    GROUPS,
+    LAYER,
+    RANK,
+    TRAINING_TOKENS,
+    Case,
+    all_cases,
+)
 from .results import Row
 
 # Widths and rows of the prototype's measurements, which the limits come from.
@@ -26,7 +39,7 @@ class Goal:
     """A limit on `statistic` over the cases that `selects` picks.
 
     The value of a case is the time of peftkernels over that of `against`, or with `speedup` the inverse, which must
-    reach the limit instead of staying below it.
+    reach the limit instead of staying below it; with `microseconds` it is how much longer peftkernels takes.
     """
 
     title: str
@@ -35,9 +48,12 @@ class Goal:
     limit: float
     selects: Callable[[Case], bool]
     speedup: bool = False
+    microseconds: bool = False
 
     def value(self, row: Row) -> float:
         """The value of a row of `against`."""
+        if self.microseconds:
+            return row.median_us * (row.ours_ratio - 1)
         return 1 / row.ours_ratio if self.speedup else row.ours_ratio
 
 
@@ -143,13 +159,71 @@ GOALS = (
 )
 
 
-def judge(rows: Sequence[Row]) -> list[Reached]:
-    """Every goal beside `rows`."""
-    return [_judge(goal, rows) for goal in GOALS]
+# Rows and ranks that the goals on an H200 are for, and what the spread of medians may hide.
+GPU_TOKENS, GPU_RANK, GPU_BAND = 2048, 64, 0.02
 
 
-def _judge(goal: Goal, rows: Sequence[Row]) -> Reached:
-    expected = [case for case in all_cases() if goal.selects(case)]
+def _on_gpu(case: Case, direction: str, dropout: float = 0.0) -> bool:
+    """A bf16 layer of many rows and few ranks, all of them live."""
+    wide = case.operator == LAYER and case.dtype == "bf16" and case.timing == CALLS and not case.masking
+    return (
+        wide and case.direction == direction and case.dropout == dropout and case.M >= GPU_TOKENS and case.r <= GPU_RANK
+    )
+
+
+def _gpu_goals(direction: str, limit: float) -> tuple[Goal, ...]:
+    def plain(case: Case) -> bool:
+        return _on_gpu(case, direction)
+
+    def dropped(case: Case) -> bool:
+        return _on_gpu(case, direction, 0.1)
+
+    name, peer = f"bf16 {direction.replace('+', ' + ')}", lineup.PEFT_LORA_BF16
+    return (
+        Goal(f"{name}, over frozen", lineup.FROZEN, MEAN, limit, plain),
+        Goal(f"{name}, no cell above", lineup.FROZEN, LARGEST, limit, plain),
+        Goal(f"{name}, times as fast as {peer}", peer, MEAN, 1.3, plain, speedup=True),
+        Goal(f"{name}, dropout 0.1, times as fast as {peer}", peer, MEAN, 1.6, dropped, speedup=True),
+    )
+
+
+# On an H200. A factor's dtype is x's in all of them, peft's with autocast_adapter_dtype=False: its faster setting.
+GPU_GOALS = (
+    *_gpu_goals(FORWARD, 1.03),
+    *_gpu_goals(BACKWARD, 1.05),
+    Goal(
+        f"never slower than {lineup.FLOOR} ({GPU_BAND:.0%} for measuring)",
+        lineup.FLOOR,
+        LARGEST,
+        1 + GPU_BAND,
+        lambda case: case.operator == LAYER and case.timing == CALLS,
+    ),
+    Goal(
+        f"replayed from a graph, never slower than {lineup.FLOOR} ({GPU_BAND:.0%} for measuring)",
+        lineup.FLOOR,
+        LARGEST,
+        1 + GPU_BAND,
+        lambda case: case.timing == GRAPH,
+    ),
+    Goal(
+        "forward, host time of a call over F.linear's, µs",
+        lineup.FROZEN,
+        LARGEST,
+        15.0,
+        lambda case: case.timing == ENQUEUE and case.direction == FORWARD,
+        microseconds=True,
+    ),
+)
+
+
+def judge(rows: Sequence[Row], goals: Sequence[Goal] = GOALS, cases: Sequence[Case] | None = None) -> list[Reached]:
+    """Every goal beside `rows`; `cases` are what could have been measured, all of the CPU's registry without."""
+    known = all_cases() if cases is None else cases
+    return [_judge(goal, rows, known) for goal in goals]
+
+
+def _judge(goal: Goal, rows: Sequence[Row], cases: Sequence[Case]) -> Reached:
+    expected = [case for case in cases if goal.selects(case)]
     ids = {case.id for case in expected}
     chosen = [row for row in rows if row.contestant == goal.against and row.id in ids]
     values = {row.id: goal.value(row) for row in chosen}

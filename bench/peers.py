@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from . import data, lineup
 from .cases import Case
 
-if TYPE_CHECKING:
-    from .layers import LayerBench
-
 _ADAPTER = "default"
+
+
+class Layer(Protocol):
+    """A case with its frozen weight and its adapter."""
+
+    case: Case
+    bias: Tensor | None
+    adapter: data.Adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (N, K)."""
 
 
 class _Base(nn.Module):
@@ -27,7 +36,7 @@ class _Base(nn.Module):
         self.linear = linear
 
 
-def peft_layer(name: str, bench: LayerBench) -> nn.Module:
+def peft_layer(name: str, bench: Layer) -> nn.Module:
     """The layer that `peft.get_peft_model` puts in the place of the frozen one; it is called directly.
 
     Names with "bf16 factors" are made with `autocast_adapter_dtype=False`, the others as peft does by default.

@@ -27,7 +27,7 @@ from .cases import (
     PROBE,
     Case,
 )
-from .results import Row
+from .results import CPU, Row
 
 # Colours of Okabe and Ito, told apart with every kind of colour vision; markers say the same once more.
 STYLES: dict[str, tuple[str, str]] = {
@@ -40,6 +40,10 @@ STYLES: dict[str, tuple[str, str]] = {
     lineup.PEFT_ADALORA: ("#CC79A7", "P"),
     lineup.PEFT_ALLOCATOR: ("#CC79A7", "P"),
     lineup.COMPILED: ("#009E73", "X"),
+    lineup.PEFT_LORA_BF16: ("#D55E00", "D"),
+    lineup.PEFT_LORA_FP32: ("#882255", "d"),
+    lineup.PEFT_ADALORA_BF16: ("#CC79A7", "P"),
+    lineup.PEFT_ADALORA_FP32: ("#AA4499", "p"),
     lineup.HALF_RANK: ("#000000", "*"),
 }
 _SIZE = (11.0, 4.4)
@@ -56,7 +60,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """Points of one contestant: x, value, quartiles."""
 
     label: str
@@ -65,11 +69,13 @@ class _Line:
     dashes: str = "-"
 
 
-class _Rows:
+class RatioLines:
+    """Rows as lines of a plot."""
+
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = {(row.id, row.contestant): row for row in rows}
 
-    def line(self, name: str, cases: Sequence[tuple[float, Case]], label: str = "", dashes: str = "-") -> _Line:
+    def line(self, name: str, cases: Sequence[tuple[float, Case]], label: str = "", dashes: str = "-") -> Line:
         """The contestant's ratio to the frozen layer over x."""
         points = []
         for x, case in cases:
@@ -77,20 +83,20 @@ class _Rows:
             if row is not None and row.ratio is not None:
                 assert row.ratio_p25 is not None and row.ratio_p75 is not None
                 points.append((x, row.ratio, row.ratio_p25, row.ratio_p75))
-        return _Line(label or name, STYLES[name], points, dashes)
+        return Line(label or name, STYLES[name], points, dashes)
 
-    def milliseconds(self, name: str, cases: Sequence[tuple[float, Case]]) -> _Line:
+    def milliseconds(self, name: str, cases: Sequence[tuple[float, Case]]) -> Line:
         """The contestant's time over x."""
         found = [(x, self._rows.get((case.id, name))) for x, case in cases]
         points = [(x, row.median_us / 1e3, row.p20_us / 1e3, row.p80_us / 1e3) for x, row in found if row is not None]
-        return _Line(name, STYLES[name], points)
+        return Line(name, STYLES[name], points)
 
 
 def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
     """Every plot that `rows` has at least two points of a line for, as PNG files in `folder`."""
-    found = _Rows(rows)
-    note = _note(rows)
-    drawers: list[Callable[[_Rows, Path, str], Plot | None]] = [_tokens, _rank, _live, _modules]
+    found = RatioLines(rows)
+    note = provenance(rows)
+    drawers: list[Callable[[RatioLines, Path, str], Plot | None]] = [_tokens, _rank, _live, _modules]
     folder.mkdir(parents=True, exist_ok=True)
     plots = [draw(found, folder / f"{prefix}{name}.png", note) for name, draw in zip(_NAMES, drawers, strict=True)]
     return [plot for plot in plots if plot is not None]
@@ -99,12 +105,15 @@ def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
 _NAMES = ("ratio-against-tokens", "ratio-against-rank", "ratio-against-live-share", "growth-with-modules")
 
 
-def _note(rows: Sequence[Row]) -> str:
+def provenance(rows: Sequence[Row]) -> str:
+    """Machine, versions, days and commits of the rows, in one line."""
+
     def all_of(name: str) -> str:
         return ", ".join(sorted({str(getattr(row, name)) for row in rows}))
 
+    host = f"{all_of('processor')}, {all_of('threads')} threads"
     return (
-        f"{all_of('processor')}, {all_of('threads')} threads, torch {all_of('torch')}, peft {all_of('peft')}, "
+        f"{host if all_of('device') == CPU else all_of('device')}, torch {all_of('torch')}, peft {all_of('peft')}, "
         f"{all_of('date')}, commit {all_of('commit')}"
     )
 
@@ -118,25 +127,25 @@ _PEERS = (lineup.OURS, lineup.FLOOR, lineup.EAGER, lineup.PEFT_LORA, lineup.PEFT
 _WIDTH = f"{MIDDLE[0]}×{MIDDLE[1]}"
 
 
-def _tokens(rows: _Rows, path: Path, note: str) -> Plot | None:
+def _tokens(rows: RatioLines, path: Path, note: str) -> Plot | None:
     panels = []
     for direction in PASSES:
         cases = [(float(m), _layer(direction, M=m)) for m in GROWTH_TOKENS]
         panels.append((direction, [rows.line(name, cases) for name in _PEERS]))
     title = f"Cost of a LoRA layer against rows of x ({_WIDTH}, r = 16, fp32)"
-    return _draw_ratios(path, title, note, panels, "rows of x (tokens)", GROWTH_TOKENS_SHOWN)
+    return draw_ratios(path, title, note, panels, "rows of x (tokens)", GROWTH_TOKENS_SHOWN)
 
 
-def _rank(rows: _Rows, path: Path, note: str) -> Plot | None:
+def _rank(rows: RatioLines, path: Path, note: str) -> Plot | None:
     panels = []
     for direction in PASSES:
         cases = [(float(r), _layer(direction, r=r)) for r in GROWTH_RANKS]
         panels.append((direction, [rows.line(name, cases) for name in _PEERS if name != lineup.COMPILED]))
     title = f"Cost of a LoRA layer against its rank ({_WIDTH}, {MIDDLE_TOKENS} rows, fp32)"
-    return _draw_ratios(path, title, note, panels, "rank", GROWTH_RANKS)
+    return draw_ratios(path, title, note, panels, "rank", GROWTH_RANKS)
 
 
-def _live(rows: _Rows, path: Path, note: str) -> Plot | None:
+def _live(rows: RatioLines, path: Path, note: str) -> Plot | None:
     panels = []
     for direction in PASSES:
         probe = [(float(share), _layer(direction, live=share, masking=PROBE)) for share in LIVE_SHARES]
@@ -155,10 +164,10 @@ def _live(rows: _Rows, path: Path, note: str) -> Plot | None:
             )
         )
     title = f"Cost of an AdaLoRA layer against the share of live ranks ({_WIDTH}, {MIDDLE_TOKENS} rows, r = 16, fp32)"
-    return _draw_ratios(path, title, note, panels, "ACTIVE ranks, %", LIVE_SHARES, logarithmic=False)
+    return draw_ratios(path, title, note, panels, "ACTIVE ranks, %", LIVE_SHARES, logarithmic=False)
 
 
-def _modules(rows: _Rows, path: Path, note: str) -> Plot | None:
+def _modules(rows: RatioLines, path: Path, note: str) -> Plot | None:
     steps = sorted((float(case.modules), case) for case in GROUPS["modules"])
     allocators = [(float(case.modules), case) for case in GROUPS["allocator"]]
     names = (lineup.OURS_LORA, lineup.OURS_ADALORA, lineup.PEFT_LORA, lineup.PEFT_ADALORA)
@@ -180,16 +189,17 @@ def _modules(rows: _Rows, path: Path, note: str) -> Plot | None:
     return _save(figure, path, "Cost against the number of adapted modules", note)
 
 
-def _draw_ratios(
+def draw_ratios(
     path: Path,
     title: str,
     note: str,
-    panels: Sequence[tuple[str, Sequence[_Line]]],
+    panels: Sequence[tuple[str, Sequence[Line]]],
     x_label: str,
     ticks: Sequence[int],
     *,
     logarithmic: bool = True,
 ) -> Plot | None:
+    """A panel of ratios to the frozen layer for each of `panels`; None where no line has two points."""
     if not any(len(line.points) > 1 for _, lines in panels for line in lines):
         return None
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=_SIZE, layout="constrained", sharey=True)
@@ -209,7 +219,7 @@ def _draw_ratios(
     return _save(figure, path, title, note)
 
 
-def _draw_lines(axes: Any, lines: Sequence[_Line]) -> None:
+def _draw_lines(axes: Any, lines: Sequence[Line]) -> None:
     for line in lines:
         if not line.points:
             continue

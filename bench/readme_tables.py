@@ -12,8 +12,8 @@ from peftkernels.cli.demo.timing import FROZEN as DEMO_FROZEN
 
 from . import lineup
 from .cases import BACKWARD, FORWARD, GROUPS, TOKENS, TRAINING_TOKENS, WIDTHS, Case
-from .goals import judge
-from .results import Row
+from .goals import Reached
+from .results import CPU, Row
 from .table import goal_cells
 
 TITLES_OF_DTYPES = {"fp32": "fp32", "bf16": "bf16", "mixed": "bf16 with fp32 factors"}
@@ -47,8 +47,9 @@ def provenance(rows: Sequence[Row]) -> str:
     rounds = sum(row.rounds for row in cases.values())
     discarded = sum(row.discarded for row in cases.values())
     disturbed = sum(row.disturbed for row in cases.values())
+    host = f"{all_of('processor')}, {all_of('threads')} threads"
     text = (
-        f"{all_of('processor')}, {all_of('threads')} threads, torch {all_of('torch')}, peft {all_of('peft')}, "
+        f"{host if all_of('device') == CPU else all_of('device')}, torch {all_of('torch')}, peft {all_of('peft')}, "
         f"Python {all_of('python')}, {all_of('date')}, commit {all_of('commit')}; {len(cases)} cases, "
         f"{rounds:,} rounds, {discarded:,} disturbed ones left out."
     )
@@ -57,11 +58,11 @@ def provenance(rows: Sequence[Row]) -> str:
     return text
 
 
-def goals(rows: Sequence[Row]) -> str:
+def goals(judged: Sequence[Reached]) -> str:
     """Every goal beside what was reached."""
     header = ["goal (time of peftkernels)", "limit", "reached", "verdict", "worst case"]
     lines = []
-    for reached in judge(rows):
+    for reached in judged:
         title, limit, value, verdict, worst = goal_cells(reached)
         number, _, case = worst.partition(" ")
         lines.append([title, limit, value, verdict, f"{number} `{case}`" if case else ""])

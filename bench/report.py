@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import readme_tables, results
-from .plots import draw_all
-from .results import ResultsError, Row
+from .goals import judge
+from .gpu import plots as gpu_plots
+from .gpu import readme as gpu_readme
+from .plots import Plot, draw_all
+from .results import CPU, ResultsError, Row
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOTS, README = HERE / "results", HERE / "plots", HERE.parent / "README.md"
@@ -59,16 +62,18 @@ def keep_demo(source: Path, folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:
-    """Rows by results file; raises ReportError without any."""
+    """Rows by results file; raises ReportError without any of a CPU."""
     files = {path: results.read(path) for path in sorted(folder.glob("*.csv"))}
-    if not any(files.values()):
+    if not any(row.device == CPU for rows in files.values() for row in rows):
         raise ReportError(f"{folder}: found no results (*.csv); run `make bench` first")
     return files
 
 
 def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
     """Write everything; returns the files."""
-    files = load(folder)
+    loaded = load(folder)
+    files = {path: rows for path, rows in loaded.items() if all(row.device == CPU for row in rows)}
+    on_gpus = {path: rows for path, rows in loaded.items() if path not in files}
     demos = sorted(folder.glob("demo-*.json"))
     if not demos:
         raise ReportError(f"{folder}: found no demo-*.json; run `make demo`, then `make report ARGS='--demo FILE'`")
@@ -77,7 +82,7 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
     except OSError as error:
         raise ReportError(f"--readme: {readme}: {error.strerror}") from error
     pages = {
-        "goals": [f"{readme_tables.goals(rows)}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
+        "goals": [f"{readme_tables.goals(judge(rows))}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
         "layers": [readme_tables.layers(readme_tables.Figures(rows)) for rows in files.values()],
         "training": [readme_tables.training(readme_tables.Figures(rows)) for rows in files.values()],
         "memory": [readme_tables.memory(readme_tables.Figures(rows)) for rows in files.values()],
@@ -88,12 +93,23 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
     for path, rows in files.items():
         found = draw_all(rows, plots, prefix="" if len(files) == 1 else f"{path.stem}-")
         drawn += [plot.path for plot in found]
-        links += [f"![{plot.title}]({os.path.relpath(plot.path, readme.parent)})" for plot in found]
+        links += [_link(plot, readme) for plot in found]
     pages["plots"] = ["\n\n".join(links) or "Too few cases were measured to draw any."]
+    pages["gpu"] = [gpu_readme.NOTHING]
+    if on_gpus:
+        pages["gpu"] = []
+        for path, rows in on_gpus.items():
+            found = gpu_plots.draw_all(rows, plots, prefix=f"{path.stem}-")
+            drawn += [plot.path for plot in found]
+            pages["gpu"].append(gpu_readme.page(rows, [_link(plot, readme) for plot in found]))
     for marker, parts in pages.items():
         text = replace_between(text, marker, "\n\n".join(parts))
     replace_file(readme, text)
     return [readme, *drawn]
+
+
+def _link(plot: Plot, readme: Path) -> str:
+    return f"![{plot.title}]({os.path.relpath(plot.path, readme.parent)})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,8 +17,11 @@ import torch
 from peftkernels.cli.machine import machine, versions
 
 from . import lineup
-from .cases import Case, all_cases, group_of
+from .cases import CALLS, Case, all_cases, group_of
 from .timing import Samples, spread
+
+# The device of every result that was not measured on a GPU.
+CPU = "cpu"
 
 
 class ResultsError(Exception):
@@ -34,6 +37,9 @@ class Row:
     roofline_percent      the least time that operations and bytes need at this machine's measured peaks, over median_us
     saved_bytes           kept for the backward pass beside the parameters
     disturbed             most rounds were disturbed by other processes: not to be relied on
+    device                what it ran on: "cpu", or the name of a GPU; processor and threads are the host's
+
+    Columns with a default may be missing in a file: it was written before they were there.
     """
 
     id: str
@@ -74,6 +80,8 @@ class Row:
     peftkernels: str
     commit: str
     date: str
+    timing: str = CALLS
+    device: str = CPU
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,11 @@ class Origin:
     peftkernels: str
     commit: str
     date: str
+    device: str = CPU
 
 
-def origin() -> Origin:
-    """This machine, its versions, the commit and the day."""
+def origin(device: str = CPU) -> Origin:
+    """This machine, its versions, the commit and the day; `device` is what runs the cases."""
     facts, found = machine(), versions(["peft"])
     return Origin(
         threads=torch.get_num_threads(),
@@ -102,6 +111,7 @@ def origin() -> Origin:
         peftkernels=found["peftkernels"] or "",
         commit=commit(),
         date=date.today().isoformat(),
+        device=device,
     )
 
 
@@ -110,10 +120,15 @@ WRITTEN = ("bench/results", "bench/plots", "README.md")
 
 
 def commit() -> str:
-    """The commit that is measured, "-dirty" behind it when tracked files differ from it; "unknown" outside a checkout.
+    """The commit that is measured, "-dirty" behind it when tracked files differ from it.
 
-    Results and what is generated from them do not count: a run that follows another one measures the same code.
+    Results and what is generated from them do not count: a run that follows another one measures the same code. Where
+    there is no repository, as in a copy on another machine, it is what PEFTKERNELS_COMMIT says, else "unknown".
     """
+    return _commit() or os.environ.get("PEFTKERNELS_COMMIT") or "unknown"
+
+
+def _commit() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -123,14 +138,14 @@ def commit() -> str:
     try:
         # An installed package may lie inside somebody else's repository.
         if git("ls-files", "--error-unmatch", "results.py") is None:
-            return "unknown"
+            return None
         excluded = [f":(top,exclude){path}" for path in WRITTEN]
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded)
         described = git("describe", "--always")
     except OSError:
-        return "unknown"
+        return None
     if changes is None or described is None:
-        return "unknown"
+        return None
     return f"{described}-dirty" if changes else described
 
 
@@ -140,8 +155,9 @@ def rows_of(
     roofline: dict[str, float | None],
     saved: dict[str, int | None],
     common: Origin,
+    group: str | None = None,
 ) -> list[Row]:
-    """A measured case as rows, one for each contestant."""
+    """A measured case as rows, one for each contestant; `group` where the case is not of the CPU's registry."""
     ours = lineup.ours(case)
     found = []
     for name in samples.rounds[0]:
@@ -152,7 +168,7 @@ def rows_of(
         found.append(
             Row(
                 id=case.id,
-                group=group_of(case),
+                group=group_of(case) if group is None else group,
                 **asdict(case),
                 contestant=name,
                 median_us=round(1e6 * times.median, 2),
@@ -181,7 +197,15 @@ def file_name() -> str:
     name = f"{facts['processor']} {facts['cores']} cores"
     if torch.get_num_threads() != facts["cores"]:
         name += f" {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv"
+    return f"{slug(name)}.csv"
+
+
+def slug(name: str) -> str:
+    """A machine's name as files bear it: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+_DEFAULTS = {field.name for field in fields(Row) if field.default is not MISSING}
 
 
 def read(path: Path) -> list[Row]:
@@ -190,8 +214,9 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if reader.fieldnames != columns:
-                odd = sorted(set(reader.fieldnames or ()) ^ set(columns))
+            found = list(reader.fieldnames or ())
+            if found not in (columns, [name for name in columns if name not in _DEFAULTS]):
+                odd = sorted(set(found) ^ set(columns))
                 raise ResultsError(
                     f"{path}: its columns are not those of this version ({', '.join(odd[:4]) or 'another order'}); "
                     "remove it or choose another --out"
@@ -204,6 +229,8 @@ def read(path: Path) -> list[Row]:
 def _parse(line: dict[str, str]) -> Row:
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(Row).items():
+        if name not in line:
+            continue
         text = line[name]
         if kind is bool:
             if text not in ("True", "False"):

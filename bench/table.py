@@ -19,19 +19,20 @@ def print_tables(console: Console, measured: Sequence[Measured], rows: Sequence[
     for group in GROUPS:
         found = [item for item in measured if item.rows[0].group == group]
         if found:
-            console.print(_group_table(group, found))
+            console.print(group_table(group, found))
     console.print(
         f"× {lineup.FROZEN}: a contestant's time over the frozen layer's in the same round, median (quartiles of "
         "ours); below 1 is faster. roofline: least time for operations and bytes at this machine's measured peaks, "
         "over the median. !: most rounds were disturbed by other processes.",
         highlight=False,
     )
-    table = goals_table(rows)
+    table = goals_table(judge(rows))
     if table is not None:
         console.print(table)
 
 
-def _group_table(group: str, measured: Sequence[Measured]) -> Table:
+def group_table(group: str, measured: Sequence[Measured]) -> Table:
+    """Times and ratios of a group's cases, a line for each."""
     names = list(dict.fromkeys(row.contestant for item in measured for row in item.rows))
     ours = lineup.ours(measured[0].case)
     has_frozen = lineup.FROZEN in names
@@ -67,14 +68,14 @@ def _group_table(group: str, measured: Sequence[Measured]) -> Table:
     return table
 
 
-def goals_table(rows: Sequence[Row]) -> Table | None:
-    """Reached value beside limit; None where no goal has a case in `rows`."""
+def goals_table(judged: Sequence[Reached], *, unmeasured: bool = False) -> Table | None:
+    """Reached value beside limit, for goals with a measured case, or with `unmeasured` for all; None without any."""
     table = Table(title="goals", title_justify="left", header_style="bold")
     table.add_column("goal", overflow="fold")
     for title in ("limit", "reached", "verdict", "worst case"):
         table.add_column(title, justify="right" if title in ("limit", "reached") else "left", overflow="fold")
-    for reached in judge(rows):
-        if reached.value is None:
+    for reached in judged:
+        if reached.value is None and not unmeasured:
             continue
         table.add_row(*goal_cells(reached))
     return table if table.rows else None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from peftkernels.cli.load import ForeignLoad
@@ -20,6 +21,9 @@ WINDOW_SECONDS = 0.2
 # A turn lasts at least so long, so that the clock and the change from one contestant to the next do not count.
 TURN_SECONDS = 3e-3
 FEWEST_ROUNDS = 3
+
+
+Stopwatch = Callable[[Callable[[], None]], float]
 
 
 class Bench(Protocol):
@@ -80,18 +84,26 @@ def interleave(
     *,
     load: Callable[[], _Load] = ForeignLoad,
     clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
+    turn_seconds: float = TURN_SECONDS,
+    repeats: int | None = None,
 ) -> Samples:
     """Measure the contestants of `bench` against each other.
 
     Args:
         load: a context manager whose `share` tells, afterwards, what part of the machine other processes used.
         clock: seconds.
+        stopwatch: how long what it is given takes, in seconds; by `clock` if there is none. Work that a device does
+            later than it is called for has a stopwatch of its own.
+        turn_seconds: how long a turn of the baseline lasts at least.
+        repeats: calls of a turn, in the place of as many as `turn_seconds` asks for.
     """
+    watch = stopwatch or partial(_by_the_clock, clock)
     names = list(bench.contestants)
     for name in names:
         bench.prepare(name)
         bench.turn(name, 0, 1)
-    repeats = _repeats(bench, clock)
+    repeats = repeats or _repeats(bench, watch, turn_seconds)
     quiet: list[dict[str, float]] = []
     loud: list[dict[str, float]] = []
     started = clock()
@@ -101,7 +113,7 @@ def interleave(
         with load() as watched:
             while not window or clock() - opened < WINDOW_SECONDS:
                 number = len(quiet) + len(loud) + len(window)
-                window.append(_round(bench, names, number, repeats, clock))
+                window.append(_round(bench, names, number, repeats, watch))
         undisturbed = watched.share is None or watched.share <= MOST_FOREIGN_SHARE
         (quiet if undisturbed else loud).extend(window)
         spent = clock() - started
@@ -110,30 +122,30 @@ def interleave(
     return _samples(bench.baseline, quiet, loud, min(FEWEST_ROUNDS, effort.rounds))
 
 
-def _repeats(bench: Bench, clock: Callable[[], float]) -> int:
-    """Calls of one turn: so many that the baseline takes TURN_SECONDS."""
+def _by_the_clock(clock: Callable[[], float], work: Callable[[], None]) -> float:
+    begin = clock()
+    work()
+    return clock() - begin
+
+
+def _repeats(bench: Bench, watch: Stopwatch, seconds: float) -> int:
+    """Calls of one turn: so many that the baseline takes `seconds`."""
     bench.prepare(bench.baseline)
-    begin = clock()
-    bench.turn(bench.baseline, 0, 1)
-    once = clock() - begin
-    if once >= TURN_SECONDS:
+    once = watch(partial(bench.turn, bench.baseline, 0, 1))
+    if once >= seconds:
         return 1
-    guess = max(1, int(TURN_SECONDS / max(once, 1e-9) / 4))
-    begin = clock()
-    bench.turn(bench.baseline, 0, guess)
-    return max(1, round(TURN_SECONDS / max((clock() - begin) / guess, 1e-9)))
+    guess = max(1, int(seconds / max(once, 1e-9) / 4))
+    bench.prepare(bench.baseline)
+    each = watch(partial(bench.turn, bench.baseline, 0, guess)) / guess
+    return max(1, round(seconds / max(each, 1e-9)))
 
 
-def _round(
-    bench: Bench, names: Sequence[str], number: int, repeats: int, clock: Callable[[], float]
-) -> dict[str, float]:
+def _round(bench: Bench, names: Sequence[str], number: int, repeats: int, watch: Stopwatch) -> dict[str, float]:
     start = number % len(names)
     sample = {}
     for name in (*names[start:], *names[:start]):
         bench.prepare(name)
-        begin = clock()
-        bench.turn(name, number * repeats, repeats)
-        sample[name] = (clock() - begin) / repeats
+        sample[name] = watch(partial(bench.turn, name, number * repeats, repeats)) / repeats
     return sample
 
 

@@ -8,8 +8,8 @@ round elsewhere; they only have to compute the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from peftkernels import reference
 
 from . import data, lineup
+from .cases import Case
 from .layers import LayerBench
 
 SEED = 20261
@@ -29,48 +30,72 @@ class WrongResultError(Exception):
     """A contestant's results are not what its case asks for; the message says which and by how much."""
 
 
-@dataclass(frozen=True)
-class _Results:
-    """y and, for a case that trains, the gradients of x, A, B and the gate."""
+# y and, for a case that trains, the gradients of x, A, B and the gate, by name.
+Results = Mapping[str, Tensor]
 
-    named: dict[str, Tensor]
+
+class Subject(Protocol):
+    """What is verified: a case on its weights and inputs, anywhere."""
+
+    case: Case
+    dtype: torch.dtype
+    adapter: data.Adapter
+    inputs: Sequence[Tensor]
+    grads: Sequence[Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (N, K)."""
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The layer without an adapter."""
+
+    def fused(
+        self, adapter: data.Adapter, dropout: float, impl: str = "auto", seed: int | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """`lora_linear` on the layer."""
 
 
 def verify(bench: LayerBench) -> None:
     """Check every contestant of a layer's case; raises WrongResultError."""
     case = bench.case
-    exact, plain = _oracle(bench, bench.adapter, case.dropout), _plain(bench, bench.adapter, case.dropout)
+    exact, typed = _oracle(bench, bench.adapter, case.dropout), plain(bench, bench.adapter, case.dropout)
     for name, impl in ((lineup.OURS, "auto"), (lineup.FLOOR, "eager")):
-        _check(bench, name, _fused(bench, bench.adapter, case.dropout, impl), plain, exact)
+        check(case, name, fused(bench, bench.adapter, case.dropout, impl), typed, exact)
     if lineup.HALF_RANK in bench.contestants:
         half = bench.adapter.half()
-        found = _fused(bench, half, 0.0, "auto")
-        _check(bench, lineup.HALF_RANK, found, _plain(bench, half, 0.0), _oracle(bench, half, 0.0))
+        found = fused(bench, half, 0.0, "auto")
+        check(case, lineup.HALF_RANK, found, plain(bench, half, 0.0), _oracle(bench, half, 0.0))
     if case.dropout:
-        exact, plain = _oracle(bench, bench.adapter, 0.0), _plain(bench, bench.adapter, 0.0)
-        _check(bench, lineup.NO_DROPOUT, _fused(bench, bench.adapter, 0.0, "auto"), plain, exact)
+        exact, typed = _oracle(bench, bench.adapter, 0.0), plain(bench, bench.adapter, 0.0)
+        check(case, lineup.NO_DROPOUT, fused(bench, bench.adapter, 0.0, "auto"), typed, exact)
         return
-    y = exact.named["y"]
     for name in bench.contestants:
         if name == lineup.EAGER or name.startswith("peft "):
             with torch.no_grad():
-                difference = float(_rms(bench.contestants[name].call(bench.inputs[0]).double() - y) / _rms(y))
-            if not difference <= MOST_PEER_DIFFERENCE:
-                raise WrongResultError(
-                    f"{case.id}: {name} computes something else: y differs by {difference:.2g} of its size, "
-                    f"at most {MOST_PEER_DIFFERENCE:g} is rounding; nothing was timed"
-                )
+                check_peer(case, name, bench.contestants[name].call(bench.inputs[0]), exact["y"])
 
 
-def _check(bench: LayerBench, name: str, found: _Results, plain: _Results, exact: _Results) -> None:
-    case = bench.case
+def check_peer(case: Case, name: str, found: Tensor, exact: Tensor) -> None:
+    """Raise WrongResultError unless a peer's y is the exact one but for rounding."""
+    difference = float(_rms(found.double() - exact) / _rms(exact))
+    if not difference <= MOST_PEER_DIFFERENCE:
+        raise WrongResultError(
+            f"{case.id}: {name} computes something else: y differs by {difference:.2g} of its size, "
+            f"at most {MOST_PEER_DIFFERENCE:g} is rounding; nothing was timed"
+        )
+
+
+def check(case: Case, name: str, found: Results, plain: Results, exact: Results) -> None:
+    """Raise WrongResultError unless everything in `exact` was found, within the error that `plain` allows."""
+    dtype = data.dtypes(case)[0]
     eps_sum = torch.finfo(torch.float32).eps
     terms = case.K + case.N + case.M + case.r
-    for what, right in exact.named.items():
-        value = found.named[what]
-        eps = max(torch.finfo(dtype).eps for dtype in (bench.dtype, value.dtype))
+    for what, right in exact.items():
+        value = found[what]
+        eps = max(torch.finfo(each).eps for each in (dtype, value.dtype))
         band = 2 * eps + terms**0.5 * eps_sum
-        error, base = value.double() - right, plain.named[what].double() - right
+        error, base = value.double() - right, plain[what].double() - right
         for size, measure in (("largest", _largest), ("root mean square", _rms)):
             wrong, allowed = float(measure(error)), float(2 * measure(base) + band * measure(right))
             if not wrong <= allowed:
@@ -88,32 +113,35 @@ def _rms(values: Tensor) -> Tensor:
     return values.square().mean().sqrt() if values.numel() else values.new_zeros(())
 
 
-def _differentiated(bench: LayerBench, adapter: data.Adapter, call: Callable[[Tensor], Tensor]) -> _Results:
+def differentiated(bench: Subject, adapter: data.Adapter, call: Callable[[Tensor], Tensor]) -> Results:
+    """What `call` makes of the first input, and of the first ∂y."""
     if not bench.case.trains:
         with torch.no_grad():
-            return _Results({"y": call(bench.inputs[0])})
+            return {"y": call(bench.inputs[0])}
     x = bench.inputs[0].detach().requires_grad_()
     y = call(x)
     wanted = dict(zip(("∂x", "∂lora_A", "∂lora_B", "∂gate"), (x, *adapter.trainable()), strict=False))
     gradients = torch.autograd.grad(y, list(wanted.values()), bench.grads[0])
-    return _Results({"y": y.detach(), **dict(zip(wanted, gradients, strict=True))})
+    return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-def _fused(bench: LayerBench, adapter: data.Adapter, dropout: float, impl: str) -> _Results:
+def fused(bench: Subject, adapter: data.Adapter, dropout: float, impl: str) -> Results:
+    """`lora_linear` by `impl`."""
     own = adapter.copy(bench.case.trains)
-    return _differentiated(bench, own, bench.fused(own, dropout, impl, SEED if dropout else None))
+    return differentiated(bench, own, bench.fused(own, dropout, impl, SEED if dropout else None))
 
 
-def _plain(bench: LayerBench, adapter: data.Adapter, dropout: float) -> _Results:
+def plain(bench: Subject, adapter: data.Adapter, dropout: float) -> Results:
     """`F.linear` three times and autograd, in the case's dtypes."""
     own = adapter.copy(bench.case.trains)
-    state = torch.full((adapter.lora_A.shape[0],), 2) if adapter.plan is None else adapter.plan.state
+    device = bench.weight.device
+    state = torch.full((adapter.lora_A.shape[0],), 2, device=device) if adapter.plan is None else adapter.plan.state
     live = state.nonzero().squeeze(1)
     active = (state[live] == 2).to(bench.dtype)
     factor = None
     if dropout:
         rows, columns = bench.inputs[0].shape
-        factor = reference.dropout_factor(torch.tensor(SEED), dropout, rows, columns).to(bench.dtype)
+        factor = reference.dropout_factor(torch.tensor(SEED, device=device), dropout, rows, columns).to(bench.dtype)
 
     def call(x: Tensor) -> Tensor:
         shrink = F.linear(x if factor is None else x * factor, own.lora_A[live].to(x.dtype))
@@ -123,10 +151,10 @@ def _plain(bench: LayerBench, adapter: data.Adapter, dropout: float) -> _Results
             shrink = shrink * (gates - (gates * (1 - active)).detach())
         return bench.frozen(x) + F.linear(shrink, own.lora_B[:, live].to(x.dtype)) * data.SCALING
 
-    return _differentiated(bench, own, call)
+    return differentiated(bench, own, call)
 
 
-def _oracle(bench: LayerBench, adapter: data.Adapter, dropout: float) -> _Results:
+def _oracle(bench: LayerBench, adapter: data.Adapter, dropout: float) -> Results:
     """`reference.py` in float64."""
     x, weight = bench.inputs[0].double(), bench.weight.double()
     lora_A, lora_B = adapter.lora_A.double(), adapter.lora_B.double()
@@ -136,9 +164,9 @@ def _oracle(bench: LayerBench, adapter: data.Adapter, dropout: float) -> _Result
     seed = torch.tensor(SEED) if dropout else None
     y, shrink = reference.lora_linear_forward(x, weight, lora_A, lora_B, bias, gate, state, data.SCALING, dropout, seed)
     if not bench.case.trains:
-        return _Results({"y": y})
+        return {"y": y}
     grad_x, _, grad_A, grad_B, _, grad_gate = reference.lora_linear_backward(
         bench.grads[0].double(), x, weight, lora_A, lora_B, gate, shrink, state, data.SCALING, dropout, seed
     )
     named = {"y": y, "∂x": grad_x, "∂lora_A": grad_A, "∂lora_B": grad_B}
-    return _Results(named if gate is None else {**named, "∂gate": grad_gate})
+    return named if gate is None else {**named, "∂gate": grad_gate}

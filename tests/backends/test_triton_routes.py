@@ -154,7 +154,7 @@ def test_an_interrupted_write_leaves_the_old_table(tmp_path: Path, monkeypatch: 
 def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="broken.json"):
+    with pytest.raises(ValueError, match=r"broken\.json"):
         routes.read_table(path)
 
 

@@ -11,7 +11,7 @@ import pytest
 from peftkernels.bench import readme_tables, report, results
 from peftkernels.bench.cases import GROUPS, all_cases
 
-MARKERS = ("goals", "layers", "training", "memory", "plots", "demo")
+MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu")
 ROOT = Path(__file__).parents[2]
 DEMO = {
     "date": "2026-01-02T03:04:05",

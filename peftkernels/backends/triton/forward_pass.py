@@ -223,11 +223,12 @@ def forward(
     save_shrink: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and S where it is to be saved; arguments as declared in `_ops`."""
-    n, k = weight.shape
-    r = lora_A.shape[0]
-    m = x.shape[:-1].numel()
-    dtype = x.dtype
     with place(x):
+        n, k = weight.shape
+        r = lora_A.shape[0]
+        flat = x.dim() == 2
+        m = x.shape[0] if flat else x.shape[:-1].numel()
+        dtype = x.dtype
         if weight.dtype is not dtype:
             weight = weight.to(dtype)
         if bias is not None and bias.dtype is not dtype:
@@ -235,8 +236,7 @@ def forward(
         if not (m and n and k and r):
             return F.linear(x, weight, bias), x.new_zeros((m, r)) if save_shrink else None
         rows = rows_of(x)
-        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-        gate = dense(gate)
+        lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
         kinds = Kinds(
             dtype,
             lora_A.dtype,
@@ -258,7 +258,7 @@ def forward(
             plan, rows, weight, lora_A, lora_B, bias, gate, rank_order, rank_counts, scaling, scaling_tensor,
             least, keep_scale, dropout_seed, saved,
         )  # fmt: skip
-        return (y if x.dim() == 2 else y.view(*x.shape[:-1], n)), saved
+        return (y if flat else y.view(*x.shape[:-1], n)), saved
 
 
 def _run(

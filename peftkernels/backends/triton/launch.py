@@ -166,6 +166,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
     return not INTERPRETED and capability(device) >= (9, 0)

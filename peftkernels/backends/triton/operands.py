@@ -58,10 +58,10 @@ _HERE = nullcontext()
 
 def place(tensor: Tensor) -> Any:
     """A context in which kernels run on the tensor's device, with the operators' own dtypes."""
-    device = tensor.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return _elsewhere(device)
-    return without_autocast(device.type) if torch.is_autocast_enabled(device.type) else _HERE
+    kind = "cuda" if tensor.is_cuda else "cpu"
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return _elsewhere(tensor.device)
+    return without_autocast(kind) if torch.is_autocast_enabled(kind) else _HERE
 
 
 @contextmanager
