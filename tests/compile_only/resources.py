@@ -76,7 +76,7 @@ class Resources:
     shared         bytes per block
     tensor_memory  columns per block
     instructions   how many matrix instructions of each kind its PTX has
-    remarks        the assembler's remarks on serialised wgmma
+    remarks        the assembler's remarks on serialised wgmma, a fault where wgmma is meant
     error          why it does not compile, where it does not
     seconds        that compiling took
     """
@@ -98,7 +98,7 @@ class Resources:
         if self.error is not None:
             return [f"does not compile: {self.error}"]
         architecture = ARCHITECTURES[self.capability]
-        found = list(self.remarks)
+        found = list(self.remarks) if self.expects_wgmma else []
         if self.stack:
             found.append(f"spills: {self.stack} bytes of stack per thread beside {self.registers} registers")
         if self.shared > architecture.shared:
@@ -228,11 +228,12 @@ def _print_table(found: list[Resources]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("kernel", "capability", "registers", "stack", "shared", "matrix instructions", "faults")
+    table = Table("kernel", "capability", "registers", "stack", "shared", "matrix instructions", "faults and remarks")
     for one in sorted(found, key=lambda one: (one.variant, one.capability)):
         instructions = ", ".join(f"{count} {name}" for name, count in one.instructions.items())
         numbers = (str(one.registers), str(one.stack), str(one.shared))
-        cells = (one.variant, _dotted(one.capability), *numbers, instructions, "; ".join(one.faults()))
+        notes = dict.fromkeys((*one.faults(), *one.remarks))
+        cells = (one.variant, _dotted(one.capability), *numbers, instructions, "; ".join(notes))
         table.add_row(*map(escape, cells))
     # Into a file or a pipe, lines are as long as they need to be.
     Console(width=None if Console().is_terminal else 300).print(table)

@@ -16,15 +16,15 @@ from compile_only.resources import Capability
 
 @triton.jit
 def _product(
-    a: Any,
-    b: Any,
-    c: Any,
-    k: Any,
+    a,
+    b,
+    c,
+    k,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+):
     rows, columns, depth = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, k, DEPTH):
@@ -36,15 +36,15 @@ def _product(
 
 @triton.jit
 def _mistaken(
-    a: Any,
-    b: Any,
-    c: Any,
-    k: Any,
+    a,
+    b,
+    c,
+    k,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+):
     tl.store(c + tl.arange(0, ROWS), tl.load(a + tl.arange(0, COLUMNS)))
 
 

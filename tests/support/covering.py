@@ -19,7 +19,7 @@ def covering(parametrisations: Sequence[dict[str, Hashable]]) -> list[int]:
     one with the most pairs that none before it had, the first of several.
     """
     uncovered = {place: pairs(values) for place, values in enumerate(parametrisations)}
-    chosen = []
+    chosen: list[int] = []
     while True:
         place = max(uncovered, key=lambda one: len(uncovered[one]), default=None)
         if place is None or not uncovered[place]:
