@@ -33,7 +33,7 @@ def _call(seed: int, size: str, **changes: Any) -> Call:
 def _ways(call: Call) -> list[Choice]:
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[call.x.dtype]
     possible = choices(dtype, call.x.shape[0], *call.weight.shape)
-    return [Choice(routes.LIBRARY), *(choice for choice in representative(dtype) if choice in possible)]
+    return [Choice(routes.LIBRARY), *(choice for choice in representative(dtype).values() if choice in possible)]
 
 
 def _assert_same(found: Outcome, expected: Outcome, what: str) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from support.implementations import refusal, served, skip_unless_served
+from support.implementations import skip_unless_served
 from support.routes import ROUTE_CHECKS, representative, shape_for
 
 from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import Choice
 
-DTYPES = served("triton", ("bf16-fp32_factors", "fp16-fp32_factors", "fp32")) if refusal("triton") is None else []
+WAYS = ("tail, tma", "tail, pointer", "single, tma", "single, pointer", "decode, decode")
 
 
+@pytest.mark.parametrize("impl", ["triton"])
 @pytest.mark.parametrize("check", ROUTE_CHECKS)
-@pytest.mark.parametrize(
-    ("dtype", "choice"), [(dtype, choice) for dtype in DTYPES for choice in representative(dtype)], ids=str
-)
-def test_every_check(dtype: str, choice: Choice, check: str, seed: int) -> None:
-    skip_unless_served("triton", dtype)
-    with routes.forced(choice):
-        ROUTE_CHECKS[check](seed, dtype, shape_for(choice))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["bf16-fp32_factors", "fp16-fp32_factors", "fp32"])
+def test_every_check(impl: str, dtype: str, way: str, check: str, seed: int) -> None:
+    skip_unless_served(impl, dtype)
+    known = representative(dtype)
+    if way not in known:
+        pytest.skip(f"{dtype} has no tile for {way!r} here")
+    with routes.forced(known[way]):
+        ROUTE_CHECKS[check](seed, dtype, shape_for(known[way]))
+
+
+def test_no_way_is_forgotten() -> None:
+    skip_unless_served("triton")
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert set(representative(dtype)) <= set(WAYS)

@@ -34,9 +34,14 @@ def served(impl: str, dtypes: Sequence[str]) -> list[str]:
     return [dtype for dtype in dtypes if refusal(impl, dtype) is None]
 
 
+def interpreted(impl: str) -> bool:
+    """Whether `impl` runs in Triton's interpreter, thousands of times slower than anything else here."""
+    return impl == "triton" and triton.interpreting()
+
+
 def examples(impl: str, count: int) -> int:
-    """How many random examples a test takes: a tenth where `impl` is interpreted."""
-    return count // 10 if impl == "triton" and triton.interpreting() else count
+    """How many random examples a test takes: a fifteenth where `impl` is interpreted."""
+    return count // 15 if interpreted(impl) else count
 
 
 @contextmanager

@@ -41,13 +41,13 @@ def choices(dtype: str, m: int, n: int, k: int) -> list[Choice]:
     return routes.candidates(routes.Product(routes.FORWARD, x_dtype(dtype), m, n, k), capability())
 
 
-def representative(dtype: str) -> list[Choice]:
-    """The smallest tile of every kind on every route of our own."""
-    found: dict[tuple[str, str], Choice] = {}
+def representative(dtype: str) -> dict[str, Choice]:
+    """The smallest tile of every kind on every route of our own, by names such as "tail, tma"."""
+    found: dict[str, Choice] = {}
     every = [choice for m in (16, 1024) for choice in choices(dtype, m, 1024, 1024) if choice.tile]
     for choice in sorted(every, key=lambda choice: _size(tiles.tile(choice.tile))):
-        found.setdefault((choice.route, tiles.tile(choice.tile).kind), choice)
-    return list(found.values())
+        found.setdefault(f"{choice.route}, {tiles.tile(choice.tile).kind}", choice)
+    return found
 
 
 def _size(tile: tiles.Tile) -> int:
