@@ -53,7 +53,7 @@ tee_pid=$!
 
 failures=()
 # What each step may take at most; the benchmark gets what the others leave.
-build_limit=90 doctor_limit=60 tests_limit=180 checker_limit=60 tune_limit=150 closing=15
+build_limit=90 doctor_limit=60 tests_limit=180 checker_limit=80 tune_limit=150 closing=15
 
 left() { echo $((limit - SECONDS)); }
 
@@ -137,6 +137,10 @@ step doctor "$(least $doctor_limit "$(left)")" "$python" -m peftkernels doctor |
 
 # 2. Tests, and a memory checker on a few odd shapes.
 pytest=("$python" -m pytest -m gpu -q -p no:cacheprovider "$tests")
+# Kernels are compiled as tests first call them, each on one core: several processes share that.
+if [ -z "$smoke" ] && "$python" -c 'import xdist' 2> /dev/null; then
+    pytest+=(-n "$(least 8 "$(nproc)")")
+fi
 if ! "$python" -c 'import pytest' 2> /dev/null; then
     echo "gpu tests: pytest is not installed, nothing was tested"
     failures+=("gpu tests: pytest is not installed")
@@ -160,7 +164,7 @@ else
     # Without the allocator's cache every tensor has bounds of its own.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memory checker" "$(least $checker_limit "$(left)")" \
         compute-sanitizer --tool memcheck --error-exitcode 99 --log-file "$checked" \
-        "$python" -m bench.gpu --check
+        "$python" -m bench.gpu --check bf16
     code=$?
     [ ! -f "$checked" ] || tail -n 15 "$checked"
     if [ $code -eq 124 ] || [ $code -eq 137 ]; then

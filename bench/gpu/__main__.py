@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--smoke", action="store_true", help="a few tiny cases in seconds: shows that the code works")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--full", action="store_true", help="the whole cross product: hours")
-    length.add_argument("--check", action="store_true", help="verify a few odd shapes and time nothing")
+    length.add_argument("--check", action="store_true", help="verify odd shapes by every way there is, time nothing")
     length.add_argument("--list", action="store_true", help="print the cases in their order and stop")
     parser.add_argument("--limit", type=_positive, metavar="S", help="seconds for everything (default: no limit)")
     parser.add_argument("--seconds", type=_positive, metavar="S", help="seconds for a case, at most (default: 0.6)")
@@ -122,7 +122,10 @@ def _run(options: Options, began: float) -> int:
     from . import cases
     from .device import find
 
-    groups = cases.SMOKE if options.smoke else cases.full() if options.full else cases.GROUPS
+    if options.check:
+        groups = {"gpu-check": cases.CHECKED}
+    else:
+        groups = cases.SMOKE if options.smoke else cases.full() if options.full else cases.GROUPS
     ordered = cases.select(cases.in_order(groups), options.cases)
     if not ordered:
         print(f"bench.gpu: error: CASE: no case matches {' '.join(options.cases)}; see --list", file=sys.stderr)
@@ -134,9 +137,9 @@ def _run(options: Options, began: float) -> int:
         return 0
     device = find(options.device)
     if options.check:
-        from .job import check
+        from .check import check
 
-        return 0 if check(device, options.impl, print) else 1
+        return 0 if check(device, options.impl, [case for _, case in ordered], print) else 1
     return _measure(options, ordered, device, _lineup(options), began)
 
 

@@ -11,14 +11,14 @@ import torch
 
 from peftkernels import dispatch
 
-from .. import data, results, roofline
+from .. import results, roofline
 from ..cases import CALLS, ENQUEUE, GRAPH, Case
 from ..results import Origin, Row
 from ..runner import Measured
 from ..timing import Effort, Samples, interleave, spread
 from ..verify import WrongResultError
 from .budget import TURN_SECONDS, Budget
-from .cases import CHECKED, contestants
+from .cases import contestants
 from .device import Device, answers
 from .layer import DeviceLayer
 from .verify import verify
@@ -174,27 +174,3 @@ def line(item: Measured) -> str:
     ratios = "  ".join(f"{row.contestant} {row.ratio:.3f}" for row in item.rows[1:])
     mark = ", DISTURBED" if item.samples.disturbed else ""
     return f"{item.case.id}: {item.rows[0].median_us:.1f} µs; {ratios}  ({len(item.samples.rounds)} rounds{mark})"
-
-
-def check(device: Device, impl: str, say: Callable[[str], None]) -> bool:
-    """Verify ours and the floor on the odd shapes of CHECKED, timing nothing; returns whether all are right.
-
-    Cases in a dtype that `impl` does not serve on this device are left out, with its reason; none must be the rule.
-    """
-    right, checked = True, 0
-    for case in CHECKED:
-        empty = torch.empty(0, 0, dtype=data.dtypes(case)[0], device=device.place)
-        refused = None if impl == "auto" else dispatch.refusal(impl, empty, empty)
-        if refused is not None:
-            say(f"left out: {case.id}: {refused}")
-            continue
-        checked += 1
-        try:
-            verify(DeviceLayer(case, device, contestants(case, peft=False), impl))
-            say(f"right: {case.id}")
-        except WrongResultError as error:
-            right = False
-            say(f"WRONG: {error}")
-    if not checked:
-        say(f"no case was checked: impl={impl!r} serves none of them")
-    return right and checked > 0

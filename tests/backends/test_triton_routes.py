@@ -56,10 +56,20 @@ def test_exact_then_nearest_then_default(measured) -> None:
     assert choice == Choice(routes.LIBRARY) and "nothing near" in reason
 
 
-@pytest.mark.parametrize("other", [{"direction": routes.BACKWARD}, {"dtype": "float16"}])
-def test_another_direction_or_dtype_is_never_near(measured, other: dict[str, str]) -> None:
+@pytest.mark.parametrize("other", [{"direction": routes.BACKWARD}, {"dtype": "float32"}])
+def test_another_direction_or_width_of_operands_is_never_near(measured, other: dict[str, str]) -> None:
     measured(Entry(WIDE, TMA))
     assert routes.choose(replace(WIDE, **other), "Test GPU", HOPPER)[0] == Choice(routes.LIBRARY)
+
+
+def test_16_bit_dtypes_stand_in_for_each_other(measured) -> None:
+    half = replace(WIDE, dtype="float16")
+    measured(Entry(WIDE, TMA))
+    choice, reason = routes.choose(half, "Test GPU", HOPPER)
+    assert choice == TMA and "bfloat16" in reason
+    measured(Entry(WIDE, TMA), Entry(half, POINTER))
+    assert routes.choose(half, "Test GPU", HOPPER)[0] == POINTER
+    assert routes.choose(WIDE, "Test GPU", HOPPER)[0] == TMA
 
 
 def test_an_entry_that_cannot_serve_is_passed_over(measured) -> None:

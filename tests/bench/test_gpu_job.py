@@ -17,8 +17,8 @@ from peftkernels.bench import lineup, results
 from peftkernels.bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case
 from peftkernels.bench.gpu import __main__ as command
 from peftkernels.bench.gpu import cases as registry
+from peftkernels.bench.gpu import check, job
 from peftkernels.bench.gpu import device as devices
-from peftkernels.bench.gpu import job
 from peftkernels.bench.gpu.budget import Budget
 from peftkernels.bench.gpu.cases import SMOKE, contestants, in_order
 from peftkernels.bench.gpu.device import Host
@@ -286,7 +286,7 @@ def test_check_leaves_out_what_is_not_served_and_demands_something(
 ) -> None:
     assert command.main(["--check", "--device", "cpu", "--impl", "eager"]) == 0
     assert capsys.readouterr().out.count("right: ") == len(registry.CHECKED)
-    monkeypatch.setattr(job.dispatch, "refusal", lambda impl, x, weight: "not here")
+    monkeypatch.setattr(check.dispatch, "refusal", lambda impl, x, weight: "not here")
     assert command.main(["--check", "--device", "cpu", "--impl", "triton"]) == 1
     out = capsys.readouterr().out
     assert out.count(": not here") == len(registry.CHECKED) and "no case was checked" in out
@@ -297,7 +297,7 @@ def test_check_fails_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: 
         if bench.case.dropout:
             raise WrongResultError(f"{bench.case.id} is wrong")
 
-    monkeypatch.setattr(job, "verify", wrong)
+    monkeypatch.setattr(check, "verify", wrong)
     assert command.main(["--check", "--device", "cpu", "--impl", "eager"]) == 1
     out = capsys.readouterr().out
     assert out.count("WRONG: ") == 3 and "right: " in out

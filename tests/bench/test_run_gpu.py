@@ -45,7 +45,7 @@ def test_a_smoke_run_goes_through_every_step(tmp_path: Path) -> None:
     steps = ("doctor", "gpu tests", "odd shapes", "calibration", "benchmark")
     places = [text.index(f"== {name}: exit code 0, ") for name in steps]
     assert places == sorted(places)
-    assert "1 passed" in text and "right: forward+backward/200x136/M67/r16/fp16/dropout0.1" in text
+    assert "1 passed" in text and "right: forward+backward/208x144/M67/r16/fp16/dropout0.1/no-bias by tail:tma-" in text
     assert text.rindex("goals") < text.index("run_gpu: passed in ")
     assert text.endswith("run_gpu: a smoke run: no figure in it says anything about a GPU\n")
     name = "smoke-run-on-the-cpu"

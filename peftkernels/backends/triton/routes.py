@@ -60,11 +60,16 @@ class Product:
         return self.n % 16 == 0 and self.k % 16 == 0
 
     def distance(self, other: Product) -> float:
-        """How far two products of one direction and dtype are apart; infinite for others."""
-        if (self.direction, self.dtype) != (other.direction, other.dtype):
+        """How far two products of one direction are apart; infinite where one has 16-bit operands and one does not.
+
+        bfloat16 and float16 move as many bytes and multiply at one rate: what was measured for one serves the other,
+        as long as its own was not.
+        """
+        single = "float32"
+        if self.direction != other.direction or (self.dtype == single) != (other.dtype == single):
             return math.inf
         pairs = ((self.m, other.m), (self.n, other.n), (self.k, other.k))
-        return sum(abs(math.log2(mine / theirs)) for mine, theirs in pairs)
+        return sum(abs(math.log2(mine / theirs)) for mine, theirs in pairs) + 0.01 * (self.dtype != other.dtype)
 
 
 @dataclass(frozen=True)
