@@ -8,7 +8,12 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which Triton takes when it is imported or never.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _RUN_SEED = int(os.environ.get("PEFTKERNELS_TEST_SEED", 0)) or int.from_bytes(os.urandom(4), "little")
 

@@ -83,12 +83,12 @@ def test_unavailable_backend_is_explained_and_is_no_failure(
 def test_backend_that_raises_fails_the_doctor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "backend_status", lambda: {"eager": None, "triton": None})
+    monkeypatch.setattr(doctor, "backend_status", lambda: {"eager": None, "cuda": None})
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["backends"]["eager"]["usable"]
-    assert not found["backends"]["triton"]["usable"]
-    assert "a small call failed" in found["backends"]["triton"]["reason"]
+    assert not found["backends"]["cuda"]["usable"]
+    assert "a small call failed" in found["backends"]["cuda"]["reason"]
 
 
 @pytest.mark.parametrize("wrong", ["scaled", "nan"])

@@ -1,9 +1,14 @@
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
-from support.implementations import ALL, skip_unless_served, threads
+from support.cases import DTYPES
+from support.covering import covering
+from support.devices import device_of
+from support.implementations import ALL, refusal, skip_unless_served, threads
 
 from peftkernels import functional
+from peftkernels.backends import triton
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -20,10 +25,43 @@ def without_direct_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=[*ALL, "cpu-without_direct_call"])
-def impl(request: pytest.FixtureRequest) -> str:
-    """Every implementation there is, and the C++ kernels on both ways to them."""
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every implementation there is, and the C++ kernels on both ways to them.
+
+    The test's tensors are made on the implementation's device.
+    """
     name, _, fixture = request.param.partition("-")
-    skip_unless_served(name)
+    skip_unless_served(name, _dtype(request.node))
     if fixture:
         request.getfixturevalue(fixture)
-    return name
+    with device_of(name):
+        yield name
+
+
+def _dtype(item: pytest.Function) -> str:
+    """The dtype that a test is parametrised with."""
+    for value in item.callspec.params.values():
+        name = value.get("dtype") if isinstance(value, dict) else value
+        if isinstance(name, str) and name in DTYPES:
+            return name
+    return "fp32"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where the Triton kernels are interpreted, they run on every pair of a test's parameters, not on all products."""
+    if not triton.interpreting() or refusal("triton") is not None:
+        return
+    by_test: dict[str, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        if item.callspec.params.get("impl") == "triton" and refusal("triton", _dtype(item)) is None:
+            by_test[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for tests in by_test.values():
+        kept = covering([{name: repr(value) for name, value in test.callspec.params.items()} for test in tests])
+        left_out.update(test for place, test in enumerate(tests) if place not in kept)
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]

@@ -1,12 +1,15 @@
-"""Autocast on the CPU: the autocast dtype comes out, parameters keep their gradients' dtype, float64 is left alone."""
+"""Autocast: the autocast dtype comes out, parameters keep their gradients' dtype, float64 is left alone."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import Call, Outcome, make_call, run
-from support.implementations import skip_unless_served
+from support.devices import FROZEN_WEIGHTS
+from support.implementations import served, skip_unless_served
 from support.oracle import Budget, mask
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,9 +20,18 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 low_precision = pytest.mark.parametrize("low", LOW)
 
 
+def _device_type() -> str:
+    return torch.get_default_device().type
+
+
+def _low(impl: str) -> str:
+    """bf16, or fp16 where `impl` has no bf16."""
+    return served(impl, tuple(LOW))[0]
+
+
 def _leaves(call: Call, impl: str) -> dict[str, Tensor]:
     return {
-        name: value.detach().clone().requires_grad_(name != "weight" or impl != "cpu")
+        name: value.detach().clone().requires_grad_(name != "weight" or impl not in FROZEN_WEIGHTS)
         for name, value in call.tensors().items()
     }
 
@@ -28,7 +40,7 @@ def _run(call: Call, impl: str, dtype: torch.dtype, inside: bool = False, cache:
     """Forward under autocast, backward outside it as PyTorch recommends, or `inside` it."""
     leaves = _leaves(call, impl)
     keywords = {**call.optional, "bias": leaves.get("bias"), "gate": leaves.get("gate")}
-    with torch.autocast("cpu", dtype, cache_enabled=cache):
+    with torch.autocast(_device_type(), dtype, cache_enabled=cache):
         y = lora_linear(leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], impl=impl, **keywords)
         if inside:
             y.backward(call.grad_y.to(y.dtype))
@@ -39,7 +51,7 @@ def _run(call: Call, impl: str, dtype: torch.dtype, inside: bool = False, cache:
 
 def _plain(call: Call, dtype: torch.dtype) -> Outcome:
     leaves = _leaves(call, "plain")
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(_device_type(), dtype):
         shrink = F.linear(leaves["x"] * mask(call).to(leaves["x"].dtype), leaves["lora_A"])
         delta = F.linear(shrink * leaves["gate"], leaves["lora_B"]) * call.scaling
         y = F.linear(leaves["x"], leaves["weight"], leaves["bias"]) + delta
@@ -91,8 +103,8 @@ def test_float64_is_left_alone(name: str, seed: int) -> None:
 
 def test_low_precision_arguments_stay_as_they_are(impl: str, seed: int) -> None:
     """bf16 x and weight with float32 factors, the usual case of a frozen model in bf16."""
-    call = make_call(seed, dtype="bf16-fp32_factors", plan=True, dropout_p=0.1)
-    outcome, expected = _run(call, impl, torch.bfloat16), run(call, impl)
+    call = make_call(seed, dtype=f"{_low(impl)}-fp32_factors", plan=True, dropout_p=0.1)
+    outcome, expected = _run(call, impl, LOW[_low(impl)]), run(call, impl)
     for key, value in expected.named().items():
         assert torch.equal(outcome.named()[key], value), key
 
@@ -100,24 +112,25 @@ def test_low_precision_arguments_stay_as_they_are(impl: str, seed: int) -> None:
 def test_mixed_arguments_meet_in_the_autocast_dtype(impl: str, seed: int) -> None:
     """A float32 x on a bf16 weight is an error outside autocast, and served inside it."""
     call = make_call(seed)
-    mixed = call.replace(weight=call.weight.bfloat16())
-    with pytest.raises(TypeError, match=r"weight: found dtype torch\.bfloat16, expected x's"):
+    low = LOW[_low(impl)]
+    mixed = call.replace(weight=call.weight.to(low))
+    with pytest.raises(TypeError, match=rf"weight: found dtype {re.escape(str(low))}, expected x's"):
         lora_linear(mixed.x, mixed.weight, mixed.lora_A, mixed.lora_B, impl=impl)
-    outcome = _run(mixed, impl, torch.bfloat16)
-    assert torch.equal(outcome.y, _run(call, impl, torch.bfloat16).y)
+    outcome = _run(mixed, impl, low)
+    assert torch.equal(outcome.y, _run(call, impl, low).y)
     assert outcome.gradients["x"].dtype == torch.float32
 
 
 def test_the_weight_cache_changes_nothing(impl: str, seed: int) -> None:
-    call = make_call(seed)
-    with_cache, without = _run(call, impl, torch.bfloat16), _run(call, impl, torch.bfloat16, cache=False)
+    call, low = make_call(seed), LOW[_low(impl)]
+    with_cache, without = _run(call, impl, low), _run(call, impl, low, cache=False)
     for key, value in with_cache.named().items():
         assert torch.equal(without.named()[key], value), key
 
 
 def test_disabled_autocast_inside_autocast(impl: str, seed: int) -> None:
     call = make_call(seed)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(_device_type(), torch.bfloat16), torch.autocast(_device_type(), enabled=False):
         y = lora_linear(call.x, call.weight, call.lora_A, call.lora_B, impl=impl, **call.optional)
     assert y.dtype == torch.float32
     assert torch.equal(y, run(call, impl).y)
@@ -132,10 +145,11 @@ def test_checkpointing_under_autocast(impl: str, use_reentrant: bool, seed: int)
         keywords = {**call.optional, "bias": leaves["bias"], "gate": leaves["gate"]}
         return lora_linear(x, leaves["weight"], leaves["lora_A"], leaves["lora_B"], impl=impl, **keywords)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    low = LOW[_low(impl)]
+    with torch.autocast(_device_type(), low):
         y = checkpoint(layer, leaves["x"], use_reentrant=use_reentrant)
     y.backward(call.grad_y.to(y.dtype))
-    expected = _run(call, impl, torch.bfloat16)
+    expected = _run(call, impl, low)
     assert torch.equal(y.detach(), expected.y)
     for name, gradient in expected.gradients.items():
         assert torch.equal(leaves[name].grad, gradient), f"∂{name}"

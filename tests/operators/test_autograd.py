@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import Call, make_call, run
+from support.devices import FROZEN_WEIGHTS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,7 @@ from peftkernels import RankPlan, lora_linear
 
 def _leaves(call: Call, impl: str) -> dict[str, Tensor]:
     return {
-        name: value.detach().clone().requires_grad_(name != "weight" or impl != "cpu")
+        name: value.detach().clone().requires_grad_(name != "weight" or impl not in FROZEN_WEIGHTS)
         for name, value in call.tensors().items()
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import TRAINABLE, Call, make_call, run
+from support.devices import FROZEN_WEIGHTS
 from support.implementations import skip_unless_served
 from support.oracle import Budget
 from torch import Tensor
@@ -29,7 +30,7 @@ def _fresh_compiler(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def _leaves(call: Call, impl: str) -> dict[str, Tensor]:
     return {
-        name: value.detach().clone().requires_grad_(name != "weight" or impl != "cpu")
+        name: value.detach().clone().requires_grad_(name != "weight" or impl not in FROZEN_WEIGHTS)
         for name, value in call.tensors().items()
     }
 
@@ -56,6 +57,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False, "bias": False},
     "everything": {"plan": True, "scaling": "tensor", "dropout_p": 0.3},
     "bf16-fp32_factors": {"plan": True, "dtype": "bf16-fp32_factors"},
+    "fp16-fp32_factors": {"plan": True, "dtype": "fp16-fp32_factors"},
     "three_dimensions": {"leading": (2, 3)},
 }
 
@@ -89,7 +91,7 @@ def test_no_recompilation_when_values_change(impl: str, seed: int) -> None:
     function, counter = _compiled(
         lambda leaves, scaling, plan: _apply(leaves, call, impl, scaling=scaling, rank_plan=plan)
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for step in range(6):
         state = torch.randint(3, (6,), generator=generator, dtype=torch.uint8)
         if step == 0:
@@ -216,8 +218,8 @@ def test_double_backward_of_a_compiled_call(impl: str, seed: int) -> None:
 
 def test_errors_of_a_compiled_call_are_ours(seed: int) -> None:
     call = make_call(seed)
-    function, _ = _compiled(lambda x: lora_linear(x, call.weight, call.lora_A, call.lora_B, impl="triton"))
-    with pytest.raises(Exception, match="this version of peftkernels has no Triton kernels"):
+    function, _ = _compiled(lambda x: lora_linear(x, call.weight, call.lora_A, call.lora_B, impl="cuda"))
+    with pytest.raises(Exception, match=r"this version of peftkernels has no CUDA C\+\+ kernels"):
         function(call.x)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.cases import TRAINABLE, Call, Outcome, make_call, run
 from support.checks import repeats
-from support.implementations import skip_unless_served, threads
+from support.implementations import interpreted, skip_unless_served, threads
 
 from peftkernels import lora_linear
 
@@ -22,7 +22,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "nine_blocks": {"leading": (1100,), "n": 70, "k": 66},
 }
 in_every_size = pytest.mark.parametrize("size", LARGE.values(), ids=LARGE)
-in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors"])
+in_every_dtype = pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors"])
 
 WORKER = """
 import sys
@@ -62,6 +62,8 @@ def _assert_same(found: Outcome, expected: Outcome, what: str) -> None:
 @in_every_dtype
 @pytest.mark.parametrize("count", [1, 2], ids=["one_thread", "two_threads"])
 def test_a_second_run_gives_the_same_bits(impl: str, size: dict[str, Any], dtype: str, count: int, seed: int) -> None:
+    if interpreted(impl) and size is LARGE["nine_blocks"]:
+        pytest.skip("interpreted kernels work on 16 and 32 rows: three hundred are many blocks")
     with threads(count):
         repeats(make_call(seed, plan=True, dropout_p=0.2, dtype=dtype, r=7, **size), impl)
 
@@ -105,7 +107,7 @@ def test_two_python_threads(impl: str, dtype: str, shared: bool, seed: int) -> N
 
     def serve(order: list[int]) -> list[tuple[int, Outcome]]:
         torch.set_num_threads(1)
-        return [(i, run(calls[i], impl, TRAINABLE)) for i in order * 5]
+        return [(i, run(calls[i], impl, TRAINABLE)) for i in order * (1 if interpreted(impl) else 5)]
 
     fresh = calls[0].weight.clone()
     calls = [call.replace(weight=fresh if shared else call.weight.clone()) for call in calls]

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import philox
-from support.cases import make_call, run
+from support.cases import DTYPES, make_call, run
 from support.checks import drops_as_philox_says, within_budget
-from support.implementations import ALL, skip_unless_served
+from support.implementations import ALL, examples, skip_unless_served
 from torch import Tensor
 
 from peftkernels import lora_linear, reference
@@ -36,7 +36,7 @@ def _tensors(words: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _dropped(x: Tensor, p: float, seed: int | Tensor | None, impl: str) -> Tensor:
     """drop(x), read off a call with W = 0, A = B = 1."""
-    identity = torch.eye(x.shape[-1], dtype=x.dtype)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     zeros = torch.zeros_like(identity)
     return lora_linear(x, zeros, identity, identity, dropout_p=p, dropout_seed=seed, impl=impl)
 
@@ -74,17 +74,21 @@ def test_the_mask_is_the_same_for_any_shape(impl: str, leading: tuple[int, ...],
     drops_as_philox_says(impl, seed, 0.3, leading, k, dtype)
 
 
-@settings(max_examples=40)
-@given(
-    impl=st.sampled_from(ALL),
-    seed=st.integers(-(2**63), 2**63 - 1),
-    p=st.floats(0.001, 0.999),
-    rows=st.integers(1, 20),
-    k=st.integers(1, 40),
-)
-def test_the_mask_is_philox_for_any_call(impl: str, seed: int, p: float, rows: int, k: int) -> None:
-    skip_unless_served(impl)
-    drops_as_philox_says(impl, seed, p, (rows,), k)
+@pytest.mark.parametrize("name", ALL)
+def test_the_mask_is_philox_for_any_call(name: str) -> None:
+    skip_unless_served(name)
+
+    @settings(max_examples=examples(name, 30))
+    @given(
+        seed=st.integers(-(2**63), 2**63 - 1),
+        p=st.floats(0.001, 0.999),
+        rows=st.integers(1, 20),
+        k=st.integers(1, 40),
+    )
+    def check(seed: int, p: float, rows: int, k: int) -> None:
+        drops_as_philox_says(name, seed, p, (rows,), k)
+
+    check()
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every_second", "expanded", "offset"])
@@ -129,7 +133,7 @@ def test_neighbours_are_independent(impl: str) -> None:
         assert abs(float(product.mean()) * 4) < 6 / math.sqrt(product.numel()), name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_p_of_one_gives_zeros(impl: str, dtype: str, seed: int) -> None:
     call = make_call(seed, leading=(140,), n=70, k=80, dropout_p=1.0, dtype=dtype)
     outcome = run(call, impl)
@@ -201,13 +205,10 @@ def test_the_generator_is_left_alone(impl: str, p: float, given_seed: int | None
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_implementations_share_one_mask(dtype: str, seed: int) -> None:
-    for other in ("eager", "cpu"):
-        skip_unless_served(other, dtype)
-    x = torch.randn(150, 70).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    expected = _dropped(x, 0.35, seed, "reference")
-    for other in ("eager", "cpu"):
-        found = _dropped(x, 0.35, seed, other)
-        assert torch.equal(found == 0, expected == 0), other
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_implementations_share_one_mask(impl: str, dtype: str, seed: int) -> None:
+    x = torch.randn(150, 70).to(DTYPES[dtype][0])
+    expected = _dropped(x.cpu(), 0.35, seed, "reference").to(x.device)
+    found = _dropped(x, 0.35, seed, impl)
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import FROZEN_WEIGHTS, device_of, moved, moved_plan
 from torch import Tensor
 
 from peftkernels import RankPlan, explain, functional, lora_linear
+from peftkernels.backends import triton
 
 X, N, K, R = (2, 3, 5), 4, 5, 2
 
@@ -32,6 +34,17 @@ def _valid() -> dict[str, Any]:
 
 def _meta(*shape: int) -> Tensor:
     return torch.randn(*shape, device="meta")
+
+
+def _on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments on `device`, those on the meta device as they are."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, RankPlan):
+            return moved_plan(value, device)
+        return moved(value, device) if isinstance(value, Tensor) and not value.is_meta else value
+
+    return {name: there(value) for name, value in arguments.items()}
 
 
 def _plan(*state: int, device: str = "cpu") -> RankPlan:
@@ -296,7 +309,7 @@ def test_the_fixture_notices_a_kernel(name: str) -> None:
 
 
 def test_the_unchanged_call_is_served(impl: str) -> None:
-    assert _call(lora_linear, {}, VALID, impl=impl).shape == (2, 3, N)
+    assert _call(lora_linear, {}, _on(torch.get_default_device(), VALID), impl=impl).shape == (2, 3, N)
 
 
 @pytest.mark.usefixtures("_no_kernel_may_run")
@@ -324,8 +337,23 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"rank_plan": None},
         "x is on meta, the C++ kernels run on the CPU",
     ),
-    "triton": ("triton", {}, "this version of peftkernels has no Triton kernels"),
-    "cuda": ("cuda", {}, "this version of peftkernels has no CUDA kernels"),
+    "triton_float64": (
+        "triton",
+        {name: VALID[name].double() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")},
+        "x is torch.float64, the Triton kernels compute in float32, float16 and bfloat16",
+    ),
+    "triton_trainable_weight": (
+        "triton",
+        {"weight": torch.randn(N, K, requires_grad=True)},
+        "weight requires grad, the Triton kernels serve frozen weights",
+    ),
+    "triton_on_another_device": (
+        "triton",
+        {name: VALID[name].to("meta") for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")}
+        | {"rank_plan": None},
+        "x is on meta, ",
+    ),
+    "cuda": ("cuda", {}, "this version of peftkernels has no CUDA C++ kernels"),
 }
 
 
@@ -335,7 +363,16 @@ def test_a_named_implementation_that_cannot_serve(name: str, changes: dict[str, 
     """RuntimeError with the reason; never another implementation instead."""
     message = f"impl='{name}' cannot serve this call: {reason}"
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):
-        _call(lora_linear, changes, VALID, impl=name)
+        _call(lora_linear, _on(device_of(name), changes), _on(device_of(name), VALID), impl=name)
+
+
+@pytest.mark.skipif(not triton.interpreting(), reason="bfloat16 is served where the Triton kernels are compiled")
+@pytest.mark.usefixtures("_no_kernel_may_run")
+def test_bf16_where_triton_is_interpreted() -> None:
+    changes = {name: VALID[name].bfloat16() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")}
+    message = "impl='triton' cannot serve this call: x is torch.bfloat16, which Triton's interpreter multiplies wrongly"
+    with pytest.raises(RuntimeError, match="^" + re.escape(message)):
+        _call(lora_linear, changes, VALID, impl="triton")
 
 
 @pytest.mark.usefixtures("without_direct_call", "_no_kernel_may_run")
@@ -369,13 +406,14 @@ def test_autocast_casts_no_float64(changes: dict[str, Any], message: str) -> Non
         _call(lora_linear, changes, VALID)
 
 
-def test_the_cpu_operator_refuses_a_weight_gradient_itself(impl: str) -> None:
+def test_operators_of_frozen_weights_refuse_a_weight_gradient_themselves(impl: str) -> None:
     """Who calls the operator past the public function is not served in silence either."""
     backward = getattr(torch.ops.peftkernels.lora_linear_bwd, impl)
+    here = _on(torch.get_default_device(), VALID)
     rest = [None, torch.zeros(6, R), None, None, None, None, 1.0, None, 0.0, None, [False, True, *[False] * 4]]
-    arguments = (torch.randn(6, N), torch.randn(6, K), VALID["weight"], VALID["lora_A"], VALID["lora_B"], *rest)
-    if impl == "cpu":
-        with pytest.raises(RuntimeError, match="this kernel serves frozen weights"):
+    arguments = (torch.randn(6, N), torch.randn(6, K), here["weight"], here["lora_A"], here["lora_B"], *rest)
+    if impl in FROZEN_WEIGHTS:
+        with pytest.raises(RuntimeError, match=r"kernels? serves? frozen (weights|ones)"):
             backward(*arguments)
     else:
         assert backward(*arguments)[1].shape == (N, K)

@@ -17,7 +17,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False},
     "rank_plan": {"plan": True},
     "dropout": {"plan": True, "dropout_p": 0.25},
-    "bf16": {"plan": True, "dtype": "bf16-fp32_factors"},
+    "bf16-fp32_factors": {"plan": True, "dtype": "bf16-fp32_factors"},
+    "fp16-fp32_factors": {"plan": True, "dtype": "fp16-fp32_factors"},
     "two_blocks": {"leading": (2, 131), "n": 70, "k": 66, "plan": True, "dropout_p": 0.25},
 }
 
@@ -30,7 +31,7 @@ def test_every_subset_gets_the_same_bits(impl: str, arguments: dict[str, Any], s
 @pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
 def test_every_subset_gets_the_same_bits_on_two_threads(arguments: dict[str, Any], seed: int) -> None:
     """The C++ kernels share out their work by what was asked for."""
-    skip_unless_served("cpu")
+    skip_unless_served("cpu", arguments.get("dtype", "fp32"))
     with threads(2):
         subsets_agree(make_call(seed, **arguments), "cpu")
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from support.cases import Call, make_call
-from support.implementations import skip_unless_served
+from support.devices import FROZEN_WEIGHTS, device_of
+from support.implementations import ALL, skip_unless_served
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftkernels import lora_linear
+from peftkernels import dispatch, lora_linear
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False, "bias": False},
@@ -19,6 +20,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "rank_plan": {"plan": True, "scaling": "tensor"},
     "dropout": {"plan": True, "dropout_p": 0.3},
     "bf16-fp32_factors": {"plan": True, "dtype": "bf16-fp32_factors"},
+    "fp16-fp32_factors": {"plan": True, "dtype": "fp16-fp32_factors"},
     "no_rows": {"leading": (0,)},
     "rank_zero": {"r": 0},
     "vector": {"leading": ()},
@@ -111,7 +113,7 @@ def test_strided_arguments(impl: str, layout: str, seed: int) -> None:
 def test_the_operators_are_registered_on_the_dispatcher() -> None:
     for operator in ("lora_linear_fwd", "lora_linear_bwd"):
         packet = getattr(torch.ops.peftkernels, operator)
-        assert set(packet.overloads()) == {"reference", "eager", "cpu"}
+        assert set(packet.overloads()) == set(dispatch.REGISTERED)
         for overload in packet.overloads():
             schema = getattr(packet, overload)._schema
             assert not schema.is_mutable, f"{operator}.{overload} is not functional"
@@ -132,13 +134,13 @@ def test_the_operators_are_registered_on_the_dispatcher() -> None:
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else None,
 )
-@pytest.mark.parametrize("name", ["reference", "eager", "cpu"])
+@pytest.mark.parametrize("name", ALL)
 def test_flops(name: str, trained: tuple[str, ...], forward_share: str, backward_share: str, seed: int) -> None:
     skip_unless_served(name)
-    if name == "cpu" and "weight" in trained:
-        pytest.skip("the C++ kernels serve frozen weights")
+    if name in FROZEN_WEIGHTS and "weight" in trained:
+        pytest.skip(f"impl={name!r} serves frozen weights")
     m, n, k, r = 6, 33, 29, 5
-    call = make_call(seed, leading=(2, 3), n=n, k=k, r=r)
+    call = make_call(seed, leading=(2, 3), n=n, k=k, r=r).on(device_of(name))
     leaves = {key: value.requires_grad_(key in trained) for key, value in call.tensors().items()}
     sizes = {"K": 2 * m * r * k, "N": 2 * m * r * n, "MNK": 2 * m * n * k, "": 0}
 

@@ -18,12 +18,12 @@ from support.checks import (
     propagates,
     within_budget,
 )
-from support.implementations import ALL, skip_unless_served
+from support.implementations import ALL, examples, served, skip_unless_served
 from support.oracle import Budget
 
 from peftkernels import RankPlan, lora_linear
 
-DTYPES = ("fp32", "bf16", "bf16-fp32_factors")
+DTYPES = ("fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors")
 SHAPES: dict[str, dict[str, Any]] = {
     "one_row": {"leading": (1,)},
     "three_rows": {"leading": (3,), "n": 65},
@@ -42,23 +42,25 @@ def test_masked_equals_sliced(impl: str, dtype: str, shape: str, p: float, seed:
     masked_equals_sliced(make_call(seed, r=11, plan=True, dtype=dtype, dropout_p=p, **SHAPES[shape]), impl)
 
 
-@settings(max_examples=60)
-@given(
-    impl=st.sampled_from(ALL),
-    dtype=st.sampled_from(DTYPES),
-    state=st.lists(st.integers(0, 2), min_size=1, max_size=40),
-    rows=st.sampled_from([1, 2, 4, 5, 129]),
-    gate=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_masked_equals_sliced_for_any_states(
-    impl: str, dtype: str, state: list[int], rows: int, gate: bool, seed: int
-) -> None:
-    skip_unless_served(impl)
-    call = make_call(seed, leading=(rows,), n=37, k=41, r=len(state), gate=gate, dtype=dtype)
-    plan = RankPlan.from_state(torch.tensor(state, dtype=torch.uint8))
-    masked_equals_sliced(call.replace(rank_plan=plan), impl)
-    within_budget(call.replace(rank_plan=plan), impl)
+@pytest.mark.parametrize("name", ALL)
+def test_masked_equals_sliced_for_any_states(name: str) -> None:
+    skip_unless_served(name)
+
+    @settings(max_examples=examples(name, 40))
+    @given(
+        dtype=st.sampled_from(served(name, DTYPES)),
+        state=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+        rows=st.sampled_from([1, 2, 4, 5, 129]),
+        gate=st.booleans(),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def check(dtype: str, state: list[int], rows: int, gate: bool, seed: int) -> None:
+        call = make_call(seed, leading=(rows,), n=37, k=41, r=len(state), gate=gate, dtype=dtype)
+        call = call.replace(rank_plan=RankPlan.from_state(torch.tensor(state, dtype=torch.uint8)))
+        masked_equals_sliced(call, name)
+        within_budget(call, name)
+
+    check()
 
 
 @in_every_dtype
@@ -90,7 +92,7 @@ def test_probe_ranks_reach_only_their_gate(impl: str, dtype: str, shape: str, po
 @in_every_shape
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias", "gate", "grad_y"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_nan_and_inf_propagate(impl: str, shape: str, name: str, poison: float, dtype: str, seed: int) -> None:
     propagates(make_call(seed, r=11, plan=True, dtype=dtype, **SHAPES[shape]), impl, name, poison)
 

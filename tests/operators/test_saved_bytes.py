@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import TRAINABLE, Call, make_call
+from support.devices import FROZEN_WEIGHTS
 from support.implementations import skip_unless_served
 from torch import Tensor
 
@@ -107,7 +108,7 @@ def test_nothing_is_kept_without_gradients(impl: str, mode: str, seed: int) -> N
     call = make_call(seed, leading=(ROWS,), r=RANKS, plan=True, dropout_p=0.1)
     saved: list[Tensor] = []
     leaves = {name: value.detach().requires_grad_(mode == "no_grad") for name, value in call.tensors().items()}
-    if impl == "cpu":
+    if impl in FROZEN_WEIGHTS:
         leaves["weight"].requires_grad_(False)
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, torch.enable_grad)
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda value: value), context():

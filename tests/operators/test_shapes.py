@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cases import Call, make_call, run
 from support.checks import within_budget
-from support.implementations import ALL, skip_unless_served
+from support.implementations import ALL, examples, served, skip_unless_served
 from support.oracle import Budget
 from torch import Tensor
 
@@ -22,7 +22,7 @@ widths = st.sampled_from([1, 2, 3, 13, 63, 64, 65, 97, 127, 129, 191]) | st.inte
 depths = st.sampled_from([1, 2, 3, 5, 31, 127, 767, 768, 769, 1537]) | st.integers(1, 200)
 ranks = st.sampled_from([0, 1, 2, 3, 5, 7, 12, 16, 31, 64, 127, 320]) | st.integers(0, 320)
 seeds = st.integers(0, 2**32 - 1)
-dtypes = st.sampled_from(["fp32", "fp32", "bf16", "bf16-fp32_factors"])
+DTYPES = ("fp32", "fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors")
 
 
 @st.composite
@@ -40,13 +40,13 @@ def leading_dimensions(draw: st.DrawFn) -> tuple[int, ...]:
 def test_any_shape(name: str) -> None:
     skip_unless_served(name)
 
-    @settings(max_examples=150)
+    @settings(max_examples=examples(name, 150))
     @given(
         leading=leading_dimensions(),
         n=widths,
         k=depths,
         r=ranks,
-        dtype=dtypes,
+        dtype=st.sampled_from(served(name, DTYPES)),
         options=st.fixed_dictionaries(
             {
                 "bias": st.booleans(),
@@ -110,14 +110,14 @@ def _assert_within_budget_and_equal_bits(call: Call, impl: str, strided: dict[st
 def test_any_strides(name: str) -> None:
     skip_unless_served(name)
 
-    @settings(max_examples=120)
+    @settings(max_examples=examples(name, 120))
     @given(
         leading=st.sampled_from([(1,), (2,), (5,), (131,), (3, 4), (2, 3, 5), (1, 1)]),
         n=st.sampled_from([1, 3, 65, 130]),
         k=st.sampled_from([1, 4, 65, 770]),
         r=st.sampled_from([1, 2, 9, 33]),
         of=st.fixed_dictionaries(kinds),
-        dtype=dtypes,
+        dtype=st.sampled_from(served(name, DTYPES)),
         p=st.sampled_from([0.0, 0.4]),
         plan=st.booleans(),
         seed=seeds,
@@ -145,7 +145,7 @@ def test_any_strides(name: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "first_row", "last_column"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_gradients_of_reductions(impl: str, reduction: str, dtype: str, seed: int) -> None:
     """What autograd hands back here has stride 0, or is zero almost everywhere."""
     call = make_call(seed, leading=(3, MOST_REPEATED_ROWS // 3), n=66, k=70, r=5, dtype=dtype)
@@ -180,7 +180,7 @@ def test_no_rows(impl: str, leading: tuple[int, ...], seed: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "k", "r"), [(0, 5, 2), (5, 0, 2), (5, 4, 0), (0, 0, 0), (0, 5, 0), (5, 0, 0)], ids=str)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_empty_dimensions(impl: str, n: int, k: int, r: int, dtype: str, p: float, seed: int) -> None:
     """N = 0, K = 0 and r = 0 are served: what is left of the formula is what comes out."""
@@ -193,7 +193,7 @@ def test_rank_zero_is_the_frozen_layer(impl: str, seed: int) -> None:
     torch.testing.assert_close(run(call, impl).y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_outputs_are_contiguous_and_share_no_memory(impl: str, dtype: str, seed: int) -> None:
     call = make_call(seed, leading=(4, 5), dtype=dtype)
     call = call.replace(x=_strided(call.x, "transposed"), grad_y=_strided(call.grad_y, "expanded_rows"))

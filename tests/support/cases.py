@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear
+from support.devices import FROZEN_WEIGHTS, device_of, moved, moved_plan
 
 GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias", "gate")
 TRAINABLE = ("x", "lora_A", "lora_B", "bias", "gate")
@@ -51,7 +52,7 @@ class Call:
     @property
     def state(self) -> Tensor:
         if self.rank_plan is None:
-            return torch.full((self.r,), int(RankState.ACTIVE), dtype=torch.uint8)
+            return torch.full((self.r,), int(RankState.ACTIVE), dtype=torch.uint8, device=self.x.device)
         return self.rank_plan.state
 
     @property
@@ -73,6 +74,15 @@ class Call:
     def replace(self, **changes: Any) -> Call:
         return replace(self, **changes)
 
+    def on(self, device: torch.device) -> Call:
+        """The same call with every tensor on `device`; the call itself where they are there already."""
+        if self.x.device == device:
+            return self
+        named = {**self.tensors(), "grad_y": self.grad_y, "scaling": self.scaling, "dropout_seed": self.dropout_seed}
+        changes = {name: moved(value, device) for name, value in named.items() if isinstance(value, Tensor)}
+        plan = None if self.rank_plan is None else moved_plan(self.rank_plan, device)
+        return self.replace(**changes, rank_plan=plan)
+
 
 @dataclass
 class Outcome:
@@ -84,15 +94,21 @@ class Outcome:
     def named(self) -> dict[str, Tensor]:
         return {"y": self.y, **{f"∂{name}": gradient for name, gradient in self.gradients.items()}}
 
+    def on(self, device: torch.device) -> Outcome:
+        gradients = {name: gradient.to(device) for name, gradient in self.gradients.items()}
+        return Outcome(self.y.to(device), gradients)
+
 
 def run(call: Call, impl: str, needs: tuple[str, ...] | None = None) -> Outcome:
-    """One forward and backward through the public function.
+    """One forward and backward through the public function, on the implementation's device; results come back.
 
     `needs` are the arguments that require grad (default: all that the call has and `impl` trains). Anything else must
     stay without a gradient.
     """
     if needs is None:
-        needs = TRAINABLE if impl == "cpu" else GRADIENTS
+        needs = TRAINABLE if impl in FROZEN_WEIGHTS else GRADIENTS
+    at_home = call.x.device
+    call = call.on(device_of(impl))
     leaves = {name: value.detach().requires_grad_(name in needs) for name, value in call.tensors().items()}
     keywords = {**call.optional, "bias": leaves.get("bias"), "gate": leaves.get("gate")}
     y = lora_linear(leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], impl=impl, **keywords)
@@ -110,14 +126,14 @@ def run(call: Call, impl: str, needs: tuple[str, ...] | None = None) -> Outcome:
         gradients[name] = leaf.grad
     assert y.dtype == call.x.dtype, f"y is {y.dtype}, x is {call.x.dtype} ({call.label})"
     assert y.shape == (*call.x.shape[:-1], call.weight.shape[0]), f"y has shape {tuple(y.shape)} ({call.label})"
-    return Outcome(y.detach(), gradients)
+    return Outcome(y.detach(), gradients).on(at_home)
 
 
 def mixed_plan(r: int, generator: torch.Generator) -> RankPlan:
     """Random states; from three ranks on, each state occurs."""
-    state = torch.randint(3, (r,), generator=generator, dtype=torch.uint8)
-    state[:3] = torch.tensor([2, 0, 1], dtype=torch.uint8)[:r]
-    return RankPlan.from_state(state[torch.randperm(r, generator=generator)])
+    state = torch.randint(3, (r,), generator=generator, dtype=torch.uint8, device="cpu")
+    state[:3] = torch.tensor([2, 0, 1], dtype=torch.uint8, device="cpu")[:r]
+    return RankPlan.from_state(state[torch.randperm(r, generator=generator, device="cpu")])
 
 
 def make_call(
@@ -136,13 +152,14 @@ def make_call(
 ) -> Call:
     """x and G ~ N(0, 1), W and A ~ N(0, 1/K), B ~ N(0, 1/r), gates around 1: every term of y is of order 1.
 
-    `scaling="tensor"` passes 1.7 as a 0-dim tensor.
+    `scaling="tensor"` passes 1.7 as a 0-dim tensor. A seed gives the same numbers on every device; the call lies on
+    torch's default device.
     """
     x_dtype, factor_dtype = DTYPES[dtype]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = x_dtype) -> Tensor:
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(dtype)
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * std).to(dtype)
 
     depth_std = 1 / math.sqrt(max(k, 1))
     label = f"seed={seed} x={(*leading, k)} N={n} r={r} dtype={dtype} plan={plan} p={dropout_p}"
@@ -155,8 +172,8 @@ def make_call(
         gate=(1 + normal(r, std=0.5, dtype=torch.float64)).to(factor_dtype) if gate else None,
         grad_y=normal(*leading, n),
         rank_plan=mixed_plan(r, generator) if plan else None,
-        scaling=torch.tensor(1.7, dtype=torch.float32) if scaling == "tensor" else float(scaling),
+        scaling=torch.tensor(1.7, dtype=torch.float32, device="cpu") if scaling == "tensor" else float(scaling),
         dropout_p=dropout_p,
         dropout_seed=seed * 7919 + 1 if dropout_p > 0 else None,
         label=label,
-    )
+    ).on(torch.get_default_device())

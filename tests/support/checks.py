@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from peftkernels import RankPlan, RankState, lora_linear
 from support import philox
 from support.cases import DTYPES, TRAINABLE, Call, Outcome, make_call, run
+from support.devices import CPU, device_of
+from support.implementations import interpreted, served
 from support.oracle import Budget, oracle
 
 
@@ -55,6 +58,7 @@ def masked_equals_sliced(call: Call, impl: str) -> None:
 
 def follows_rank_states(call: Call, impl: str) -> None:
     """The gradient table: ACTIVE receives all, PROBE its gate's dense gradient alone, DEAD nothing."""
+    call = call.on(CPU)
     outcome = run(call, impl)
     active, live = call.state == RankState.ACTIVE, call.state != RankState.DEAD
     grad_A, grad_B, grad_gate = (outcome.gradients[name] for name in ("lora_A", "lora_B", "gate"))
@@ -121,6 +125,11 @@ def drops_as_philox_says(
     impl: str, seed: int, p: float, leading: tuple[int, ...] = (9,), k: int = 13, dtype: str = "fp32"
 ) -> None:
     """The mask of forward, ∂x and ∂A, read off a call with W = 0, A = B = 1, is the one that plain integers give."""
+    with device_of(impl):
+        _drops_as_philox_says(impl, seed, p, leading, k, dtype)
+
+
+def _drops_as_philox_says(impl: str, seed: int, p: float, leading: tuple[int, ...], k: int, dtype: str) -> None:
     kind, rows = DTYPES[dtype][0], torch.Size(leading).numel()
     factor = philox.kept(seed, p, rows, k).double() * (1 / (1 - p))
     identity = torch.eye(k, dtype=kind)
@@ -152,10 +161,13 @@ def repeats(call: Call, impl: str) -> None:
 
 
 def subsets_agree(call: Call, impl: str) -> None:
-    """Every subset of trainable arguments gets the bits that it gets when all are asked for (`run` checks the rest)."""
+    """Every subset of trainable arguments gets the bits that it gets when all are asked for (`run` checks the rest).
+
+    Where `impl` is interpreted: nothing, each argument alone, and all but each.
+    """
     full = run(call, impl, TRAINABLE)
-    for bits in range(2 ** len(TRAINABLE)):
-        needs = tuple(name for place, name in enumerate(TRAINABLE) if bits >> place & 1)
+    sizes = (0, 1, len(TRAINABLE) - 1) if interpreted(impl) else range(len(TRAINABLE) + 1)
+    for needs in (needs for size in sizes for needs in combinations(TRAINABLE, size)):
         some = run(call, impl, needs)
         _same(some.y, full.y, f"{impl}, {call.label}, needs={needs}, y")
         for name, gradient in some.gradients.items():
@@ -168,8 +180,8 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "budget of all gradients": lambda impl, seed: within_budget(
         make_call(seed, leading=(3, 11), r=12, plan=True, dropout_p=0.3, scaling="tensor"), impl
     ),
-    "budget in bf16": lambda impl, seed: within_budget(
-        make_call(seed, plan=True, r=8, dtype="bf16-fp32_factors"), impl
+    "budget in low precision": lambda impl, seed: within_budget(
+        make_call(seed, plan=True, r=8, dtype=served(impl, ("bf16-fp32_factors", "fp16-fp32_factors"))[0]), impl
     ),
     "masked equals sliced": lambda impl, seed: masked_equals_sliced(make_call(seed, r=9, plan=True), impl),
     "rank states": lambda impl, seed: follows_rank_states(make_call(seed, r=9, plan=True), impl),

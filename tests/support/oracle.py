@@ -28,6 +28,7 @@ from torch import Tensor
 
 from peftkernels import reference
 from support.cases import Call, Outcome
+from support.devices import CPU
 
 
 def _wide(value: Tensor | None) -> Tensor | None:
@@ -51,7 +52,10 @@ def mask(call: Call) -> Tensor:
 
 
 def oracle(call: Call) -> Outcome:
-    """`reference.py` in float64, called directly."""
+    """`reference.py` in float64 on the CPU, called directly; the results lie where the call does."""
+    if call.x.device != CPU:
+        with CPU:
+            return oracle(call.on(CPU)).on(call.x.device)
     x, weight, lora_A, lora_B = (_wide(t) for t in (call.x, call.weight, call.lora_A, call.lora_B))
     assert x is not None and weight is not None and lora_A is not None and lora_B is not None
     bias, gate, scaling = _wide(call.bias), _wide(call.gate), float(call.scaling)
@@ -148,13 +152,17 @@ class Excess:
 
 
 class Budget:
-    """The budgets of one call, computed once for all implementations.
+    """The budgets of one call, computed once for all implementations, on the CPU.
 
     `computed_in` is the dtype of computation where it is not x's (autocast), and `by_pytorch` what plain PyTorch
     computes then. Casting x and the weight is one rounding more for each of them: the band is 3·eps wide.
     """
 
     def __init__(self, call: Call, computed_in: torch.dtype | None = None, by_pytorch: Outcome | None = None) -> None:
+        with CPU:
+            self._compute(call.on(CPU), computed_in, None if by_pytorch is None else by_pytorch.on(CPU))
+
+    def _compute(self, call: Call, computed_in: torch.dtype | None, by_pytorch: Outcome | None) -> None:
         self.call = call
         self.exact = oracle(call).named()
         found = plain(call) if by_pytorch is None else by_pytorch
@@ -172,7 +180,7 @@ class Budget:
     def usage(self, outcome: Outcome) -> dict[str, tuple[float, float, float, float]]:
         """For each result: the worst share of its budget, the error there, what was allowed, plain PyTorch's error."""
         found = {}
-        for name, value in outcome.named().items():
+        for name, value in outcome.on(CPU).named().items():
             error = value.double() - self.exact[name]
             if error.numel() == 0:
                 continue
