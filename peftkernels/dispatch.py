@@ -16,6 +16,7 @@ from peftkernels.rank_plan import RankPlan
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
 REGISTERED = _ops.IMPLEMENTATIONS
+_CUDA_UNAVAILABLE = "this version of peftkernels has no CUDA C++ kernels"
 
 PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
 
@@ -65,7 +66,7 @@ def backend_status() -> dict[str, str | None]:
         "eager": None,
         "cpu": _cpu_unavailable_reason(),
         "triton": triton.unavailable_reason(),
-        "cuda": "this version of peftkernels has no CUDA C++ kernels",
+        "cuda": _CUDA_UNAVAILABLE,
     }
 
 
@@ -101,7 +102,7 @@ def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
         if reason is None and weight.requires_grad:
             return "weight requires grad, the Triton kernels serve frozen weights"
         return reason
-    return backend_status()[impl]
+    return _CUDA_UNAVAILABLE
 
 
 def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:

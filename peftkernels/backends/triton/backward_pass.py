@@ -181,7 +181,8 @@ def backward(
     with place(grad_y):
         results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
         if needs[4]:
-            results[4] = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=results[4].dtype)
+            rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
+            results[4] = rows.sum(0, dtype=results[4].dtype)
         _adapter_gradients(
             results, grad_y, x, weight.to(grad_y.dtype), lora_A, lora_B, shrink, gate, rank_order, rank_counts,
             scaling, scaling_tensor, dropout_p, dropout_seed, (needs[0], needs[2], needs[3], needs[5]),

@@ -7,6 +7,7 @@ inspection, changes of value compile nothing anew, and what the tests compile wi
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peftkernels.backends.triton.kinds import Kinds
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETER = threading.Lock()
 
 TYPES = {
     torch.float64: "fp64",
@@ -119,7 +121,9 @@ class Variant:
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Launch `programs` programs on the current device and stream. Arguments in the order of `types`."""
         if INTERPRETED:
-            self.function[(programs,)](*arguments, **self.constants)
+            # The interpreter keeps the program that it runs in globals.
+            with _INTERPRETER:
+                self.function[(programs,)](*arguments, **self.constants)
             return
         device = torch.cuda.current_device()
         compiled = self._loaded.get(device)

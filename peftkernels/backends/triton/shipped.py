@@ -67,7 +67,8 @@ def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Ite
     for places in _places(blocks.column_places, brief):
         yield columns.variant(everything, blocks, places, False, True, True)
         yield columns.variant(everything, blocks, places, True, True, False)
-        yield columns.variant(plain, blocks, places, False, True, True)
+        if plain is not everything:
+            yield columns.variant(plain, blocks, places, False, True, True)
     for places in _places(finish.MOST_PLACES, True):
         yield finish.rows_variant(everything, blocks, places, True, True, True)
         yield finish.grad_B_variant(everything, blocks, places, True, True)
