@@ -44,7 +44,7 @@ def _operator(impl: str, direction: int, first: Tensor, weight: Tensor, lora_A: 
     behind = _FUNCTIONS.get(impl)
     if (
         behind is None
-        # A backward pass that is itself recorded (create_graph): autograd must see one operator, not what it is made of.
+        # A backward pass that is itself recorded (create_graph): autograd must see one operator, not its parts.
         or (direction == 1 and torch.is_grad_enabled())
         or behind[0] is not overloads
         or is_dynamo_compiling()
