@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from peftkernels import dispatch
@@ -21,6 +22,8 @@ _OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name
 # through torch's dispatcher.
 _FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in dispatch.PYTHON_FUNCTIONS.items()}
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Implementations that are not made of torch's own operators.
+_KERNELS = ("cpu", "triton")
 _SEED_END = 2**63 - 1
 
 
@@ -242,13 +245,18 @@ def lora_linear(
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
 
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or weight.requires_grad
-        or (gate is not None and gate.requires_grad)
-        or (bias is not None and bias.requires_grad)
+    if (
+        (torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or lora_A.requires_grad
+            or lora_B.requires_grad
+            or weight.requires_grad
+            or (gate is not None and gate.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ))
+        # Kernels drop the tangents of forward-mode differentiation; the boundary refuses inputs that have one.
+        or (forward_ad._current_level >= 0 and chosen in _KERNELS and not is_dynamo_compiling())
     ):
         return _LoraLinear.apply(
             x,

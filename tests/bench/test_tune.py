@@ -69,7 +69,7 @@ def test_a_candidate_runs_while_its_choice_is_forced(monkeypatch: pytest.MonkeyP
     sound = ProductBench._call
 
     def watched(bench: ProductBench, i: int) -> Tensor:
-        seen.append(routes.current_override())
+        seen.append(routes.state()[0])
         return sound(bench, i)
 
     monkeypatch.setattr(ProductBench, "_call", watched)
@@ -79,7 +79,7 @@ def test_a_candidate_runs_while_its_choice_is_forced(monkeypatch: pytest.MonkeyP
     for choice in (SLOW, FAST):
         bench.turn(str(choice), 0, 2)
     bench.turn(BARE, 0, 1)
-    assert seen == [FAST, SLOW, SLOW, SLOW, FAST, FAST] and routes.current_override() is None
+    assert seen == [FAST, SLOW, SLOW, SLOW, FAST, FAST] and routes.state()[0] is None
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])

@@ -10,6 +10,7 @@ import torch
 from support.cases import Call, make_call, run
 from support.devices import FROZEN_WEIGHTS
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from peftkernels import RankPlan, lora_linear
@@ -257,3 +258,22 @@ def test_anomaly_mode_and_hooks(impl: str, seed: int) -> None:
         y.register_hook(lambda gradient: 3 * gradient)
         y.backward(call.grad_y)
     assert torch.equal(seen[0], run(call.replace(grad_y=3 * call.grad_y), impl).gradients["lora_A"])
+
+
+def test_forward_mode_is_right_or_refused(impl: str, seed: int) -> None:
+    """A tangent is never dropped in silence: implementations made of torch's operators carry it, kernels refuse it."""
+    call = make_call(seed, bias=False, gate=False)
+    tangent = torch.randn(call.x.shape)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(call.x, tangent)
+
+        def apply() -> Tensor:
+            return lora_linear(dual, call.weight, call.lora_A, call.lora_B, scaling=call.scaling, impl=impl)
+
+        if impl in ("cpu", "triton"):
+            with pytest.raises(NotImplementedError, match="forward mode AD"):
+                apply()
+        else:
+            found = forward_ad.unpack_dual(apply()).tangent
+            expected = tangent @ call.weight.T + call.scaling * (tangent @ call.lora_A.T) @ call.lora_B.T
+            torch.testing.assert_close(found, expected)

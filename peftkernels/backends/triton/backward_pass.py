@@ -80,7 +80,7 @@ def _plan(
     r: int,
     needs: tuple[bool, bool, bool, bool],
     plain_weight: bool,
-    override: routes.Choice | None,
+    state: tuple[routes.Choice | None, int],
 ) -> _Plan:
     needs_x, needs_A, needs_B, needs_gate = needs
     blocks = blocks_for(kinds.x, INTERPRETED)
@@ -96,7 +96,10 @@ def _plan(
             taken = tile(choice.tile)
             tiles = -(-m // taken.rows) * -(-k // taken.columns)
             if taken.kind == TMA:
-                product, programs = gemm.tma_variant(kinds, taken, True), min(tiles, multiprocessors(device))
+                product, programs = (
+                    gemm.tma_variant(kinds, taken, True),
+                    min(tiles, multiprocessors(device) * taken.programs),
+                )
             else:
                 product, programs = gemm.pointer_variant(kinds, taken, True, n % taken.depth == 0), tiles
     planned = functools.partial(_plan_columns, kinds, blocks, device, m)
@@ -178,7 +181,8 @@ def backward(
     """∂x, ∂W (never), ∂A, ∂B, ∂bias and ∂gate; arguments as declared in `_ops`."""
     if needs[1]:
         raise RuntimeError("impl='triton' cannot serve this call: weight requires grad, the kernels serve frozen ones")
-    with place(grad_y):
+    # A pass that is itself recorded reaches this with gradients enabled; `functional` records it as one operator.
+    with place(grad_y), torch.no_grad():
         results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
         if needs[4]:
             rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
@@ -224,7 +228,8 @@ def _adapter_gradients(
     grads = rows_of(grad_y)
     rows = None if x is None else rows_of(x)
     lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
-    tensors = (grads, weight, lora_A) if rows is None else (grads, weight, lora_A, rows)
+    shrink = dense(shrink)
+    tensors = [grads, weight, lora_A, lora_B, *(tensor for tensor in (rows, shrink) if tensor is not None)]
     strides = (grads.stride(0), 0 if rows is None else rows.stride(0))
     kinds = Kinds(
         grads.dtype,
@@ -235,11 +240,12 @@ def _adapter_gradients(
         seed is not None,
         False,
         is_aligned(tensors, n, k, *strides),
+        r % 16 == 0,
         k % 4 == 0,
         fp32_precision(grads.dtype),
         overlaps(grads.device),
     )
-    plan = _plan(kinds, grads.device, m, n, k, r, needs, weight.stride() == (k, 1), routes.current_override())
+    plan = _plan(kinds, grads.device, m, n, k, r, needs, weight.stride() == (k, 1), routes.state())
     least, keep_scale = dropped(dropout_p, seed)
     bits = None
     if plan.bits is not None:

@@ -11,6 +11,7 @@ import functools
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from peftkernels.backends.triton.dropout import factor_from_bits
 from peftkernels.backends.triton.kinds import Kinds
@@ -41,12 +42,15 @@ def column_products(
     in_ptr, left_ptr, b_ptr, bits_ptr, order_ptr, counts_ptr, sums_ptr, slots_ptr,
     keep_scale, M, C, r, WIDTH, stride_in, splits, rows_of_split,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """Programs: column tiles × splits of the rows × blocks of places. bits given: in passes dropout.
 
     sums   fp32 (splits, C, WIDTH) or None; slots fp32 (column tiles, M, WIDTH) or None
     """
+    if DEPENDENTS:
+        # `finish_rows` may start, and the product after it: both wait before they read what is written here.
+        gdc_launch_dependents()
     n_active, n_live = active_and_live(counts_ptr, r)
     place_blocks = tl.cdiv(WIDTH, BLOCK_R)
     program = tl.program_id(0)
@@ -104,13 +108,14 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, compact: bool, s
         "BLOCK_R": block_of_places,
         "COMPACT": compact,
         "PRECISION": kinds.precision,
+        "DEPENDENTS": kinds.pdl and slots,
     }
-    own = ("left_ptr", "bits_ptr", "sums_ptr", "slots_ptr", "WIDTH", "rows_of_split")
+    own = ("bits_ptr", "sums_ptr", "slots_ptr", "WIDTH", "rows_of_split")
     return Variant(
         column_products,
         types,
         constants,
-        aligned=(*own, "in_ptr", "C", "stride_in") if kinds.aligned else own,
-        options=options(4 if kinds.aligned and block_of_places <= 32 else 8, 2 if kinds.x.itemsize == 4 else 3),
+        aligned=kinds.aligned_names(own, ("in_ptr", "left_ptr", "b_ptr", "C", "stride_in")),
+        options=options(8, 2),
         label=f"{kinds.label} r{block_of_places}{' compact' * compact}{' sums' * sums}{' slots' * slots}",
     )

@@ -106,7 +106,7 @@ def variant(kinds: Kinds, tile: Tile, block_of_places: int, keep: bool) -> Varia
         decode,
         types,
         constants,
-        aligned=(*own, "x_ptr", "w_ptr", "a_ptr", "N", "K", "stride_x") if kinds.aligned else own,
+        aligned=kinds.aligned_names(own, ("x_ptr", "w_ptr", "a_ptr", "b_ptr", "N", "K", "stride_x")),
         options=options(tile.warps, tile.stages),
         label=f"{kinds.label} {tile.name} r{block_of_places}{' keep' * keep}",
     )

@@ -48,12 +48,12 @@ def variant(kinds: Kinds) -> Variant:
         **integers("M", "P", "r", "WIDTH"),
     }
     constants = {"BLOCK_M": ROWS, "BLOCK_P": COLUMNS, "GROUP": GROUP, "PRECISION": kinds.precision}
-    own = ("y_ptr", "left_ptr", "right_ptr", "bits_ptr", "WIDTH")
+    own = ("y_ptr", "left_ptr", "bits_ptr", "WIDTH")
     return Variant(
         expand,
         types,
         constants,
-        aligned=(*own, "P") if kinds.aligned else own,
+        aligned=kinds.aligned_names(own, ("right_ptr", "P")),
         options=options(4 if kinds.aligned else 8, 2),
         label=kinds.label,
     )

@@ -4,7 +4,7 @@ import functools
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
@@ -29,14 +29,30 @@ def added_slots(slots_ptr, slots, lines, places, LINES, WIDTH, n_live):
 
 
 @triton.jit
+def added_lines(values):
+    """Σ over the first dimension, as one tree of additions.
+
+    `tl.sum` adds in an order that depends on how values lie in registers, and so on how many places there are: a rank
+    would not have the bits that it has once DEAD ones are cut out.
+    """
+    for _ in tl.static_range(10):
+        if values.shape[0] > 1:
+            halves = tl.reshape(values, (2, values.shape[0] // 2, values.shape[1]))
+            first, second = tl.split(tl.permute(halves, (1, 2, 0)))
+            values = first + second
+    return tl.reshape(values, (values.shape[1],))
+
+
+@triton.jit
 def finish_rows(
     slots_ptr, order_ptr, counts_ptr, gate_ptr, scaling_ptr, shrink_ptr, left_ptr, a_ptr, right_ptr,
     scaling, M, K, r, WIDTH, slots,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """S or H from its slots, as it is saved and as the next product takes it; then programs that pack A's rows."""
-    if DEPENDENTS:
+    if OVERLAPS:
         gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     place_blocks = tl.cdiv(WIDTH, BLOCK_R)
     finishing = tl.cdiv(M, BLOCK_M) * place_blocks
@@ -78,7 +94,7 @@ def finish_grad_B(
         tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside & (places < r)[None, :])
     if gate_parts_ptr is not None:
         b = tl.load(b_ptr + offsets, mask=inside & (places < n_live)[None, :], other=0.0).to(tl.float32)
-        part = tl.sum(b * sums, axis=0)
+        part = added_lines(b * sums)
         tl.store(gate_parts_ptr + block.to(tl.int64) * WIDTH + places, part, mask=places < WIDTH)
 
 
@@ -111,8 +127,9 @@ def finish_grad_A(
                 parts = first + tl.arange(0, BLOCK_PARTS)
                 inside = (parts < gate_parts)[:, None] & (places < n_live)[None, :]
                 offsets = parts.to(tl.int64)[:, None] * WIDTH + places[None, :]
-                gate += tl.sum(tl.load(gate_parts_ptr + offsets, mask=inside, other=0.0), axis=0)
-            tl.store(grad_gate_ptr + ranks, (gate * scale).to(grad_gate_ptr.dtype.element_ty), mask=places < r)
+                gate += added_lines(tl.load(gate_parts_ptr + offsets, mask=inside, other=0.0))
+            grad = tl.where(places < n_live, gate * scale, 0.0)
+            tl.store(grad_gate_ptr + ranks, grad.to(grad_gate_ptr.dtype.element_ty), mask=places < r)
 
 
 @functools.cache
@@ -133,15 +150,15 @@ def rows_variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool,
         "BLOCK_M": blocks.finish_rows,
         "BLOCK_R": block_of_places,
         "BLOCK_K": blocks.pack,
-        "DEPENDENTS": kinds.pdl,
+        "OVERLAPS": kinds.pdl,
     }
     own = ("slots_ptr", "shrink_ptr", "left_ptr", "right_ptr", "WIDTH")
     return Variant(
         finish_rows,
         types,
         constants,
-        aligned=(*own, "a_ptr", "K") if kinds.aligned else own,
-        options=options(4, 1),
+        aligned=kinds.aligned_names(own, ("a_ptr", "K")),
+        options=options(4, 1, kinds.pdl),
         label=f"{kinds.label} r{block_of_places}{' keep' * keep}{' left' * left}{' pack' * pack}",
     )
 
@@ -163,8 +180,9 @@ def grad_B_variant(kinds: Kinds, blocks: Blocks, block_of_places: int, grad: boo
         finish_grad_B,
         types,
         constants,
-        aligned=("slots_ptr", "grad_ptr", "gate_parts_ptr", "WIDTH"),
-        options=options(4, 1),
+        aligned=kinds.aligned_names(("slots_ptr", "grad_ptr", "gate_parts_ptr", "WIDTH"), ("b_ptr",)),
+        # Not one product may join an addition in one kernel and not in another.
+        options={**options(4, 1), "enable_fp_fusion": False},
         label=f"{kinds.label} r{block_of_places}{' grad' * grad}{' gate' * gate}",
     )
 
@@ -188,7 +206,8 @@ def grad_A_variant(kinds: Kinds, blocks: Blocks, block_of_places: int, grad: boo
         finish_grad_A,
         types,
         constants,
-        aligned=("slots_ptr", "gate_parts_ptr", "grad_ptr", "grad_gate_ptr", "WIDTH"),
-        options=options(4, 1),
+        aligned=kinds.aligned_names(("slots_ptr", "gate_parts_ptr", "grad_ptr", "grad_gate_ptr", "WIDTH"), ()),
+        # Not one product may join an addition in one kernel and not in another.
+        options={**options(4, 1), "enable_fp_fusion": False},
         label=f"{kinds.label} r{block_of_places}{' grad' * grad}{' gate' * gate}",
     )

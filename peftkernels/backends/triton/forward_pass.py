@@ -85,14 +85,14 @@ def _plan(
     r: int,
     keep: bool,
     plain_weight: bool,
-    override: routes.Choice | None,
+    state: tuple[routes.Choice | None, int],
 ) -> _Plan:
     choice = route(kinds, device, routes.FORWARD, m, n, k, plain_weight)
     if choice.route == routes.LIBRARY:
         return _Plan(choice, None, width(r), _plan_shrink(kinds, device, m, n, k, r, keep), None, 0)
     taken = tile(choice.tile)
     tiles = -(-m // taken.rows) * -(-n // taken.columns)
-    resident = min(tiles, multiprocessors(device))
+    resident = min(tiles, multiprocessors(device) * taken.programs)
     even = k % taken.depth == 0
     if choice.route == routes.DECODE:
         variant = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
@@ -245,13 +245,14 @@ def forward(
             rank_counts is not None,
             dropout_seed is not None,
             bias is not None,
-            is_aligned((rows, weight, lora_A), n, k, rows.stride(0)),
+            is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0)),
+            r % 16 == 0,
             k % 4 == 0,
             fp32_precision(dtype),
             overlaps(x.device),
         )
         plain_weight = weight.stride() == (k, 1)
-        plan = _plan(kinds, x.device, m, n, k, r, save_shrink, plain_weight, routes.current_override())
+        plan = _plan(kinds, x.device, m, n, k, r, save_shrink, plain_weight, routes.state())
         least, keep_scale = dropped(dropout_p, dropout_seed)
         saved = x.new_empty((m, r)) if save_shrink else None
         y = _run(

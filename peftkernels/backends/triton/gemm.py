@@ -125,13 +125,12 @@ def pointer_variant(kinds: Kinds, tile: Tile, transposed: bool, even: bool) -> V
         "PRECISION": kinds.precision,
         "WAIT": kinds.pdl,
     }
-    own = ("left_ptr", "right_ptr", "bits_ptr", "y_ptr", "WIDTH")
-    aligned = (*own, "x_ptr", "w_ptr", "P", "Q", "stride_x") if kinds.aligned else own
+    own = ("left_ptr", "bits_ptr", "y_ptr", "WIDTH")
     return Variant(
         gemm_pointer,
         types,
         constants,
-        aligned=aligned,
+        aligned=kinds.aligned_names(own, ("x_ptr", "w_ptr", "right_ptr", "P", "Q", "stride_x")),
         options=options(tile.warps, tile.stages, kinds.pdl),
         wgmma=_wgmma(kinds, tile),
         label=f"{kinds.label} {tile.name}{' transposed' * transposed}{' even' * even}",
@@ -167,12 +166,12 @@ def tma_variant(kinds: Kinds, tile: Tile, transposed: bool) -> Variant:
         "GROUP": GROUP,
         "WAIT": kinds.pdl,
     }
-    own = ("left_ptr", "right_ptr", "bits_ptr", "WIDTH")
+    own = ("left_ptr", "bits_ptr", "WIDTH")
     return Variant(
         gemm_tma,
         types,
         constants,
-        aligned=(*own, "P", "Q") if kinds.aligned else own,
+        aligned=kinds.aligned_names(own, ("right_ptr", "P", "Q")),
         options=options(tile.warps, tile.stages, kinds.pdl),
         wgmma=_wgmma(kinds, tile),
         label=f"{kinds.label} {tile.name}{' transposed' * transposed}",

@@ -20,6 +20,7 @@ class Kinds(NamedTuple):
     dropout    whether elements are dropped
     bias       whether there is a bias
     aligned    rows of x, G, W, A and B start at multiples of 16 bytes, and N and K are multiples of 16
+    even_rank  r is a multiple of 16
     whole      K is a multiple of 4: four neighbours share a Philox block
     precision  of fp32 products: "ieee", or "tf32" where the user allowed it
     pdl        launches overlap (compute capability 9.0 and later)
@@ -33,9 +34,16 @@ class Kinds(NamedTuple):
     dropout: bool = False
     bias: bool = False
     aligned: bool = True
+    even_rank: bool = True
     whole: bool = True
     precision: str = "ieee"
     pdl: bool = False
+
+    def aligned_names(self, own: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
+        """The arguments that are multiples of 16: `own` tensors and sizes always are, what a call brings may be."""
+        if not self.aligned:
+            return own
+        return (*own, *given, "r") if self.even_rank else (*own, *given)
 
     @property
     def label(self) -> str:
@@ -46,5 +54,13 @@ class Kinds(NamedTuple):
         optional = ("plan", "dropout", "bias", "pdl")
         parts += [name for name in optional if getattr(self, name)]
         parts += [f"{name} {_SHORT[kind]}" for name, kind in (("gate", self.gate), ("scaling", self.scaling)) if kind]
-        parts += [word for word, flag in (("unaligned", not self.aligned), ("ragged", not self.whole)) if flag]
+        parts += [
+            word
+            for word, flag in (
+                ("unaligned", not self.aligned),
+                ("odd rank", not self.even_rank),
+                ("ragged", not self.whole),
+            )
+            if flag
+        ]
         return ", ".join([*parts, self.precision] if self.x is torch.float32 else parts)

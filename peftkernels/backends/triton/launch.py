@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peftkernels.backends.triton.kinds import Kinds
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_INTERPRETER = threading.Lock()
+_INTERPRETER, _LOADING = threading.Lock(), threading.Lock()
+_KERNELS: dict[tuple[Any, ...], CompiledKernel] = {}
 
 TYPES = {
     torch.float64: "fp64",
@@ -94,8 +95,8 @@ class Variant:
         self.options = dict(options or {})
         self.wgmma = wgmma
         self.label = label
-        self._loaded: dict[int, Callable[..., None]] = {}
-        self._tail = tuple(self.constants.values())
+        self._loaded: dict[int, CompiledKernel] = {}
+        self._constants = tuple(self.constants.values())
 
     @property
     def name(self) -> str:
@@ -126,10 +127,35 @@ class Variant:
                 self.function[(programs,)](*arguments, **self.constants)
             return
         device = torch.cuda.current_device()
-        compiled = self._loaded.get(device)
-        if compiled is None:
-            compiled = self._loaded[device] = self.compile(torch.cuda.get_device_capability(device))
-        compiled[(programs, 1, 1)](*arguments, *self._tail)  # type: ignore[index]
+        compiled = self._loaded.get(device) or self._load(device)
+        hooks = triton.knobs.runtime
+        if getattr(hooks.launch_enter_hook, "calls", hooks.launch_enter_hook) or getattr(
+            hooks.launch_exit_hook, "calls", hooks.launch_exit_hook
+        ):
+            compiled[(programs, 1, 1)](*arguments, *self._constants)
+            return
+        # What subscription does, without what it prepares for hooks that nobody set.
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *arguments, *self._constants,
+        )  # fmt: skip
+
+    def _load(self, device: int) -> CompiledKernel:
+        """The kernel in the device's memory. Once there it stays: work that is queued or captured may need it."""
+        key = (device, self.function, *map(repr, (self.types, self.constants, self.aligned, self.options)))
+        with _LOADING:
+            compiled = _KERNELS.get(key)
+            if compiled is None:
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        f"{self.name} was not called yet, and kernels cannot be loaded while a CUDA graph is captured: "
+                        "make one call of the same shapes and options before the capture"
+                    )
+                compiled = _KERNELS[key] = self.compile(torch.cuda.get_device_capability(device))
+                compiled[(1, 1, 1)]  # loads it; nothing is launched before arguments come
+            self._loaded[device] = compiled
+        return compiled
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,10 +23,11 @@ def rows_of(tensor: Tensor) -> Tensor:
     row_stride, column_stride = rows.stride()
     if column_stride == 1 and columns <= row_stride <= _LARGEST:
         return rows
-    return rows.contiguous() if not rows.is_contiguous() or row_stride < columns else rows
+    # One row may have any stride and count as contiguous.
+    return rows.contiguous().as_strided(rows.shape, (columns, 1))
 
 
-def is_aligned(tensors: tuple[Tensor, ...], *sizes: int) -> bool:
+def is_aligned(tensors: Iterable[Tensor], *sizes: int) -> bool:
     """Whether all tensors start at multiples of 16 bytes and all sizes are multiples of 16."""
     bits = 0
     for tensor in tensors:

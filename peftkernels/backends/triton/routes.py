@@ -130,6 +130,7 @@ def candidates(product: Product, capability: tuple[int, int]) -> list[Choice]:
 
 
 _forced: Choice | None = None
+_generation = 0
 
 
 @contextmanager
@@ -146,9 +147,9 @@ def forced(choice: Choice | None) -> Iterator[None]:
         _forced = before
 
 
-def current_override() -> Choice | None:
-    """What `forced` put in place."""
-    return _forced
+def state() -> tuple[Choice | None, int]:
+    """What choices depend on beside the call: plans that were made under another state are not used."""
+    return _forced, _generation
 
 
 def choose(product: Product, gpu: str, capability: tuple[int, int]) -> tuple[Choice, str]:
@@ -206,6 +207,8 @@ def table_of(gpu: str) -> Table | None:
 
 def forget_tables() -> None:
     """Read tables anew at the next choice: for the tuner, which has just written one."""
+    global _generation
+    _generation += 1
     table_of.cache_clear()
     _from_table.cache_clear()
 

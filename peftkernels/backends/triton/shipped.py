@@ -47,6 +47,7 @@ def variants(capability: tuple[int, int]) -> Iterator[Variant]:
 def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> Iterator[Variant]:
     if tile.kind == tiles.DECODE_TILE:
         yield decode.variant(plain, tile, 16, False)
+        yield decode.variant(plain._replace(factor=torch.float32), tile, 16, True)
         yield decode.variant(everything, tile, decode.MOST_PLACES, True)
     elif tile.kind == TMA:
         yield gemm.tma_variant(everything, tile, False)

@@ -114,6 +114,6 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
         "DEPENDENTS": kinds.pdl,
     }
     outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")
-    aligned = (*outputs, "x_ptr", "a_ptr", "K", "stride_x") if kinds.aligned else outputs
+    aligned = kinds.aligned_names(outputs, ("x_ptr", "a_ptr", "b_ptr", "K", "stride_x"))
     label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' split' * split}{' pack' * pack}"
     return Variant(shrink, types, constants, aligned=aligned, options=options(warps, 4), label=label)

@@ -34,6 +34,17 @@ class Tile:
     stages: int
 
     @property
+    def programs(self) -> int:
+        """Programs of a TMA kernel that one multiprocessor holds at once: one's stores hide behind another's steps.
+
+        Of 227 KiB of shared memory, the stages of both operands and half the tile on its way out; two at the most,
+        which registers allow for tiles of up to 128 × 128.
+        """
+        shared = self.stages * (self.rows + self.columns) * self.depth * 2 + self.rows * self.columns
+        fits = 227 * 1024 // (shared + 2048)
+        return 2 if fits >= 2 and self.rows * self.columns <= 128 * 128 else 1
+
+    @property
     def name(self) -> str:
         """As tables and messages write it, `tma-128x256x64-8w-3s`; `tile(name)` reads it back."""
         return f"{self.kind}-{self.rows}x{self.columns}x{self.depth}-{self.warps}w-{self.stages}s"
@@ -54,6 +65,7 @@ _TMA = (
     Tile(TMA, 128, 256, 64, 8, 4),
     Tile(TMA, 128, 256, 64, 8, 3),
     Tile(TMA, 128, 128, 64, 8, 4),
+    Tile(TMA, 128, 128, 64, 8, 3),
     Tile(TMA, 64, 256, 64, 4, 3),
     Tile(TMA, 128, 64, 64, 4, 4),
     Tile(TMA, 64, 128, 64, 4, 4),
@@ -67,7 +79,7 @@ _POINTER = (
 )
 _DECODE = (
     Tile(DECODE_TILE, 16, 16, 128, 4, 4),
-    Tile(DECODE_TILE, 16, 32, 128, 4, 4),
+    Tile(DECODE_TILE, 16, 32, 128, 4, 5),
     Tile(DECODE_TILE, 16, 64, 128, 4, 3),
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
@@ -76,7 +88,7 @@ _POINTER_FP32 = (
     Tile(POINTER, 64, 64, 32, 8, 3),
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
-_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 64, 4, 4),)
+_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 64, 4, 3),)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Blocks:
     shrink_places: int = 64
     fewest_steps: int = 16
     column_rows: int = 64
-    column_columns: int = 128
+    column_columns: int = 256
     column_places: int = 64
     finish_rows: int = 32
     pack: int = 128
