@@ -152,8 +152,9 @@ class Variant:
                         f"{self.name} was not called yet, and kernels cannot be loaded while a CUDA graph is captured: "
                         "make one call of the same shapes and options before the capture"
                     )
-                compiled = _KERNELS[key] = self.compile(torch.cuda.get_device_capability(device))
+                compiled = self.compile(torch.cuda.get_device_capability(device))
                 compiled[(1, 1, 1)]  # loads it; nothing is launched before arguments come
+                _KERNELS[key] = compiled
             self._loaded[device] = compiled
         return compiled
 
