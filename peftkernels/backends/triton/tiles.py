@@ -84,11 +84,10 @@ _DECODE = (
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _POINTER_FP32 = (
-    Tile(POINTER, 128, 64, 16, 8, 3),
     Tile(POINTER, 64, 64, 32, 8, 3),
     Tile(POINTER, 16, 64, 64, 4, 3),
 )
-_DECODE_FP32 = (Tile(DECODE_TILE, 16, 16, 64, 4, 3),)
+_DECODE_FP32 = (Tile(DECODE_TILE, 16, 32, 32, 4, 4),)
 
 
 @dataclass(frozen=True)
