@@ -246,15 +246,17 @@ def lora_linear(
     scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
 
     if (
-        (torch.is_grad_enabled()
-        and (
-            x.requires_grad
-            or lora_A.requires_grad
-            or lora_B.requires_grad
-            or weight.requires_grad
-            or (gate is not None and gate.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ))
+        (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or lora_A.requires_grad
+                or lora_B.requires_grad
+                or weight.requires_grad
+                or (gate is not None and gate.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            )
+        )
         # Kernels drop the tangents of forward-mode differentiation; the boundary refuses inputs that have one.
         or (forward_ad._current_level >= 0 and chosen in _KERNELS and not is_dynamo_compiling())
     ):

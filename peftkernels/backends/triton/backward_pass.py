@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from peftkernels import _ops
-from peftkernels.backends.triton import columns, dropout, expand, finish, gemm, routes
-from peftkernels.backends.triton.forward_pass import multiply, route
+from peftkernels.backends.triton import columns, dropout, expand, finish, routes
+from peftkernels.backends.triton.frozen_product import TailProduct, plan_tail, route
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
 from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
-from peftkernels.backends.triton.tiles import TMA, Blocks, Tile, blocks_for, tile
+from peftkernels.backends.triton.tiles import Blocks, blocks_for, tile
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ class _Plan:
     grad_B: Variant | None
     grad_A: Variant | None
     bits: Variant | None
-    tile: Tile | None
-    product: Variant | None
-    programs: int
+    tail: TailProduct | None
     expand: Variant | None
 
 
@@ -88,20 +86,11 @@ def _plan(
     needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
     # A as it lies will do where its rows are already what the tail reads.
     packs = needs_x and (kinds.plan or kinds.factor is not kinds.x or r % 16 != 0)
-    taken: Tile | None = None
-    product, programs = None, 0
+    tail = None
     if needs_x:
         choice = route(kinds, device, routes.BACKWARD, m, n, k, plain_weight)
         if choice.route != routes.LIBRARY:
-            taken = tile(choice.tile)
-            tiles = -(-m // taken.rows) * -(-k // taken.columns)
-            if taken.kind == TMA:
-                product, programs = (
-                    gemm.tma_variant(kinds, taken, True),
-                    min(tiles, multiprocessors(device) * taken.programs),
-                )
-            else:
-                product, programs = gemm.pointer_variant(kinds, taken, True, n % taken.depth == 0), tiles
+            tail = plan_tail(kinds, device, tile(choice.tile), m, n, k, transposed=True)
     planned = functools.partial(_plan_columns, kinds, blocks, device, m)
     return _Plan(
         width(r),
@@ -114,10 +103,8 @@ def _plan(
         finish.grad_B_variant(kinds, blocks, places, needs_B, needs_gate) if needs_sums else None,
         finish.grad_A_variant(kinds, blocks, places, needs_A, needs_gate) if needs_A or needs_gate else None,
         dropout.bits_variant(kinds) if kinds.dropout and needs_H else None,
-        taken,
-        product,
-        programs,
-        expand.variant(kinds) if needs_x and product is None and kinds.dropout else None,
+        tail,
+        expand.variant(kinds) if needs_x and tail is None and kinds.dropout else None,
     )
 
 
@@ -347,11 +334,8 @@ def _grad_x(
     r: int,
 ) -> None:
     """∂x (M, K) = G·W + drop'(left·right)."""
-    if plan.product is not None:
-        multiply(
-            plan.product, plan.programs, plan.tile, grads, weight, grad_x, None, left, right, bits, counts,
-            keep_scale, r, True,
-        )  # fmt: skip
+    if plan.tail is not None:
+        plan.tail(grads, weight, grad_x, None, left, right, bits, counts, keep_scale, r)
         return
     torch.mm(grads, weight, out=grad_x)
     if plan.expand is None:

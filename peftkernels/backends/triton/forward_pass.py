@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels.backends.triton import decode, finish, gemm, routes, shrink, single
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import (
-    INTERPRETED,
-    Variant,
-    capability,
-    descriptor_of,
-    gpu_name,
-    multiprocessors,
-    overlaps,
+from peftkernels.backends.triton import decode, finish, routes, shrink, single
+from peftkernels.backends.triton.frozen_product import (
+    TailProduct,
+    descriptors,
+    plan_tail,
+    resident_programs,
+    route,
 )
+from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
 from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.tiles import TMA, Tile, blocks_for, tile
@@ -40,14 +39,15 @@ class _Shrink:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launches of a call and what they need."""
+    """The launches of a call: `whole` alone (decode, single), or the shrink and `tail`, the library without a tail."""
 
     choice: routes.Choice
-    tile: Tile | None
     width: int
-    shrink: _Shrink | None
-    product: Variant | None
-    programs: int
+    shrink: _Shrink | None = None
+    tail: TailProduct | None = None
+    whole: Variant | None = None
+    tile: Tile | None = None
+    programs: int = 0
 
 
 def _plan_shrink(kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: int, keep: bool) -> _Shrink:
@@ -89,50 +89,20 @@ def _plan(
 ) -> _Plan:
     choice = route(kinds, device, routes.FORWARD, m, n, k, plain_weight)
     if choice.route == routes.LIBRARY:
-        return _Plan(choice, None, width(r), _plan_shrink(kinds, device, m, n, k, r, keep), None, 0)
+        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep))
     taken = tile(choice.tile)
-    tiles = -(-m // taken.rows) * -(-n // taken.columns)
-    resident = min(tiles, multiprocessors(device) * taken.programs)
-    even = k % taken.depth == 0
+    if choice.route == routes.TAIL:
+        tail = plan_tail(kinds, device, taken, m, n, k, transposed=False)
+        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep), tail)
     if choice.route == routes.DECODE:
-        variant = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
-        return _Plan(choice, taken, width(r), None, variant, -(-n // taken.columns))
-    if choice.route == routes.SINGLE:
-        blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, single.MOST_PLACES)
-        if taken.kind == TMA:
-            variant = single.tma_variant(kinds, blocks, taken, places, keep)
-        else:
-            variant = single.pointer_variant(kinds, blocks, taken, places, keep, even)
-        return _Plan(choice, taken, width(r), None, variant, resident)
-    shrinking = _plan_shrink(kinds, device, m, n, k, r, keep)
+        whole = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
+        return _Plan(choice, width(r), whole=whole, tile=taken, programs=-(-n // taken.columns))
+    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, single.MOST_PLACES)
     if taken.kind == TMA:
-        return _Plan(choice, taken, width(r), shrinking, gemm.tma_variant(kinds, taken, False), resident)
-    return _Plan(choice, taken, width(r), shrinking, gemm.pointer_variant(kinds, taken, False, even), tiles)
-
-
-def route(
-    kinds: Kinds, device: torch.device, direction: str, m: int, n: int, k: int, plain_weight: bool
-) -> routes.Choice:
-    """The choice that serves a call: the table's, or the library where a view's layout rules it out.
-
-    RuntimeError where a forced choice cannot serve.
-    """
-    product = routes.Product(direction, str(kinds.x).removeprefix("torch."), m, n, k)
-    choice, reason = routes.choose(product, gpu_name(device), capability(device))
-    if choice.route == routes.LIBRARY:
-        return choice
-    forced = reason == routes.FORCED
-    obstacle = None
-    if not plain_weight:
-        obstacle = "the weight's rows are not contiguous"
-    elif not kinds.aligned and (tile(choice.tile).kind == TMA or not forced):
-        # Pointers serve any alignment, element by element: slower than the library, right where they are asked for.
-        obstacle = "an operand is not aligned to 16 bytes"
-    if obstacle is None:
-        return choice
-    if forced:
-        raise RuntimeError(f"choice {str(choice)!r} cannot serve this call: {obstacle}")
-    return routes.Choice(routes.LIBRARY)
+        whole = single.tma_variant(kinds, blocks, taken, places, keep)
+    else:
+        whole = single.pointer_variant(kinds, blocks, taken, places, keep, k % taken.depth == 0)
+    return _Plan(choice, width(r), whole=whole, tile=taken, programs=resident_programs(device, taken, m, n))
 
 
 def _shrink_and_pack(
@@ -280,63 +250,28 @@ def _run(
     saved: Tensor | None,
 ) -> Tensor:
     (m, k), (n, r) = rows.shape, lora_B.shape
-    numbers = (scaling, keep_scale, least, m, n, k, r, plan.width, rows.stride(0))
-    if plan.shrink is None:
-        assert plan.product is not None and plan.tile is not None
-        y = rows.new_empty((m, n))
+    if plan.whole is not None:
+        assert plan.tile is not None
+        numbers = (scaling, keep_scale, least, m, n, k, r, plan.width, rows.stride(0))
         factors = (lora_A, lora_B, order, counts, gate, scaling_tensor, seed, saved)
+        y = rows.new_empty((m, n))
         if plan.choice.route == routes.DECODE:
-            plan.product(plan.programs, rows, weight, bias, *factors, y, *numbers)
+            plan.whole(plan.programs, rows, weight, bias, *factors, y, *numbers)
             return y
         left = rows.new_empty((m, plan.width))
         # The next ticket, then the pieces done in each row block.
         progress = torch.zeros(1 + -(-m // plan.tile.rows), dtype=torch.int32, device=rows.device)
         if plan.tile.kind == TMA:
-            descriptors = _descriptors(plan.tile, rows, weight, y, transposed=False)
-            plan.product(plan.programs, *descriptors, rows, bias, *factors, left, progress, *numbers)
+            x_w_y = descriptors(plan.tile, rows, weight, y, transposed=False)
+            plan.whole(plan.programs, *x_w_y, rows, bias, *factors, left, progress, *numbers)
         else:
-            plan.product(plan.programs, rows, weight, bias, *factors, left, progress, y, *numbers)
+            plan.whole(plan.programs, rows, weight, bias, *factors, left, progress, y, *numbers)
         return y
     left, right = _shrink_and_pack(
         plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved
     )
-    if plan.product is None:
-        y = F.linear(rows, weight, bias)
-        return y.addmm_(left, right.T)
+    if plan.tail is None:
+        return F.linear(rows, weight, bias).addmm_(left, right.T)
     y = rows.new_empty((m, n))
-    multiply(plan.product, plan.programs, plan.tile, rows, weight, y, bias, left, right, None, counts, 1.0, r, False)
+    plan.tail(rows, weight, y, bias, left, right, None, counts, 1.0, r)
     return y
-
-
-def _descriptors(tile: Tile, rows: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> list[object]:
-    blocks = gemm.descriptor_blocks(tile, transposed)
-    return [descriptor_of(tensor, block) for tensor, block in zip((rows, weight, y), blocks, strict=True)]
-
-
-def multiply(
-    product: Variant,
-    programs: int,
-    tile: Tile | None,
-    rows: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    bits: Tensor | None,
-    counts: Tensor | None,
-    keep_scale: float,
-    r: int,
-    transposed: bool,
-) -> None:
-    """Launch a GEMM with its tail: y = rows·Wop + left·right."""
-    assert tile is not None
-    (m, q), p = rows.shape, y.shape[1]
-    if tile.kind == TMA:
-        descriptors = _descriptors(tile, rows, weight, y, transposed)
-        product(programs, *descriptors, bias, left, right, bits, counts, keep_scale, m, p, q, r, left.shape[1])
-    else:
-        product(
-            programs, rows, weight, bias, left, right, bits, counts, y, keep_scale, m, p, q, r, left.shape[1],
-            rows.stride(0),
-        )  # fmt: skip
