@@ -5,7 +5,7 @@
 #     bench/run_gpu.sh [--smoke] [--tests PATH] [OUT_DIR]
 #
 # --smoke   the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
-# --tests   where the tests are (default: tests)
+# --tests   where the tests marked gpu are (default: tests/gpu)
 # OUT_DIR   default: peftkernels-bench-gpu
 #
 # PYTHON (default python3) is the interpreter whose torch is used; the package is used from this checkout.
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 usage() { sed -n '5,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 smoke=''
-tests=tests
+tests=tests/gpu
 out=''
 while [ $# -gt 0 ]; do
     case $1 in
