@@ -146,7 +146,7 @@ def test_what_cannot_be_done_here_is_said_and_fails_nothing(fake: Fake) -> None:
 
 def test_no_tests_are_no_failure_of_a_smoke_run_alone(fake: Fake) -> None:
     done = fake("--smoke", CODE_TESTS="5")
-    assert done.returncode == 0 and "gpu tests: none were collected in tests; nothing was tested" in done.stdout
+    assert done.returncode == 0 and "gpu tests: none were collected in tests/gpu; nothing was tested" in done.stdout
     assert "-m bench.gpu --out" in done.stdout and "--smoke --impl eager" in done.stdout
 
 
