@@ -20,8 +20,8 @@ from peftkernels import _ops
 from peftkernels.backends.triton import columns, dropout, expand, finish, routes
 from peftkernels.backends.triton.frozen_product import TailProduct, plan_tail, route
 from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
-from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
+from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
+from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.tiles import Blocks, blocks_for, tile
 
@@ -218,20 +218,7 @@ def _adapter_gradients(
     shrink = dense(shrink)
     tensors = [grads, weight, lora_A, lora_B, *(tensor for tensor in (rows, shrink) if tensor is not None)]
     strides = (grads.stride(0), 0 if rows is None else rows.stride(0))
-    kinds = Kinds(
-        grads.dtype,
-        lora_A.dtype,
-        None if gate is None else gate.dtype,
-        None if scaling_tensor is None else scaling_tensor.dtype,
-        counts is not None,
-        seed is not None,
-        False,
-        is_aligned(tensors, n, k, *strides),
-        r % 16 == 0,
-        k % 4 == 0,
-        fp32_precision(grads.dtype),
-        overlaps(grads.device),
-    )
+    kinds = kinds_of(grads, lora_A, gate, scaling_tensor, counts, seed, None, is_aligned(tensors, n, k, *strides))
     plan = _plan(kinds, grads.device, m, n, k, r, needs, weight.stride() == (k, 1), routes.state())
     least, keep_scale = dropped(dropout_p, seed)
     bits = None

@@ -18,8 +18,8 @@ from peftkernels.backends.triton.frozen_product import (
     route,
 )
 from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors, overlaps
-from peftkernels.backends.triton.operands import dense, dropped, fp32_precision, is_aligned, place, rows_of
+from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
+from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.tiles import TMA, Tile, blocks_for, tile
 
@@ -207,20 +207,8 @@ def forward(
             return F.linear(x, weight, bias), x.new_zeros((m, r)) if save_shrink else None
         rows = rows_of(x)
         lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
-        kinds = Kinds(
-            dtype,
-            lora_A.dtype,
-            None if gate is None else gate.dtype,
-            None if scaling_tensor is None else scaling_tensor.dtype,
-            rank_counts is not None,
-            dropout_seed is not None,
-            bias is not None,
-            is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0)),
-            r % 16 == 0,
-            k % 4 == 0,
-            fp32_precision(dtype),
-            overlaps(x.device),
-        )
+        aligned = is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0))
+        kinds = kinds_of(rows, lora_A, gate, scaling_tensor, rank_counts, dropout_seed, bias, aligned)
         plain_weight = weight.stride() == (k, 1)
         plan = _plan(kinds, x.device, m, n, k, r, save_shrink, plain_weight, routes.state())
         least, keep_scale = dropped(dropout_p, dropout_seed)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from peftkernels._autocast import without_autocast
 from peftkernels.backends.triton.dropout import threshold
+from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.launch import overlaps
 
 _LARGEST = 2**31 - 1
 NO_DROPOUT = (0, 1.0)
@@ -52,6 +54,34 @@ def fp32_precision(dtype: torch.dtype) -> str:
     if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def kinds_of(
+    rows: Tensor,
+    lora_A: Tensor,
+    gate: Tensor | None,
+    scaling_tensor: Tensor | None,
+    counts: Tensor | None,
+    seed: Tensor | None,
+    bias: Tensor | None,
+    aligned: bool,
+) -> Kinds:
+    """The call of which these are the operands, as the compiler sees it; rows: of x, or of G."""
+    r, k = lora_A.shape
+    return Kinds(
+        x=rows.dtype,
+        factor=lora_A.dtype,
+        gate=None if gate is None else gate.dtype,
+        scaling=None if scaling_tensor is None else scaling_tensor.dtype,
+        plan=counts is not None,
+        dropout=seed is not None,
+        bias=bias is not None,
+        aligned=aligned,
+        even_rank=r % 16 == 0,
+        whole=k % 4 == 0,
+        precision=fp32_precision(rows.dtype),
+        pdl=overlaps(rows.device),
+    )
 
 
 _HERE = nullcontext()
