@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.explain import explain_decision
 from peftkernels.allocation.hook import IdleWatch, run_after_step
+from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.orthogonality import orthogonality
 from peftkernels.allocation.plans import update_plans, zero_gates
 from peftkernels.allocation.protocol import FACTORS, GatedLayer, find_gated_layers
@@ -126,16 +127,51 @@ class AdaLoraAllocator:
         """The orthogonality term w/(2n)·Σ(‖A·Aᵀ-I‖_F + ‖Bᵀ·B-I‖_F) over the n layers, 0-dim, to be added to the loss.
 
         Masked ranks are included, as in peft, except DEAD ones (`compact=True` after the last allocation).
+        `add_regularization_gradient` does the same for less.
         """
         self._warn_if_idle()
         layers = list(self._layers.values())
         if self.settings.orth_reg_weight == 0:
             return torch.zeros((), device=layers[0].lora_A.device)
-        dead = self.settings.compact and self._averages is None
-        keep = self._keep.to(layers[0].lora_A.device).split(list(self._ranks.values())) if dead else None
-        return orthogonality(
-            [layer.lora_A for layer in layers], [layer.lora_B for layer in layers], self.settings.orth_reg_weight, keep
-        )
+        lora_A, lora_B = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+        return orthogonality(lora_A, lora_B, self.settings.orth_reg_weight, self._alive(lora_A[0].device))
+
+    @torch.no_grad()
+    def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
+        """Add `scale` times the gradient of `regularization()` to the factors' `.grad`; returns the term, 0-dim.
+
+        It does what adding the term to the loss does, in closed form and without an autograd graph:
+
+            loss(model, batch).backward()
+            allocator.add_regularization_gradient()
+            optimizer.step()
+
+        Call it once per optimizer step, after the last backward() and before gradients are clipped or the optimizer
+        steps; scale is the loss scale where gradients are scaled (`GradScaler.get_scale()`). `.grad` is created where
+        it is None, and factors that do not require a gradient are left alone.
+        """
+        self._warn_if_idle()
+        layers = list(self._layers.values())
+        weight = self.settings.orth_reg_weight
+        lora_A, lora_B = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+        device = lora_A[0].device
+        if weight == 0:
+            return torch.zeros((), device=device)
+        targets = []
+        for factor in (*lora_A, *lora_B):
+            if factor.requires_grad and factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            # What is added to a factor that is not trained goes nowhere.
+            own = factor.grad if factor.requires_grad else None
+            targets.append(torch.zeros_like(factor) if own is None else own)
+        kernels = kernels_for(device, lora_A[0].dtype)
+        return kernels.orthogonality(lora_A, lora_B, weight, self._alive(device), targets, scale)[0]
+
+    def _alive(self, device: torch.device) -> tuple[Tensor, ...] | None:
+        """The ranks that the orthogonality term covers, layer by layer; None for all of them."""
+        if self.settings.compact and self._averages is None:
+            return self._keep.to(device).split(list(self._ranks.values()))
+        return None
 
     def step(self, step: int | None = None) -> None:
         """Advance to optimizer step `step` (the next one when None), for loops without an optimizer hook.
