@@ -16,9 +16,10 @@ class DemoProgress:
 
     Args:
         total: size of the whole demo, in the units of ``begin``'s weight times size.
+        title: of the bar for all of it.
     """
 
-    def __init__(self, total: float, console: Console) -> None:
+    def __init__(self, total: float, console: Console, title: str = "whole demo") -> None:
         self._console = console
         self._live = console.is_terminal
         self._bars = Progress(
@@ -30,7 +31,7 @@ class DemoProgress:
             console=console,
             disable=not self._live,
         )
-        self._whole = self._bars.add_task("whole demo", total=total, note="", visible=self._live)
+        self._whole = self._bars.add_task(title, total=total, note="", visible=self._live)
         self._task: TaskID | None = None
         self._title, self._size, self._weight = "", 0, 1.0
         self._before, self._first, self._done = 0.0, 0, 0
