@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-LAYER, ALLOCATOR, TRAINING = "layer", "allocator", "training"
+LAYER, ALLOCATOR, STRATEGIES, TRAINING = "layer", "allocator", "strategies", "training"
 FORWARD, BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, BACKWARD)
 PROBE, DEAD = "PROBE", "DEAD"
@@ -48,8 +48,8 @@ MINILM_MODULES, LLAMA_MODULES = 36, 56
 class Case:
     """One measurement.
 
-    operator   LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; TRAINING: one
-               whole training step of `model`
+    operator   LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; STRATEGIES:
+               one step by each strategy; TRAINING: one whole training step of `model`
     direction  of a layer: FORWARD without gradients, or BACKWARD: forward, then ∂x and every adapter gradient
     K, N, M    inputs and outputs of the layer, rows of x; M is the tokens of a training step's batch
     r          ranks of the adapter
@@ -81,8 +81,8 @@ class Case:
     @property
     def id(self) -> str:
         """A stable name: `forward/768x3072/M512/r16/fp32`, with what departs from the usual behind it."""
-        if self.operator == ALLOCATOR:
-            return f"allocator/{self.modules}-modules/{self.K}x{self.N}/r{self.r}"
+        if self.operator in (ALLOCATOR, STRATEGIES):
+            return f"{self.operator}/{self.modules}-modules/{self.K}x{self.N}/r{self.r}"
         if self.operator == TRAINING:
             return f"training/{self.model}/M{self.M}/{self.modules}-modules"
         parts = [self.direction, f"{self.K}x{self.N}", f"M{self.M}", f"r{self.r}", self.dtype]
@@ -163,6 +163,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "dropout": tuple(_layers((*MIDDLES, (2048, 2048)), TRAINING_TOKENS, dropout=0.1)),
     "bias": tuple(_layers(bias=False)),
     "allocator": tuple(Case(ALLOCATOR, K=768, N=768, r=12, modules=modules) for modules in ALLOCATOR_MODULES),
+    "strategies": (Case(STRATEGIES, K=768, N=768, r=12, modules=MINILM_MODULES),),
     "training": (
         training_case("minilm", 1024, MINILM_MODULES),
         training_case("minilm", 2048, MINILM_MODULES),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import data, lineup
-from .cases import ALLOCATOR, TRAINING, Case
+from .cases import ALLOCATOR, STRATEGIES, TRAINING, Case
 from .roofline import ASSUMED, Peaks, work
 from .timing import TURN_SECONDS, WINDOW_SECONDS, Effort
 
@@ -65,6 +65,9 @@ def estimate(case: Case, extent: lineup.Extent = lineup.USUAL, peaks: Peaks = AS
     """What measuring the case will take."""
     if case.operator == ALLOCATOR:
         return Estimate(0.02 * case.modules, 2 * max(TURN_SECONDS, 3 * _ALLOCATOR_STEP * case.modules))
+    if case.operator == STRATEGIES:
+        count = len(lineup.contestants(case))
+        return Estimate(0.02 * case.modules, count * max(TURN_SECONDS, 2 * _ALLOCATOR_STEP * case.modules))
     if case.operator == TRAINING:
         once = _TRAINING_ROUND[case.model] * case.M
         return Estimate(_TRAINING_SETUP_SECONDS + _TRAINING_SETUP_ROUNDS * once, once)

@@ -135,6 +135,20 @@ def test_allocators_take_the_same_decisions_and_a_difference_is_caught() -> None
         other.verify()
 
 
+def test_strategies_keep_their_budget_and_one_that_does_not_is_caught() -> None:
+    from peftkernels.bench.strategies import StrategyBench
+
+    case = Case("strategies", K=24, N=16, r=4, modules=3)
+    bench = StrategyBench(case)
+    assert list(bench.contestants) == list(lineup.contestants(case))
+    bench.verify()
+    for name in bench.contestants:
+        bench.turn(name, 0, 2)
+    bench._allocators["gate"].statistics.select = lambda scores, step: (scores >= 0, scores[:1])  # type: ignore[method-assign]
+    with pytest.raises(WrongResultError, match=r"gate keeps 12 ranks, expected 6; nothing was timed"):
+        bench.verify()
+
+
 def test_a_measured_case_has_a_row_for_each_contestant() -> None:
     from made_up import ORIGIN
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+SPEED_PERIOD = 600.0
 
 
 class DemoProgress:
@@ -30,6 +31,8 @@ class DemoProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not self._live,
+            # One unit of a comparison, a whole training, takes longer than the half minute that is usual here.
+            speed_estimate_period=SPEED_PERIOD,
         )
         self._whole = self._bars.add_task(title, total=total, note="", visible=self._live)
         self._task: TaskID | None = None
