@@ -68,7 +68,7 @@ def comparison() -> dict[str, Any]:
         "machine": {"processor": "a processor", "system": "kept out"},
         "arguments": {"--steps": 100, "--batch-size": 32, "--max-tokens": 32, "--threads": 1},
         "seeds": [0, 1],
-        "design": {"initial_rank": 6, "target_rank": 2, "delta_t": 1},
+        "design": {"initial_rank": 6, "target_rank": 2, "delta_t": 1, "tuning_seeds": [1000]},
         "data": {"labels": ["a", "b"], "training_texts": 80, "test_texts": 20},
         "tuning": dict.fromkeys(names, tuned),
         "contestants": dict(zip(names, rows, strict=True)),

@@ -70,6 +70,9 @@ def test_the_level_is_reached_by_the_mean_of_the_last_steps() -> None:
     assert steps_to_level(losses, 0.9) is None
 
 
+DESIGN = {"tuning_seeds": [1000]}
+
+
 def row(difference: tuple[float, float, float] | None, *, chooses: bool = True) -> dict[str, Any]:
     """As in comparison.json, as far as words need it."""
     names = ("mean", "low", "high")
@@ -86,7 +89,7 @@ def words(**rows: dict[str, Any]) -> str:
     """The findings of a comparison with these contestants beside the baseline."""
     trials = {"trials": [{}] * 6, "at_edge": []}
     every = {"fixed": row(None, chooses=False), **rows}
-    return "\n".join(findings({"contestants": every, "tuning": dict.fromkeys(every, trials)}))
+    return "\n".join(findings({"contestants": every, "tuning": dict.fromkeys(every, trials), "design": DESIGN}))
 
 
 def test_who_does_not_beat_fixed_rank_is_said() -> None:
@@ -107,7 +110,7 @@ def test_who_beats_fixed_rank_is_said() -> None:
 
 def test_a_choice_at_the_edge_of_the_grid_is_said() -> None:
     tuning = {"fixed": {"trials": [{}] * 6, "at_edge": ["learning_rate"]}}
-    found = findings({"contestants": {"fixed": row(None, chooses=False)}, "tuning": tuning})
+    found = findings({"contestants": {"fixed": row(None, chooses=False)}, "tuning": tuning, "design": DESIGN})
     assert "tuned with 6 trials" in found[-1] and "beyond it: fixed (learning rate)." in found[-1]
 
 

@@ -62,9 +62,11 @@ class Design:
 
     initial_rank               ranks per adapted matrix at the start of a falling budget
     target_rank, delta_t       what strategies are compared at
-    learning_rates, scales     the grid that every contestant is tuned on
+    learning_rates, scales     the grid that every contestant is tuned on: wide enough for plain factors, which start at
+                               zero and learn at 0.001 to 0.003, and for gated ones, products of three small factors,
+                               which need more
     tuning_seeds               not used by the comparison itself
-    target_ranks, delta_ts     the grid of the sensitivity
+    target_ranks, delta_ts     sensitivity: each is varied while the other stays
     sensitivity_seeds          how many of the comparison's seeds it uses, from the first on
     loss_level                 convergence: this share of ln(labels), what guessing costs
     orthogonality_weight       of every contestant with gates
@@ -73,7 +75,7 @@ class Design:
     initial_rank: int = 6
     target_rank: int = 2
     delta_t: int = 1
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     scales: tuple[float, ...] = (2.0, 8.0)
     tuning_seeds: tuple[int, ...] = (1000,)
     target_ranks: tuple[int, ...] = (1, 2, 4)
@@ -92,10 +94,12 @@ class Design:
             yield Setting(learning_rate, scale, self.target_rank, self.delta_t)
 
     def sensitivity_grid(self, chosen: Setting, *, adaptive: bool) -> Iterator[Setting]:
-        """The settings around ``chosen``, itself among them; fixed ranks know no delta_t."""
-        for target_rank, delta_t in itertools.product(self.target_ranks, self.delta_ts):
-            if adaptive or delta_t == chosen.delta_t:
-                yield replace(chosen, target_rank=target_rank, delta_t=delta_t)
+        """``chosen`` and the settings that differ from it in one of both; fixed ranks know no delta_t."""
+        for target_rank in self.target_ranks:
+            yield replace(chosen, target_rank=target_rank)
+        for delta_t in self.delta_ts if adaptive else ():
+            if delta_t != chosen.delta_t:
+                yield replace(chosen, delta_t=delta_t)
 
 
 FULL = Design()

@@ -26,7 +26,7 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
             f"Intervals are 95 % t intervals over {seeds} seeds, each for its strategy alone: of twenty true zeros one "
             "is expected to look like a difference. Seeds draw their splits from the same texts."
         )
-    return [*found, _tuning(comparison["tuning"])]
+    return [*found, _tuning(comparison)]
 
 
 def _against(rows: Mapping[str, Any], figure: str, other: str) -> list[str]:
@@ -68,10 +68,14 @@ def _signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def _tuning(tuning: Mapping[str, Any]) -> str:
+def _tuning(comparison: Mapping[str, Any]) -> str:
+    tuning, seeds = comparison["tuning"], len(comparison["design"]["tuning_seeds"])
     edges = {name: row["at_edge"] for name, row in tuning.items() if row["at_edge"]}
     trials = len(next(iter(tuning.values()))["trials"])
-    text = f"Every contestant was tuned with {trials} trials on the same grid, by accuracy on validation texts."
+    text = (
+        f"Every contestant was tuned with {trials} trials on the same grid, by accuracy on validation texts of "
+        f"{'one split' if seeds == 1 else f'{seeds} splits'}."
+    )
     if edges:
         listed = "; ".join(f"{name} ({', '.join(what).replace('_', ' ')})" for name, what in edges.items())
         text += f" Chosen at an edge of the grid, so that a better value may lie beyond it: {listed}."
