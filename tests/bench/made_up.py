@@ -80,5 +80,5 @@ def comparison() -> dict[str, Any]:
             "disturbed": False,
             "threads": 2,
         },
-        "trainings": {"count": 20, "seconds": 7200.0},
+        "trainings": {"count": 20, "processor_seconds": 7200.0},
     }

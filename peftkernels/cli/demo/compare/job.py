@@ -119,8 +119,11 @@ def _run(
         "timing": timing,
         "trainings": {
             "count": len({*tuning, *compared, *around}),
-            "seconds": sum(
-                sum(store.finished(trial)[part] for part in ("training_seconds", "evaluation_seconds"))
+            "processor_seconds": sum(
+                sum(
+                    store.finished(trial)[part]
+                    for part in ("training_processor_seconds", "evaluation_processor_seconds")
+                )
                 for trial in {*tuning, *compared, *around}
             ),
         },
@@ -166,7 +169,7 @@ def _print(comparison: dict[str, Any], out: Path) -> None:
     trainings, timing = comparison["trainings"], comparison["timing"]
     console.print(
         f"- {trainings['count']} trainings of {comparison['arguments']['--threads']} thread each took "
-        f"{trainings['seconds'] / 60:.0f} minutes of processor time together. Step times: {torch.get_num_threads()} "
+        f"{trainings['processor_seconds'] / 60:.0f} minutes of processor time together. Step times: {torch.get_num_threads()} "
         f"threads, medians of {timing['rounds']} rounds, ratios within a round.",
         highlight=False,
         markup=False,
