@@ -79,8 +79,8 @@ def _provenance(comparison: Mapping[str, Any]) -> str:
         f"{arguments['--steps']} steps of {arguments['--batch-size']} texts of at most {arguments['--max-tokens']} "
         f"tokens; {data['training_texts']} training and {data['test_texts']} test texts, {len(data['labels'])} labels; "
         f"{design['initial_rank']} → {design['target_rank']} ranks a matrix, seeds {comparison['seeds'][0]} to "
-        f"{comparison['seeds'][-1]}; {trainings['count']} trainings, {trainings['processor_seconds'] / 3600:.1f} hours of "
-        f"processor time. Step times: {timing['rounds']} paired rounds with {timing['threads']} threads, "
+        f"{comparison['seeds'][-1]}; {trainings['count']} trainings, {trainings['processor_seconds'] / 3600:.1f} "
+        f"hours of processor time. Step times: {timing['rounds']} paired rounds with {timing['threads']} threads, "
         f"{timing['discarded']} disturbed ones left out"
         + (", the machine was never quiet" if timing["disturbed"] else "")
         + f". {machine['processor']}, torch {comparison['versions']['torch']}, {comparison['date'][:10]}."

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from peftkernels.cli.demo.checkpoint import write_json
@@ -169,8 +168,8 @@ def _print(comparison: dict[str, Any], out: Path) -> None:
     trainings, timing = comparison["trainings"], comparison["timing"]
     console.print(
         f"- {trainings['count']} trainings of {comparison['arguments']['--threads']} thread each took "
-        f"{trainings['processor_seconds'] / 60:.0f} minutes of processor time together. Step times: {torch.get_num_threads()} "
-        f"threads, medians of {timing['rounds']} rounds, ratios within a round.",
+        f"{trainings['processor_seconds'] / 60:.0f} minutes of processor time together. Step times: "
+        f"{timing['threads']} threads, medians of {timing['rounds']} rounds, ratios within a round.",
         highlight=False,
         markup=False,
     )
