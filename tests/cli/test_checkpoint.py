@@ -9,7 +9,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from peftkernels.cli.demo.checkpoint import ARGUMENTS, RESULTS, TRAINING, Store, write_atomically, write_json
+from peftkernels._files import write_atomically
+from peftkernels.cli.demo.checkpoint import ARGUMENTS, RESULTS, TRAINING, Store, write_json
 from peftkernels.cli.demo.errors import InputError
 
 GIVEN = {"--seed": 0, "--steps": 30, "recipe": {"lora_rank": 8}}

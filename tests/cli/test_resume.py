@@ -18,11 +18,11 @@ RUNS = "lora,adalora,peft-adalora"
 # Trains as the command does, and kills itself without warning at the n-th call of the function named.
 KILLED = """
 import os, signal, sys
-from peftkernels.cli.demo import checkpoint, runs
+from peftkernels.cli.demo import runs
 from peftkernels.cli.main import main
 
 where, calls = sys.argv[1], int(sys.argv[2])
-owner, name = {"step": (runs.Run, "step"), "replace": (checkpoint.os, "replace")}[where]
+owner, name = {"step": (runs.Run, "step"), "replace": (os, "replace")}[where]
 original = getattr(owner, name)
 
 def counted(*arguments, **options):

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from peftkernels._files import write_atomically
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.builders import build
-from peftkernels.cli.demo.checkpoint import write_atomically
 from peftkernels.cli.demo.model import TextClassifier, load_encoder, mean_pool
 from peftkernels.cli.demo.prepare import Prepared
 from peftkernels.cli.demo.requirements import has_peft
