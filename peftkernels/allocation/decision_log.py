@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from peftkernels._files import write_atomically
-from peftkernels.allocation.log_lines import LOG_FORMAT, RANKS, START, Entry, LogError, encode, scan
+from peftkernels.allocation.log_lines import LOG_FORMAT, RANKS, START, Entry, LogError, encode, read_start, scan
 
 
 class DecisionLog:
@@ -22,8 +22,8 @@ class DecisionLog:
     `Observer` says what each field holds; infinite numbers are the strings "inf" and "-inf". `read_log` reads it.
 
     path   where to write; its directory is made. A log that is there already is continued when a run resumed at step s
-           starts: what lies after s is dropped, so that the file ends as that of a run never interrupted, to the byte.
-           A run that starts at step 0 thus starts its log anew.
+           logs something: what lies after s is dropped, so that the file ends as that of a run never interrupted, to
+           the byte. A run that starts at step 0 thus starts its log anew, unless it loads a saved state first.
     every  log a decision only when at least so many steps have passed since the last one logged. `close` adds the last
            decision that was left out, so that the log ends with the final ranks.
 
@@ -45,37 +45,33 @@ class DecisionLog:
             raise ValueError(f"path: found the directory {self.path}, expected a file or nothing")
         self.every = every
         self._file: BinaryIO | None = None
+        self._start: tuple[bytes, int, int | None] | None = None
         self._names: list[str] = []
         self._last: int | None = None
         self._left_out: tuple[int, bytes] | None = None
 
     def started(self, facts: Mapping[str, Any]) -> None:
-        """Begin the log, or continue it from step `facts["step"]`."""
+        """Take note of the run, and of the step that it goes on from; the file is opened when something is logged."""
         self._release()
-        step = facts["step"]
-        start = {"event": START, "step": step, "format": LOG_FORMAT, "every": self.every, **facts}
+        start = {"event": START, "step": facts["step"], "format": LOG_FORMAT, "every": self.every, **facts}
         start.pop("rollbacks", None)
         line = encode(start)
+        if self.path.exists():
+            _check_same_run(self.path, json.loads(line))
+        self._start = (line, facts["step"], facts.get("rollbacks"))
         self._names = [module["name"] for module in facts["modules"]]
         self._last = self._left_out = None
-        kept = self._kept_of_earlier(json.loads(line), step, facts.get("rollbacks"))
-        content = self.path.read_bytes() if kept else b""
-        parts = [content[entry.begin : entry.end] for entry in self._thinned(kept, content)]
-        whole = b"".join(parts) if kept else line
-        if whole != content or not kept:
-            write_atomically(self.path, lambda file: file.write(whole))
-        self._file = self.path.open("ab", buffering=0)
 
     def decided(
         self,
         step: int,
         budget: float,
-        threshold: float,
+        thresholds: Sequence[float],
         scores: Sequence[Sequence[float]],
         kept: Sequence[Sequence[bool]],
     ) -> None:
         """Log a decision, unless the last one logged is fewer than `every` steps back."""
-        for name, value in (("scores", scores), ("kept", kept)):
+        for name, value in (("thresholds", thresholds), ("scores", scores), ("kept", kept)):
             if len(value) != len(self._names):
                 raise ValueError(f"{name}: found {len(value)} modules, expected {len(self._names)}")
         content = b"".join(
@@ -90,8 +86,9 @@ class DecisionLog:
                     "budget": budget,
                 }
             )
-            for name, own, keeps in zip(self._names, scores, kept, strict=True)
+            for name, own, threshold, keeps in zip(self._names, scores, thresholds, kept, strict=True)
         )
+        self._open()
         if self._is_due(step):
             self._append(content)
             self._last, self._left_out = step, None
@@ -117,8 +114,8 @@ class DecisionLog:
         """Log the last decision if `every` left it out, and close the file; does nothing when closed already."""
         if self._file is not None and self._left_out is not None:
             self._append(self._left_out[1])
-            self._left_out = None
         self._release()
+        self._start = self._left_out = None
 
     def __enter__(self) -> DecisionLog:
         return self
@@ -140,9 +137,23 @@ class DecisionLog:
             self._file.close()
             self._file = None
 
+    def _open(self) -> None:
+        """Begin the file, or cut it where the run goes on, unless that is done."""
+        if self._file is not None:
+            return
+        if self._start is None:
+            raise RuntimeError(f"the log {self.path} was not started, or is closed: started() comes first")
+        line, step, rollbacks = self._start
+        kept = self._kept_of_earlier(step, rollbacks)
+        content = self.path.read_bytes() if kept else b""
+        whole = b"".join(content[entry.begin : entry.end] for entry in self._thinned(kept, content)) or line
+        if whole != content:
+            write_atomically(self.path, lambda file: file.write(whole))
+        self._file = self.path.open("ab", buffering=0)
+
     def _append(self, content: bytes) -> None:
-        if self._file is None:
-            raise RuntimeError(f"the log {self.path} is not open: started() opens it, close() closes it")
+        self._open()
+        assert self._file is not None
         before = os.fstat(self._file.fileno()).st_size
         rest = memoryview(content)
         try:
@@ -153,25 +164,12 @@ class DecisionLog:
             os.ftruncate(self._file.fileno(), before)
             raise
 
-    def _kept_of_earlier(self, start: dict[str, Any], step: int, rollbacks: int | None) -> list[Entry]:
+    def _kept_of_earlier(self, step: int, rollbacks: int | None) -> list[Entry]:
         """The entries of the file up to `step`, none where the log begins here."""
         if not self.path.exists():
             return []
         entries, _ = scan(self.path)
-        if not entries:
-            if self.path.stat().st_size and not _torn_start(self.path):
-                raise LogError(f"{self.path}: found a file that is no decision log, expected one or nothing")
-            return []
-        earlier = entries[0].lines[0]
-        different = sorted(
-            name for name in earlier.keys() | start.keys() if name != "step" and earlier.get(name) != start.get(name)
-        )
-        if different:
-            raise LogError(
-                f"{self.path}: holds the log of another run, with other {', '.join(different)}; expected the same "
-                "run's or nothing: name another file, or move this one away"
-            )
-        if step < max(1, entries[0].step):
+        if not entries or step < max(1, entries[0].step):
             return []
         timeline = _timeline_of(entries, step) if rollbacks is None else rollbacks
         return [entry for entry in entries if (entry.timeline, entry.reached) <= (timeline, step)]
@@ -196,8 +194,15 @@ def _timeline_of(entries: list[Entry], step: int) -> int:
     return max((entry.timeline for entry in entries if entry.reached >= step), default=entries[-1].timeline)
 
 
-def _torn_start(path: Path) -> bool:
-    """Whether the file can be the beginning of a start line."""
-    begin = b'{"event": "start"'
-    content = path.read_bytes()
-    return content.startswith(begin) or begin.startswith(content)
+def _check_same_run(path: Path, start: dict[str, Any]) -> None:
+    """Raise LogError where the file is not a log with this start, the step apart, or the torn beginning of one."""
+    earlier = read_start(path)
+    if earlier is None:
+        return
+    names = sorted((earlier.keys() | start.keys()) - {"step"})
+    different = [name for name in names if earlier.get(name) != start.get(name)]
+    if different:
+        raise LogError(
+            f"{path}: holds the log of another run, with other {', '.join(different)}; expected the same run's or "
+            "nothing: name another file, or move this one away"
+        )

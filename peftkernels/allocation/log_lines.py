@@ -12,6 +12,8 @@ from typing import Any
 LOG_FORMAT = 1
 START = "start"
 RANKS = "ranks"
+# What every log begins with, as `encode` writes it.
+_BEGIN = b'{"event": "start"'
 
 
 class LogError(ValueError):
@@ -102,6 +104,21 @@ def scan(path: Path) -> tuple[list[Entry], bool]:
         entries.append(Entry(event, step, lines, index + 1 - len(lines), timeline, reached, begin, end))
         pending, begin = [], end
     return entries, begin < len(content)
+
+
+def read_start(path: Path) -> dict[str, Any] | None:
+    """The first line of a log; None where it is missing or torn. Raises LogError for a file that is no log."""
+    with path.open("rb") as file:
+        raw = file.readline()
+    if not raw.endswith(b"\n"):
+        if raw.startswith(_BEGIN) or _BEGIN.startswith(raw):
+            return None
+        raise LogError(f"{path}, line 1: found no start of a decision log, expected one")
+    line = _parse(path, 1, raw)
+    if line["event"] != START:
+        raise LogError(f"{path}, line 1: found the event {line['event']!r}, expected the start")
+    _module_names(path, 1, line)
+    return line
 
 
 def _parse(path: Path, index: int, raw: bytes) -> dict[str, Any]:

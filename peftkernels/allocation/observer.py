@@ -21,8 +21,7 @@ class Observer(Protocol):
             strategy   str, the strategy's name
             settings   its settings by name; numbers, strings, booleans, None, and lists and mappings of them
             modules    one mapping for each layer, in the order of all later lists: name, rank (its initial rank),
-                       in_features, out_features, group (str), and cost (float): what one of its ranks takes of the
-                       budget
+                       in_features, out_features, group (str) and cost (float, of the budget, for one of its ranks)
             unit       str, what the budget counts: "ranks", "parameters" or "microseconds"
             step       int, optimizer steps taken so far: 0, or where a saved run goes on
             rollbacks  int, how often the run was rolled back before that, 0 where it is left out
@@ -33,16 +32,17 @@ class Observer(Protocol):
         self,
         step: int,
         budget: float,
-        threshold: float,
+        thresholds: Sequence[float],
         scores: Sequence[Sequence[float]],
         kept: Sequence[Sequence[bool]],
     ) -> None:
         """Ranks were chosen after optimizer step `step`.
 
-        budget     in the unit of the budget
-        threshold  scores at or below it are masked; -inf where nothing was
-        scores     of each rank, module by module
-        kept       which ranks stay, module by module
+        budget      in the unit of the budget, over all modules
+        thresholds  of each module: scores at or below it are masked; -inf where nothing was. The same for all
+                    modules that share a budget
+        scores      of each rank, module by module
+        kept        which ranks stay, module by module
         """
         ...
 

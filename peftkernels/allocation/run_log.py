@@ -33,13 +33,14 @@ class LoggedModule:
 class LoggedDecision:
     """Ranks chosen after optimizer step `step`.
 
+    thresholds    (M,) float64, of each module; -inf where nothing was masked
     scores, kept  (Σ rank,) float64 and bool, modules one after the other in the order of the log
     undone        whether a later rollback took the decision back
     """
 
     step: int
     budget: float
-    threshold: float
+    thresholds: np.ndarray = field(repr=False)
     scores: np.ndarray = field(repr=False)
     kept: np.ndarray = field(repr=False)
     undone: bool
@@ -115,10 +116,10 @@ class RunLog:
 
     @cached_property
     def thresholds(self) -> np.ndarray:
-        """(D,) float64; -inf where nothing was masked."""
+        """(D, M) float64, of each module; -inf where nothing was masked."""
         import numpy as np
 
-        return np.array([decision.threshold for decision in self.standing], dtype=np.float64)
+        return np.array([decision.thresholds for decision in self.standing]).reshape(-1, len(self.modules))
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -209,6 +210,7 @@ def _decision(path: Path, entry: Entry, modules: Sequence[LoggedModule], undone:
 
     scores: list[float] = []
     kept: list[bool] = []
+    thresholds: list[float] = []
     for index, (line, module) in enumerate(zip(entry.lines, modules, strict=True)):
         try:
             for name in ("scores", "kept"):
@@ -219,7 +221,9 @@ def _decision(path: Path, entry: Entry, modules: Sequence[LoggedModule], undone:
                 raise ValueError(f"found kept {line['kept']!r}, expected true or false for each rank")
             scores += [number(score) for score in line["scores"]]
             kept += line["kept"]
-            budget, threshold = number(line.get("budget")), number(line.get("threshold"))
+            thresholds.append(number(line.get("threshold")))
+            budget = number(line.get("budget"))
         except ValueError as error:
             raise LogError(f"{path}, line {entry.first + index}: {error}") from None
-    return LoggedDecision(entry.step, budget, threshold, np.array(scores), np.array(kept, dtype=bool), undone)
+    arrays = np.array(thresholds), np.array(scores), np.array(kept, dtype=bool)
+    return LoggedDecision(entry.step, budget, *arrays, undone)

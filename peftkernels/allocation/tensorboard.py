@@ -13,7 +13,7 @@ class TensorBoardScalars:
 
         allocation/live            ranks kept, and allocation/live/<group> where there are several groups
         allocation/budget          in the unit of the budget
-        allocation/threshold       left out where nothing was masked
+        allocation/threshold       left out where nothing was masked; threshold/<group> where there are several
         allocation/churn           ranks masked or brought back since the decision before
         allocation/revived         ranks brought back; like churn left out at the first decision of a resumed run
 
@@ -51,7 +51,7 @@ class TensorBoardScalars:
         self,
         step: int,
         budget: float,
-        threshold: float,
+        thresholds: Sequence[float],
         scores: Sequence[Sequence[float]],
         kept: Sequence[Sequence[bool]],
     ) -> None:
@@ -64,8 +64,9 @@ class TensorBoardScalars:
             for group, count in live.items():
                 self._write(f"live/{group or 'other'}", count, step)
         self._write("budget", budget, step)
-        if math.isfinite(threshold):
-            self._write("threshold", threshold, step)
+        for group, threshold in dict(zip(self._groups, thresholds, strict=True)).items():
+            if math.isfinite(threshold):
+                self._write(f"threshold/{group or 'other'}" if len(live) > 1 else "threshold", threshold, step)
         now = [bool(keep) for keeps in kept for keep in keeps]
         if self._kept is not None:
             pairs = list(zip(self._kept, now, strict=True))

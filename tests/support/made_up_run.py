@@ -88,4 +88,5 @@ class MadeUpRun:
         noise = np.random.default_rng((self.seed, step, rollbacks)).lognormal(sigma=0.3, size=self.importance.shape)
         scores = 1e-8 * self.importance * noise
         threshold = float("-inf") if budget == total else float(np.sort(scores, axis=None)[total - budget - 1])
-        observer.decided(step, float(budget), threshold, scores.tolist(), (scores > threshold).tolist())
+        thresholds = [threshold] * len(self.names)
+        observer.decided(step, float(budget), thresholds, scores.tolist(), (scores > threshold).tolist())
