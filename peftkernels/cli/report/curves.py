@@ -97,7 +97,8 @@ def draw_together(histories: dict[str, History], look: Look) -> Figure:
     for index, (name, history) in enumerate(histories.items()):
         live, (left, right) = history.over_time()
         colour = look.others[index % len(look.others)]
-        style = ("-", "--", ":", "-.")[index // len(look.others) % 4]
+        # Runs under one schedule lie upon one another: the later ones show through as dashes.
+        style = ("-", (0, (4, 4)), (2, (2, 6)), (0, (1, 5)))[index % 4]
         times = np.linspace(left, right, len(live) + 1)[:-1]
         share = 100 * live.sum(1) / history.log.total_ranks
         axis.step(times, share, where="post", color=colour, linestyle=style, linewidth=1.8, label=name)

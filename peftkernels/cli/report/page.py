@@ -192,8 +192,15 @@ def _together(histories: Mapping[str, History], collected: Collected) -> dict[st
         "Live ranks of all runs.",
         *_both(lambda look: draw_together(dict(histories), look)),
     )
-    compared = len(names) <= _MOST_COMPARED
-    return {"rows": rows, "picture": picture, "names": names, "shares": shares if compared else []}
+    accuracies = {name: collected.outcome(name).get("accuracy") for name in names}
+    known = {name: float(accuracy) for name, accuracy in accuracies.items() if accuracy is not None}
+    return {
+        "rows": rows,
+        "picture": picture,
+        "names": names,
+        "shares": shares if len(names) <= _MOST_COMPARED else [],
+        "summary": words.comparison(histories, shares, known),
+    }
 
 
 def _training(collected: Collected) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -48,6 +48,36 @@ def summary(history: History) -> str:
         f"steps, in {decisions} {when}."
     )
     return f"{first} {_where(history.rows)}{_revivals(history)}{_trouble(history)}."
+
+
+def comparison(
+    histories: Mapping[str, History], shares: Sequence[Sequence[float | None]], accuracies: Mapping[str, float]
+) -> str:
+    """Two sentences about several runs: how much they kept, and how alike and how good they are.
+
+    Args:
+        shares: for each pair of runs, the ranks kept by both over those kept by either.
+        accuracies: of the runs that have one.
+    """
+    parts = [h.live_now / h.log.total_ranks for h in histories.values()]
+    names = dict.fromkeys(strategy_name(history.log.strategy) for history in histories.values())
+    kept = (
+        f"{min(parts):.0%}" if f"{min(parts):.0%}" == f"{max(parts):.0%}" else f"{min(parts):.0%} to {max(parts):.0%}"
+    )
+    text = f"{len(histories)} runs under {_listed(list(names))} keep {kept} of their ranks."
+    pairs = [share for i, row in enumerate(shares) for share in row[:i] if share is not None]
+    alike = "Their matrices differ, so the ranks they keep cannot be compared"
+    if pairs:
+        between = f"{min(pairs):.0%}" if len(pairs) == 1 else f"between {min(pairs):.0%} and {max(pairs):.0%}"
+        alike = f"Of the ranks that either of two runs keeps, both keep {between}"
+    if len(accuracies) > 1:
+        best, worst = (choose(accuracies, key=lambda name: accuracies[name]) for choose in (max, min))
+        alike += f"; test accuracy goes from {accuracies[worst]:.3f} ({worst}) to {accuracies[best]:.3f} ({best})"
+    return f"{text} {alike}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _where(rows: Sequence[ModuleRow]) -> str:
