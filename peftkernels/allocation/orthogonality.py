@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkernels.allocation.kernels import AllocationKernels, kernels_for
+
+# Arguments of the function below before the factors.
+_OTHER_ARGUMENTS = 4
+
 
 def orthogonality(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     weight: float,
     keep: Sequence[Tensor] | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """w/(2n) · Σ over the n adapters of ‖A·Aᵀ - I‖_F + ‖Bᵀ·B - I‖_F, a 0-dim tensor (arXiv 2303.10512, eq. 4, with HF
     peft's norms that are not squared and its mean over the 2n factors).
@@ -22,9 +28,36 @@ def orthogonality(
     or None; where given, only the rows of A and columns of B that are kept take part, and I is the identity on them.
     The gradient is 2·M·A/‖M‖_F with M = A·Aᵀ - I, for B 2·B·M/‖M‖_F, and 0 where ‖M‖_F = 0. Sums are in
     the factors' dtype, in float32 for lower precisions, and autocast does not change that; the gradient comes in each
-    factor's own dtype. Adapters of one shape are handled together. Differentiating twice raises.
+    factor's own dtype. Differentiating twice raises. impl: which kernels compute it, see `kernels_for`.
     """
-    return _OrthogonalityTerm.apply(weight, keep, len(lora_A), *lora_A, *lora_B)
+    if weight == 0:
+        return torch.zeros((), device=lora_A[0].device)
+    return _OrthogonalityTerm.apply(weight, keep, impl, len(lora_A), *lora_A, *lora_B)
+
+
+@torch.no_grad()
+def add_orthogonality_gradient(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    weight: float,
+    keep: Sequence[Tensor] | None,
+    scale: float,
+    kernels: AllocationKernels,
+) -> Tensor:
+    """Add `scale` times the gradient of `orthogonality` to the factors' `.grad`, without a graph; returns the term.
+
+    `.grad` is created where it is None; factors that do not require a gradient are left alone.
+    """
+    if weight == 0:
+        return torch.zeros((), device=lora_A[0].device)
+    targets = []
+    for factor in (*lora_A, *lora_B):
+        if factor.requires_grad and factor.grad is None:
+            factor.grad = torch.zeros_like(factor)
+        # What is added to a factor that is not trained goes nowhere.
+        own = factor.grad if factor.requires_grad else None
+        targets.append(torch.zeros_like(factor) if own is None else own)
+    return kernels.orthogonality(lora_A, lora_B, weight, keep, targets, scale)[0]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -42,62 +75,24 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 class _OrthogonalityTerm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, n: int, *factors: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[3:]
-        share = weight / (2 * n)
-        ctx.members = []
-        gradients = []
-        total: Tensor | None = None
-        with torch.autocast(factors[0].device.type, enabled=False):
-            for members in _members_by_shape(factors, n):
-                is_A = members[0] < n
-                stacked = torch.stack([factors[index] for index in members])
-                stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-                kept = None if keep is None else torch.stack([keep[index % n] for index in members])
-                norms, gradient = _term(stacked, is_A, kept, share, any(needed[index] for index in members))
-                group_sum = norms.sum()
-                total = group_sum if total is None else total + group_sum
-                if gradient is not None:
-                    ctx.members.append(members)
-                    gradients.append(gradient)
-        ctx.save_for_backward(*gradients, *factors)
-        assert total is not None
-        return total * share
+    def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor) -> Tensor:
+        kernels = kernels_for(factors[0].device, factors[0].dtype, impl)
+        needs = any(ctx.needs_input_grad[_OTHER_ARGUMENTS:])
+        term, gradients = kernels.orthogonality(factors[:n], factors[n:], weight, keep, gradients=needs)
+        ctx.save_for_backward(*(gradients or ()), *factors)
+        return term
 
     @staticmethod
     def backward(ctx: Any, grad_term: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.members)
+        count = len(ctx.saved_tensors) // 2
         gradients, factors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        factor_grads: list[Tensor | None] = [None] * len(factors)
-        for members, gradient in zip(ctx.members, gradients, strict=True):
-            for index, part in zip(members, (gradient * grad_term).unbind(), strict=True):
-                if ctx.needs_input_grad[3 + index]:
-                    factor_grads[index] = part.to(factors[index].dtype)
+        needed = ctx.needs_input_grad[_OTHER_ARGUMENTS:]
+        wanted = [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
+        scaled = iter(torch._foreach_mul(wanted, grad_term))
+        factor_grads = [
+            next(scaled).to(factor.dtype) if need else None for factor, need in zip(factors, needed, strict=True)
+        ]
+        others = (None,) * _OTHER_ARGUMENTS
         if torch.is_grad_enabled():
-            return None, None, None, *_NoSecondDerivative.apply(len(factors), *factors, *factor_grads)
-        return None, None, None, *factor_grads
-
-
-def _members_by_shape(factors: Sequence[Tensor], n: int) -> list[list[int]]:
-    members: dict[tuple[bool, torch.Size], list[int]] = {}
-    for index, factor in enumerate(factors):
-        members.setdefault((index < n, factor.shape), []).append(index)
-    return list(members.values())
-
-
-def _term(
-    stacked: Tensor, is_A: bool, kept: Tensor | None, share: float, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """‖M‖_F of every factor in the stack and, where asked for, the stack's gradient times `share`."""
-    if kept is not None:
-        stacked = stacked * (kept.unsqueeze(2) if is_A else kept.unsqueeze(1))
-    # [n, r, r], transposed for B so that both kinds read as M·factor or factor·M below
-    gram = torch.bmm(stacked, stacked.mT) if is_A else torch.bmm(stacked.mT, stacked)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.sub_(1 if kept is None else kept.to(gram.dtype))
-    norms = torch.linalg.vector_norm(gram, dim=(1, 2))
-    if not needs_gradient:
-        return norms, None
-    coefficient = torch.where(norms == 0, 0.0, (2 * share) / norms)
-    gram.mul_(coefficient[:, None, None])
-    return norms, torch.bmm(gram, stacked) if is_A else torch.bmm(stacked, gram)
+            return *others, *_NoSecondDerivative.apply(len(factors), *factors, *factor_grads)
+        return *others, *factor_grads

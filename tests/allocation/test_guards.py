@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Base, adapt, adapter_layers, draw_gradients, masks, trainable
+from small_models import Base, adapt, adapter_layers, averages_of, draw_gradients, masks, trainable
 from torch import nn
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.scores import ScoreAverages
+from peftkernels.allocation.kernels.plain import smooth
 
 
 def _flat(allocator: AdaLoraAllocator) -> torch.Tensor:
-    averages = allocator.state_dict()["averages"]
-    return torch.cat([value.flatten() for kind in averages.values() for value in kind.values()])
+    return torch.cat([value.flatten() for value in averages_of(allocator).values()])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -72,13 +71,11 @@ def test_a_bad_step_costs_nothing_but_itself() -> None:
 def test_the_guard_of_accelerators_gives_the_same_bits() -> None:
     """There the choice is made by the device instead of the host; the arithmetic is run here on the CPU."""
     torch.manual_seed(2)
-    averages = ScoreAverages(adapter_layers((8, 9)), 0.85, 0.85)
-    value = torch.rand_like(averages._sensitivity)
-    average = torch.rand_like(value)
+    value, average, scratch = torch.rand(200), torch.rand(200), torch.empty(200)
     on_host, on_device, unchanged = average.clone(), average.clone(), average.clone()
-    averages._smooth(on_host, value, 0.85, None)
-    averages._smooth(on_device, value, 0.85, torch.tensor(True))
-    averages._smooth(unchanged, torch.full_like(value, math.nan), 0.85, torch.tensor(False))
+    smooth(on_host, value, 0.85, scratch, None)
+    smooth(on_device, value, 0.85, scratch, torch.tensor(True))
+    smooth(unchanged, torch.full_like(value, math.nan), 0.85, scratch, torch.tensor(False))
     assert torch.equal(on_host, on_device)
     assert torch.equal(unchanged, average)
     assert not torch.equal(on_host, average)
