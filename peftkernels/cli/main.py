@@ -94,8 +94,10 @@ written to --out:
   results.json            every figure, with versions, machine, seeds and loss curves
   live-ranks.png          live ranks by layer and projection over time
   adapters/lora, adapters/adalora
-                          adapters that HF peft loads onto the encoder, with head and labels beside them
+                          adapters that HF peft loads onto the encoder, with head, labels and a card beside them
   runs/NAME.pt            final weights and masks of each training
+  runs/NAME/decisions.jsonl
+                          what was decided about ranks: peftkernels report DIR shows it
   training.pt             checkpoint of the training in progress
 
 exit codes: 0 done, 1 peftkernels and peft do not agree, 2 wrong input, 130 interrupted (continue with --resume)

@@ -3,6 +3,8 @@
 arguments.json     what the demo was started with; ``--resume`` refuses others
 training.pt        the training in progress
 runs/<name>.pt     a finished training: final weights, masks, loss curve, accuracy
+runs/<name>/decisions.jsonl
+                   what was decided about ranks, where something was
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ ARGUMENTS = "arguments.json"
 TRAINING = "training.pt"
 RUNS = "runs"
 RESULTS = "results.json"
+DECISIONS = "decisions.jsonl"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -97,9 +100,15 @@ class Store:
             leftover.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        for path in [self.directory / RESULTS, self.directory / TRAINING, *(self.directory / RUNS).glob("*.pt")]:
+        runs = self.directory / RUNS
+        logs = runs.glob(f"*/{DECISIONS}")
+        for path in [self.directory / RESULTS, self.directory / TRAINING, *runs.glob("*.pt"), *logs]:
             path.unlink(missing_ok=True)
         self._remove_leftovers()
+
+    def decisions(self, name: str) -> Path:
+        """Where the training ``name`` logs its decisions."""
+        return self.directory / RUNS / name / DECISIONS
 
     def save_training(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint of the training in progress."""

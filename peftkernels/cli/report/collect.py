@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkernels.allocation.run_log import RunLog, read_log
-
-LOG_NAME = "decisions.jsonl"
-_RUNS = "runs"
-_RESULTS = "results.json"
-_ARGUMENTS = "arguments.json"
+from peftkernels.cli.demo.checkpoint import ARGUMENTS, DECISIONS, RESULTS, RUNS
 
 
 class ReportError(Exception):
@@ -53,12 +49,12 @@ def collect(directory: Path) -> Collected:
     """
     if not directory.is_dir():
         raise ReportError(f"{directory}: no such directory")
-    paths = {directory.resolve().name: directory / LOG_NAME}
-    paths |= {path.parent.name: path for path in sorted((directory / _RUNS).glob(f"*/{LOG_NAME}"))}
+    paths = {directory.resolve().name: directory / DECISIONS}
+    paths |= {path.parent.name: path for path in sorted((directory / RUNS).glob(f"*/{DECISIONS}"))}
     paths = {name: path for name, path in paths.items() if path.is_file()}
     if not paths:
         raise ReportError(
-            f"{directory}: found neither {LOG_NAME} nor {_RUNS}/*/{LOG_NAME}, expected the log of a run with an "
+            f"{directory}: found neither {DECISIONS} nor {RUNS}/*/{DECISIONS}, expected the log of a run with an "
             "adaptive rank budget"
         )
     logs = {}
@@ -69,7 +65,7 @@ def collect(directory: Path) -> Collected:
             raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ReportError(str(error)) from None
-    return Collected(directory, logs, _read(directory / _ARGUMENTS), _read(directory / _RESULTS))
+    return Collected(directory, logs, _read(directory / ARGUMENTS), _read(directory / RESULTS))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def summary(history: History) -> str:
     when = f"at step {steps[0]}" if len(steps) == 1 else f"between step {steps[0]} and {steps[-1]}"
     share = history.live_now / log.total_ranks
     first = (
-        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.live_now} ({share:.0%}) after {last} "
-        f"steps, in {decisions} {when}."
+        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.live_now} "
+        f"({_percent(share)}) after {last} steps, in {decisions} {when}."
     )
     return f"{first} {_where(history.rows)}{_revivals(history)}{_trouble(history)}."
 
@@ -61,15 +61,11 @@ def comparison(
     """
     parts = [h.live_now / h.log.total_ranks for h in histories.values()]
     names = dict.fromkeys(strategy_name(history.log.strategy) for history in histories.values())
-    kept = (
-        f"{min(parts):.0%}" if f"{min(parts):.0%}" == f"{max(parts):.0%}" else f"{min(parts):.0%} to {max(parts):.0%}"
-    )
-    text = f"{len(histories)} runs under {_listed(list(names))} keep {kept} of their ranks."
+    text = f"{len(histories)} runs under {_listed(list(names))} keep {_span(parts)} of their ranks."
     pairs = [share for i, row in enumerate(shares) for share in row[:i] if share is not None]
     alike = "Their matrices differ, so the ranks they keep cannot be compared"
     if pairs:
-        between = f"{min(pairs):.0%}" if len(pairs) == 1 else f"between {min(pairs):.0%} and {max(pairs):.0%}"
-        alike = f"Of the ranks that either of two runs keeps, both keep {between}"
+        alike = f"Of the ranks that either of two runs keeps, both keep {_span(pairs)}"
     if len(accuracies) > 1:
         best, worst = (choose(accuracies, key=lambda name: accuracies[name]) for choose in (max, min))
         alike += f"; test accuracy goes from {accuracies[worst]:.3f} ({worst}) to {accuracies[best]:.3f} ({best})"
@@ -87,12 +83,12 @@ def _where(rows: Sequence[ModuleRow]) -> str:
     places = layers_and_projections([row.name for row in rows])
     shares = [row.kept / row.rank for row in rows]
     if max(shares) == min(shares):
-        return f"Every matrix keeps {shares[0]:.0%} of its ranks"
+        return f"Every matrix keeps {_percent(shares[0])} of its ranks"
     by_projection = _means((projection, share) for (_, projection), share in zip(places, shares, strict=True))
     by_layer = _means((layer, share) for (layer, _), share in zip(places, shares, strict=True) if layer is not None)
     if 1 < len(by_projection) < len(rows):
         (most, high), (least, low) = by_projection[0], by_projection[-1]
-        text = f"{most} kept most of its ranks ({high:.0%}), {least} least ({low:.0%})"
+        text = f"{most} kept most of its ranks ({_percent(high)}), {least} least ({_percent(low)})"
         if len(by_layer) > 1:
             text += f"; by depth, layer {by_layer[0][0]} kept most and layer {by_layer[-1][0]} least"
         return text
@@ -156,7 +152,7 @@ def margin(row: ModuleRow) -> str:
     if row.threshold <= 0:
         return f"{row.nearest:.2g}"
     share = row.nearest / row.threshold
-    return f"{share:.0%}" if 0.01 <= share < 10 else f"{share:.1%}" if share < 0.01 else f"{share:.0f}×"
+    return f"{share:.0f}×" if share >= 10 else _percent(share, digits=0 if share >= 0.01 else 1)
 
 
 def timeline(history: History) -> list[Moment]:
@@ -211,6 +207,15 @@ def _beside(score: float, threshold: float) -> str:
     ratio = score / threshold
     digits = 3 if 0.995 <= ratio < 1.005 else 2 if ratio < 10 else 0
     return "less than 0.01×" if ratio < 0.01 else f"{ratio:,.{digits}f}×"
+
+
+def _span(shares: Sequence[float]) -> str:
+    least, most = _percent(min(shares)), _percent(max(shares))
+    return least if least == most else f"{least} to {most}"
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _count(count: int, singular: str, plural: str | None = None) -> str:
