@@ -45,7 +45,9 @@ def adapter_card(
     lines = [
         f"# {kind} adapter{of_base}",
         "",
-        f"{len(pattern)} matrices with {kept} of {total} ranks" + _decided(run) + ".",
+        f"{len(pattern)} {'matrix' if len(pattern) == 1 else 'matrices'} with {kept} of {total} ranks"
+        + _decided(run)
+        + ".",
         "",
         "```python",
         "import peft",
@@ -64,7 +66,9 @@ def adapter_card(
     lines += ["## Final rank pattern", "", "One digit a rank: 1 was kept, 0 was cut out of the file.", ""]
     rows = [(f"`{name}`", f"{sum(mask)}/{len(mask)}", f"`{_digits(mask)}`") for name, mask in pattern.items()]
     lines += _table(("module", "kept", "ranks"), rows)
-    shown = {name: value for name, value in config.items() if name != "rank_pattern"}
+    # The schedule above is the training's; a file for use holds a schedule that is over.
+    told = {"rank_pattern", *(facts or {}).get("settings", {})}
+    shown = {name: value for name, value in config.items() if name not in told}
     lines += ["## Configuration", "", "```json", json.dumps(shown, indent=1, sort_keys=True, default=str), "```", ""]
     present = {package: version for package, version in versions.items() if version is not None}
     lines += ["## Versions", "", *_table(("package", "version"), present.items())]

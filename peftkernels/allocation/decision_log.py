@@ -16,7 +16,7 @@ class DecisionLog:
     """An observer that appends to a file, one JSON object a line:
 
         {"event": "start", "step", "format", "every", "strategy", "settings", "modules", "unit"}    first, once
-        {"event": "ranks", "step", "module", "scores", "threshold", "kept", "budget"}    per decision and module
+        {"event": "ranks", "step", "module", "threshold", "kept", "budget", "scores"}    per decision and module
         {"event": "loss" | "skipped" | "rollback" | "frozen" | …, "step", …}             what else happened
 
     `Observer` says what each field holds; infinite numbers are the strings "inf" and "-inf". `read_log` reads it.
@@ -24,8 +24,8 @@ class DecisionLog:
     path   where to write; its directory is made. A log that is there already is continued when a run resumed at step s
            logs something: what lies after s is dropped, so that the file ends as that of a run never interrupted, to
            the byte. A run that starts at step 0 thus starts its log anew, unless it loads a saved state first.
-    every  log a decision only when at least so many steps have passed since the last one logged. `close` adds the last
-           decision that was left out, so that the log ends with the final ranks.
+    every  log the scores of a decision only when at least so many steps have passed since the last ones logged; scores
+           are most of a log. Masks, budget and threshold are always logged.
 
     Each decision is handed to the system in one write. A kill in the middle of it leaves a torn end, which readers pass
     over and the next start cuts off. Call `sync` before saving a checkpoint, so that a machine that loses power does
@@ -47,8 +47,7 @@ class DecisionLog:
         self._file: BinaryIO | None = None
         self._start: tuple[bytes, int, int | None] | None = None
         self._names: list[str] = []
-        self._last: int | None = None
-        self._left_out: tuple[int, bytes] | None = None
+        self._scored: int | None = None
 
     def started(self, facts: Mapping[str, Any]) -> None:
         """Take note of the run, and of the step that it goes on from; the file is opened when something is logged."""
@@ -60,7 +59,7 @@ class DecisionLog:
             _check_same_run(self.path, json.loads(line))
         self._start = (line, facts["step"], facts.get("rollbacks"))
         self._names = [module["name"] for module in facts["modules"]]
-        self._last = self._left_out = None
+        self._scored = None
 
     def decided(
         self,
@@ -70,30 +69,20 @@ class DecisionLog:
         scores: Sequence[Sequence[float]],
         kept: Sequence[Sequence[bool]],
     ) -> None:
-        """Log a decision, unless the last one logged is fewer than `every` steps back."""
+        """Log a decision, with its scores when they are due."""
         for name, value in (("thresholds", thresholds), ("scores", scores), ("kept", kept)):
             if len(value) != len(self._names):
                 raise ValueError(f"{name}: found {len(value)} modules, expected {len(self._names)}")
-        content = b"".join(
-            encode(
-                {
-                    "event": RANKS,
-                    "step": step,
-                    "module": name,
-                    "scores": list(own),
-                    "threshold": threshold,
-                    "kept": [bool(keep) for keep in keeps],
-                    "budget": budget,
-                }
-            )
-            for name, own, threshold, keeps in zip(self._names, scores, thresholds, kept, strict=True)
-        )
         self._open()
-        if self._is_due(step):
-            self._append(content)
-            self._last, self._left_out = step, None
-        else:
-            self._left_out = (step, content)
+        due = self._scored is None or step - self._scored >= self.every
+        lines = []
+        for name, own, threshold, keeps in zip(self._names, scores, thresholds, kept, strict=True):
+            line = {"event": RANKS, "step": step, "module": name, "threshold": threshold}
+            line |= {"kept": [bool(keep) for keep in keeps], "budget": budget}
+            lines.append(encode(line | {"scores": list(own)} if due else line))
+        self._append(b"".join(lines))
+        if due:
+            self._scored = step
 
     def happened(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Log an event."""
@@ -111,11 +100,9 @@ class DecisionLog:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Log the last decision if `every` left it out, and close the file; does nothing when closed already."""
-        if self._file is not None and self._left_out is not None:
-            self._append(self._left_out[1])
+        """Close the file; does nothing when closed already."""
         self._release()
-        self._start = self._left_out = None
+        self._start = None
 
     def __enter__(self) -> DecisionLog:
         return self
@@ -123,14 +110,10 @@ class DecisionLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _is_due(self, step: int) -> bool:
-        return self._last is None or step - self._last >= self.every
-
     def _rolled_back(self, to: int) -> None:
-        self._left_out = None
-        # Decisions after the step returned to will be taken again.
-        if self._last is not None and self._last > to:
-            self._last = None
+        # Scores of steps after the one returned to will be logged again.
+        if self._scored is not None and self._scored > to:
+            self._scored = None
 
     def _release(self) -> None:
         if self._file is not None:
@@ -146,7 +129,12 @@ class DecisionLog:
         line, step, rollbacks = self._start
         kept = self._kept_of_earlier(step, rollbacks)
         content = self.path.read_bytes() if kept else b""
-        whole = b"".join(content[entry.begin : entry.end] for entry in self._thinned(kept, content)) or line
+        whole = b"".join(content[entry.begin : entry.end] for entry in kept) or line
+        for entry in kept:
+            if entry.event == "rollback":
+                self._rolled_back(entry.reached)
+            elif entry.event == RANKS and "scores" in entry.lines[0]:
+                self._scored = entry.step
         if whole != content:
             write_atomically(self.path, lambda file: file.write(whole))
         self._file = self.path.open("ab", buffering=0)
@@ -174,24 +162,16 @@ class DecisionLog:
         timeline = _timeline_of(entries, step) if rollbacks is None else rollbacks
         return [entry for entry in entries if (entry.timeline, entry.reached) <= (timeline, step)]
 
-    def _thinned(self, entries: list[Entry], content: bytes) -> list[Entry]:
-        """The entries without decisions that only a `close` put there; sets which decision was the last."""
-        thinned = []
-        for entry in entries:
-            if entry.event == RANKS and not self._is_due(entry.step):
-                self._left_out = (entry.step, content[entry.begin : entry.end])
-                continue
-            thinned.append(entry)
-            if entry.event == RANKS:
-                self._last, self._left_out = entry.step, None
-            elif entry.event == "rollback":
-                self._rolled_back(entry.reached)
-        return thinned
-
 
 def _timeline_of(entries: list[Entry], step: int) -> int:
-    """The last timeline that reached `step`: checkpoints are newer than the rollbacks before them."""
-    return max((entry.timeline for entry in entries if entry.reached >= step), default=entries[-1].timeline)
+    """The last timeline that passed `step`: a checkpoint is newer than the rollbacks before it."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for entry in entries:
+        first.setdefault(entry.timeline, entry.reached)
+        last[entry.timeline] = max(entry.reached, last.get(entry.timeline, entry.reached))
+    passed = [timeline for timeline in first if first[timeline] <= step <= last[timeline]]
+    return max(passed, default=entries[-1].timeline)
 
 
 def _check_same_run(path: Path, start: dict[str, Any]) -> None:

@@ -142,7 +142,12 @@ def _module_names(path: Path, index: int, line: dict[str, Any]) -> list[str]:
     for module in modules:
         if not (isinstance(module, dict) and isinstance(module.get("name"), str) and _is_rank(module.get("rank"))):
             raise LogError(f"{path}, line {index}: found the module {module!r}, expected one with name and rank")
-    return [module["name"] for module in modules]
+    names = [module["name"] for module in modules]
+    if len(set(names)) < len(names):
+        raise LogError(f"{path}, line {index}: found a module's name twice, expected each once")
+    if not isinstance(line.get("settings", {}), dict):
+        raise LogError(f"{path}, line {index}: found settings {line['settings']!r}, expected a mapping")
+    return names
 
 
 def _is_rank(value: Any) -> bool:

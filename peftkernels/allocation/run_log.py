@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ class LoggedDecision:
     """Ranks chosen after optimizer step `step`.
 
     thresholds    (M,) float64, of each module; -inf where nothing was masked
-    scores, kept  (Σ rank,) float64 and bool, modules one after the other in the order of the log
+    scores, kept  (Σ rank,) float64 and bool, modules one after the other in the order of the log; scores that were not
+                  logged are NaN
+    scored        whether they were logged
     undone        whether a later rollback took the decision back
     """
 
@@ -43,6 +46,7 @@ class LoggedDecision:
     thresholds: np.ndarray = field(repr=False)
     scores: np.ndarray = field(repr=False)
     kept: np.ndarray = field(repr=False)
+    scored: bool
     undone: bool
 
 
@@ -123,7 +127,7 @@ class RunLog:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """(D, Σ rank) float64."""
+        """(D, Σ rank) float64; NaN where scores were not logged."""
         import numpy as np
 
         return np.array([decision.scores for decision in self.standing]).reshape(-1, self.total_ranks)
@@ -208,22 +212,23 @@ def _module(path: Path, item: Mapping[str, Any]) -> LoggedModule:
 def _decision(path: Path, entry: Entry, modules: Sequence[LoggedModule], undone: bool) -> LoggedDecision:
     import numpy as np
 
+    scored = "scores" in entry.lines[0]
     scores: list[float] = []
     kept: list[bool] = []
     thresholds: list[float] = []
     for index, (line, module) in enumerate(zip(entry.lines, modules, strict=True)):
         try:
-            for name in ("scores", "kept"):
+            for name in ("scores", "kept") if scored else ("kept",):
                 found = line.get(name)
                 if not isinstance(found, list) or len(found) != module.rank:
                     raise ValueError(f"found {name} {found!r}, expected a list of {module.rank}")
             if not all(isinstance(keep, bool) for keep in line["kept"]):
                 raise ValueError(f"found kept {line['kept']!r}, expected true or false for each rank")
-            scores += [number(score) for score in line["scores"]]
+            scores += [number(score) for score in line["scores"]] if scored else [nan] * module.rank
             kept += line["kept"]
             thresholds.append(number(line.get("threshold")))
             budget = number(line.get("budget"))
         except ValueError as error:
             raise LogError(f"{path}, line {entry.first + index}: {error}") from None
     arrays = np.array(thresholds), np.array(scores), np.array(kept, dtype=bool)
-    return LoggedDecision(entry.step, budget, *arrays, undone)
+    return LoggedDecision(entry.step, budget, *arrays, scored, undone)

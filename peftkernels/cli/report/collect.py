@@ -49,8 +49,9 @@ def collect(directory: Path) -> Collected:
     """
     if not directory.is_dir():
         raise ReportError(f"{directory}: no such directory")
-    paths = {directory.resolve().name: directory / DECISIONS}
-    paths |= {path.parent.name: path for path in sorted((directory / RUNS).glob(f"*/{DECISIONS}"))}
+    runs = {path.parent.name: path for path in sorted((directory / RUNS).glob(f"*/{DECISIONS}"))}
+    own = directory.resolve().name
+    paths = {f"{own}/" if own in runs else own: directory / DECISIONS, **runs}
     paths = {name: path for name, path in paths.items() if path.is_file()}
     if not paths:
         raise ReportError(

@@ -64,7 +64,7 @@ def _draw_thresholds(axis: Any, history: History, look: Look) -> None:
     else:
         _say_nothing(axis, "no threshold above zero")
     if len(history.thresholds) > 1 and drawn:
-        axis.legend(fontsize=9, frameon=False, loc="lower right", ncols=3)
+        axis.legend(fontsize=9, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6)
 
 
 def draw_churn(history: History, look: Look) -> Figure:
@@ -127,7 +127,7 @@ def _finish(axes: Sequence[Any], history: History, look: Look) -> None:
                 label = kind if position == 0 else None
                 axis.axvline(step, color=colour, linestyle=style, linewidth=width, alpha=0.8, label=label, zorder=0.5)
     if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=9, frameon=False, loc="lower left", ncols=3)
+        axes[0].legend(fontsize=9, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=5)
     axes[-1].set_xlabel("optimizer step")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from peftkernels._files import write_atomically
 from peftkernels.cli.report.look import LIGHT, Look, png
@@ -159,6 +160,7 @@ def _draw_maps(history: RankHistory, most: int, title: str | None, span: tuple[f
         axis.set_ylabel(history.rows)
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     assert image is not None
     bar = top.colorbar(image, ax=axes, label="live ranks", pad=0.01, aspect=30)
     bar.ax.yaxis.get_major_locator().set_params(integer=True)

@@ -20,13 +20,15 @@ class ModuleRow:
     """One layer at the end of the log.
 
     kept, rank       live ranks, and those at the start
-    score            sum of its rank scores at the last decision; None before the first, or where it is not finite
+    score            sum of its rank scores; None where there are none, or it is not finite
     nearest          least distance of one of its scores from the threshold; None where there is no finite threshold
     revived          how often one of its ranks came back after having been masked
     changed          the step of the last decision that changed one of its ranks; None where none did
     frozen           the step at which it was frozen, None where it was not
     threshold        at or below which its scores were masked; None before the first decision and where nothing was
-    scores, keeps    of each rank at the last decision; empty before the first
+    scores, keeps    of each rank, and whether it stayed; empty where no scores were logged
+
+    Scores and what follows from them are those of the last decision whose scores were logged, `History.scored`.
     """
 
     name: str
@@ -101,20 +103,21 @@ class History:
         """One for each module, in the order of the log."""
         log = self.log
         frozen = {str(e.details.get("module")): e.step for e in self.events("frozen") if not e.undone}
+        at = self.scored
         rows = []
         for index, module in enumerate(log.modules):
             part = log.part(index)
-            scores = tuple(map(float, log.scores[-1, part])) if len(log.standing) else ()
-            keeps = tuple(map(bool, log.kept[-1, part])) if len(log.standing) else ()
+            scores = () if at is None else tuple(map(float, log.scores[at, part]))
+            keeps = () if at is None else tuple(map(bool, log.kept[at, part]))
             changes = np.flatnonzero((self._lost[:, part] | self._back[:, part]).any(1))
-            threshold = _finite(float(log.thresholds[-1, index])) if log.standing else None
+            threshold = None if at is None else _finite(float(log.thresholds[at, index]))
             distances = [abs(score - threshold) for score in scores] if threshold is not None else []
             rows.append(
                 ModuleRow(
                     name=module.name,
                     group=module.group,
                     rank=module.rank,
-                    kept=sum(keeps) if scores else module.rank,
+                    kept=int(log.kept[-1, part].sum()) if log.standing else module.rank,
                     score=_finite(sum(scores)) if scores else None,
                     nearest=_finite(min(distances)) if distances else None,
                     revived=int(self._back[:, part].sum()),
@@ -126,6 +129,12 @@ class History:
                 )
             )
         return rows
+
+    @cached_property
+    def scored(self) -> int | None:
+        """Which of the standing decisions is the last whose scores were logged."""
+        found = [index for index, decision in enumerate(self.log.standing) if decision.scored]
+        return found[-1] if found else None
 
     @cached_property
     def thresholds(self) -> dict[str, np.ndarray]:

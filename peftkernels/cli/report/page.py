@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -52,8 +53,9 @@ class Picture:
 def render(collected: Collected) -> dict[str, bytes]:
     """The page and the pictures beside it, by file name."""
     histories = {name: History(log) for name, log in collected.logs.items()}
-    runs = [_run(name, history, collected) for name, history in histories.items()]
-    together = _together(histories, collected) if len(histories) > 1 else None
+    anchors = _anchors(histories)
+    runs = [_run(name, anchors[name], history, collected) for name, history in histories.items()]
+    together = _together(histories, anchors, collected) if len(histories) > 1 else None
     environment = Environment(
         loader=PackageLoader("peftkernels.cli.report", "."),
         autoescape=True,
@@ -76,19 +78,22 @@ def render(collected: Collected) -> dict[str, bytes]:
     return {PAGE: page.encode(), **{picture.file: picture.light for picture in pictures}}
 
 
-def _run(name: str, history: History, collected: Collected) -> dict[str, Any]:
+def _run(name: str, anchor: str, history: History, collected: Collected) -> dict[str, Any]:
     log = history.log
     outcome = collected.outcome(name)
+    losses: Any = history.losses()
+    if not losses[0]:
+        losses = collected.losses(name)
     rows = [{"row": row, "margin": words.margin(row), "why": words.why(row)} for row in history.rows]
     groups = history.groups()
     return {
         "name": name,
-        "anchor": _anchor(name),
+        "anchor": anchor,
         "strategy": words.strategy_name(log.strategy),
         "summary": words.summary(history),
         "warning": _warning(history),
         "figures": _figures(history, outcome),
-        "pictures": _pictures(name, history, collected),
+        "pictures": _pictures(anchor, history, losses),
         "rows": rows,
         "groups": groups if len(groups) > 1 else {},
         "timeline": words.timeline(history),
@@ -105,8 +110,10 @@ def _warning(history: History) -> str | None:
         )
     if log.first_step > 0:
         notes.append(f"The log begins at step {log.first_step}; what was decided before is not known.")
-    if int(log.facts.get("every", 1)) > 1:
-        notes.append(f"Decisions fewer than {log.facts['every']} steps apart were left out of the log.")
+    if history.scored is not None and not log.standing[-1].scored:
+        notes.append(
+            f"Scores, margins and reasons are those of step {log.standing[history.scored].step}, the last logged."
+        )
     return " ".join(notes) or None
 
 
@@ -132,15 +139,11 @@ def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, st
     return figures
 
 
-def _pictures(name: str, history: History, collected: Collected) -> list[Picture]:
+def _pictures(stem: str, history: History, losses: Any) -> list[Picture]:
     log = history.log
-    losses: Any = history.losses()
-    if not losses[0]:
-        losses = collected.losses(name)
     live, span = history.over_time()
     ranks = RankHistory([module.name for module in log.modules], live)
     most = max(module.rank for module in log.modules)
-    stem = _anchor(name)
     return [
         Picture(
             f"{stem}-live-ranks.png",
@@ -164,7 +167,7 @@ def _pictures(name: str, history: History, collected: Collected) -> list[Picture
     ]
 
 
-def _together(histories: Mapping[str, History], collected: Collected) -> dict[str, Any]:
+def _together(histories: Mapping[str, History], anchors: Mapping[str, str], collected: Collected) -> dict[str, Any]:
     rows = []
     for name, history in histories.items():
         outcome = collected.outcome(name)
@@ -172,7 +175,7 @@ def _together(histories: Mapping[str, History], collected: Collected) -> dict[st
         rows.append(
             {
                 "name": name,
-                "anchor": _anchor(name),
+                "anchor": anchors[name],
                 "strategy": words.strategy_name(history.log.strategy),
                 "live": history.live_now,
                 "total": history.log.total_ranks,
@@ -213,8 +216,8 @@ def _training(collected: Collected) -> list[tuple[str, str]]:
     return facts
 
 
-def _settings(settings: Any) -> list[tuple[str, str]]:
-    return [(str(name), _plain(value)) for name, value in settings.items()] if isinstance(settings, dict) else []
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name), _plain(value)) for name, value in settings.items() if value is not None]
 
 
 def _plain(value: Any) -> str:
@@ -233,9 +236,16 @@ def _data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def _anchor(name: str) -> str:
-    """A name that can be a file's and an anchor's."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+def _anchors(names: Iterable[str]) -> dict[str, str]:
+    """For each name one of its own that can be a file's and an anchor's."""
+    taken = {"together", "training"}
+    anchors = {}
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+        anchor = next(a for a in chain([plain], (f"{plain}-{n}" for n in count(2))) if a not in taken)
+        taken.add(anchor)
+        anchors[name] = anchor
+    return anchors
 
 
 def _breakable(name: str) -> Markup:

@@ -215,7 +215,7 @@ def _span(shares: Sequence[float]) -> str:
 
 
 def _percent(share: float, digits: int = 0) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _count(count: int, singular: str, plural: str | None = None) -> str:
