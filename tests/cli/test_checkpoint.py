@@ -59,11 +59,13 @@ def test_finished_demo_is_replaced(tmp_path: Path) -> None:
     store.open(resume=False)
     store.save_finished("lora", {"accuracy": 0.5})
     write_json(tmp_path / RESULTS, {})
+    write_atomically(store.decisions("adalora"), lambda file: file.write(b"{}"))
     note = Store(tmp_path, {**GIVEN, "--seed": 1}).open(resume=False)
     assert note is not None
     assert "replacing" in note
     assert not (tmp_path / RESULTS).exists()
     assert store.load_finished("lora") is None
+    assert not store.decisions("adalora").exists()
     assert json.loads((tmp_path / ARGUMENTS).read_text())["--seed"] == 1
 
 

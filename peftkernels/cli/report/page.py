@@ -127,7 +127,7 @@ def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, st
         figures.append(("threshold", " / ".join(sorted(thresholds)) if 0 < len(thresholds) < 3 else "–"))
     figures += [
         ("decisions", f"{len(log.standing)}"),
-        ("changes of state", f"{int(history.churn.sum()):,}"),
+        ("changes", f"{int(history.churn.sum()):,}"),
         ("revived", f"{int(history.revived.sum()):,}"),
         ("skipped steps", f"{len(history.events('skipped'))}"),
         ("rollbacks", f"{len(history.events('rollback'))}"),
