@@ -14,38 +14,16 @@ import numpy as np
 import pytest
 import torch
 from small_models import Base, adapt, trainable
-from support.made_up_run import MadeUpRun
+from support.made_up_run import Heard, MadeUpRun
 
-from peftkernels.allocation import AdaLoraAllocator, DecisionLog, Observer, TensorBoardScalars, read_log
+from peftkernels.allocation import AdaLoraAllocator, DecisionLog, read_log
 from peftkernels.allocation.log_lines import LogError
-
-
-class Heard:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.decisions: list[tuple[Any, ...]] = []
-        self.events: list[tuple[Any, ...]] = []
-
-    def started(self, facts: Any) -> None:
-        self.facts = facts
-
-    def decided(self, *told: Any) -> None:
-        self.decisions.append(told)
-
-    def happened(self, *told: Any) -> None:
-        self.events.append(told)
 
 
 def whole_log(path: Path, run: MadeUpRun, every: int = 1) -> bytes:
     with DecisionLog(path, every) as log:
         run.feed([log])
     return path.read_bytes()
-
-
-def test_both_are_observers(tmp_path: Path) -> None:
-    assert isinstance(DecisionLog(tmp_path / "log.jsonl"), Observer)
-    assert isinstance(TensorBoardScalars(Writer()), Observer)
 
 
 def test_what_is_read_is_what_was_told(tmp_path: Path) -> None:
@@ -377,59 +355,3 @@ def test_skipped_steps_are_logged(tmp_path: Path) -> None:
     skipped = [event for event in read_log(tmp_path / "log.jsonl").events if event.kind == "skipped"]
     assert [event.step for event in skipped] == [4]
     assert "not finite" in skipped[0].details["why"]
-
-
-class Writer:
-    """What TensorBoardScalars needs of a SummaryWriter."""
-
-    def __init__(self) -> None:
-        self.scalars: dict[str, dict[int, float]] = {}
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.scalars.setdefault(tag, {})[step] = value
-
-
-def test_scalars_are_those_of_the_log(tmp_path: Path) -> None:
-    run, writer = MadeUpRun(steps=20, modules=6, rollback=(12, 8)), Writer()
-    run.feed([TensorBoardScalars(writer), DecisionLog(tmp_path / "log.jsonl")])
-    log = read_log(tmp_path / "log.jsonl")
-    scalars = writer.scalars
-    assert list(scalars["allocation/live"].values()) == log.kept.sum(1).tolist()
-    assert list(scalars["allocation/budget"].values()) == log.budgets.tolist()
-    assert list(scalars["allocation/threshold/mlp"].values()) == log.thresholds[:, 2].tolist()
-    mlp = np.concatenate([log.kept[:, log.part(index)] for index in (2, 5)], axis=1)
-    assert list(scalars["allocation/live/mlp"].values()) == mlp.sum(1).tolist()
-    flips = log.kept[1:] != log.kept[:-1]
-    back = log.kept[1:] & ~log.kept[:-1]
-    for step in (10, 14):  # decisions that directly follow the one before in the log's arrays
-        row = log.steps.tolist().index(step) - 1
-        assert scalars["allocation/churn"][step] == flips[row].sum()
-        assert scalars["allocation/revived"][step] == back[row].sum()
-    assert scalars["allocation/skipped"] == {3: 1}
-    assert scalars["allocation/rollbacks"] == {12: 1}
-
-
-def test_scalars_of_a_resumed_run_invent_no_churn() -> None:
-    run, writer = MadeUpRun(steps=20), Writer()
-    run.feed([TensorBoardScalars(writer)], first=7)
-    assert 8 in writer.scalars["allocation/live"]
-    assert min(writer.scalars["allocation/churn"]) == 9
-
-
-def test_tensorboard_reads_them_back(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the check of the files needs tensorboard installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    run, heard = MadeUpRun(steps=20), Heard()
-    with SummaryWriter(str(tmp_path)) as writer:
-        run.feed([heard, TensorBoardScalars(writer)])
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    live = [(event.step, event.value) for event in events.Scalars("allocation/live")]
-    assert live == [(told[0], float(np.sum(told[4]))) for told in heard.decisions]
-
-
-def test_a_writer_without_add_scalar_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"writer: found str.*pip install 'peftkernels\[tensorboard\]'"):
-        TensorBoardScalars("runs/one")

@@ -17,6 +17,23 @@ def module_names(count: int) -> list[str]:
     return [f"encoder.layer.{i // 3}.{PROJECTIONS[i % 3]}" for i in range(count)]
 
 
+class Heard:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.decisions: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] = []
+
+    def started(self, facts: Any) -> None:
+        self.facts = facts
+
+    def decided(self, *told: Any) -> None:
+        self.decisions.append(told)
+
+    def happened(self, *told: Any) -> None:
+        self.events.append(told)
+
+
 class MadeUpRun:
     """A run of ``steps`` steps whose budget falls linearly between a tenth and seven tenths of them.
 

@@ -119,14 +119,14 @@ def _warning(history: History) -> str | None:
 
 def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, str]]:
     log = history.log
-    figures = [("live ranks", f"{history.live_now} of {log.total_ranks}")]
+    figures = [("live ranks", f"{history.live_now:,} of {log.total_ranks:,}")]
     if log.standing:
         last = log.standing[-1]
         figures.append(("budget", f"{last.budget:,.6g} {log.unit}"))
         thresholds = {f"{row.threshold:.3g}" for row in history.rows if row.threshold is not None}
         figures.append(("threshold", " / ".join(sorted(thresholds)) if 0 < len(thresholds) < 3 else "–"))
     figures += [
-        ("decisions", f"{len(log.standing)}"),
+        ("decisions", f"{len(log.standing):,}"),
         ("changes", f"{int(history.churn.sum()):,}"),
         ("revived", f"{int(history.revived.sum()):,}"),
         ("skipped steps", f"{len(history.events('skipped'))}"),

@@ -44,7 +44,7 @@ def summary(history: History) -> str:
     when = f"at step {steps[0]}" if len(steps) == 1 else f"between step {steps[0]} and {steps[-1]}"
     share = history.live_now / log.total_ranks
     first = (
-        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.live_now} "
+        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.live_now:,} "
         f"({_percent(share)}) after {last} steps, in {decisions} {when}."
     )
     return f"{first} {_where(history.rows)}{_revivals(history)}{_trouble(history)}."
