@@ -355,3 +355,23 @@ def test_skipped_steps_are_logged(tmp_path: Path) -> None:
     skipped = [event for event in read_log(tmp_path / "log.jsonl").events if event.kind == "skipped"]
     assert [event.step for event in skipped] == [4]
     assert "not finite" in skipped[0].details["why"]
+
+
+def test_an_overflow_belongs_to_the_step_that_is_tried_again(tmp_path: Path) -> None:
+    """Told of the step before, it would survive the resume from a checkpoint made there, and be logged twice."""
+    model = adapt(Base())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=True)
+    allocator = AdaLoraAllocator(model, total_step=20, target_r=3)
+    allocator.add_observer(DecisionLog(tmp_path / "log.jsonl"))
+    allocator.attach(optimizer)
+    for overflow in (0.0, 1.0, 0.0):
+        model(*torch.randn(2, 8, 24)).loss.backward()
+        # As a GradScaler does for the time of its step.
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(overflow)
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        optimizer.zero_grad()
+    log = read_log(tmp_path / "log.jsonl")
+    assert [(event.step, event.kind) for event in log.events] == [(2, "skipped")]
+    assert "overflow" in log.events[0].details["why"]
+    assert log.steps.tolist() == [1, 2]

@@ -126,7 +126,7 @@ def test_page_holds_every_module_and_needs_nothing_else(tmp_path: Path, run: Mad
     assert set(run.names) <= set(rows)
     for name, kept in log.rank_pattern().items():
         assert rows[name][1] == f"{sum(kept)}/{len(kept)}"
-    assert f"{int(log.kept[-1].sum())} of {log.total_ranks}" in page.text
+    assert f"{int(log.kept[-1].sum()):,} of {log.total_ranks:,}" in page.text
     assert len(text) < 2_500_000
 
 
