@@ -30,7 +30,7 @@ class ScoreAverages:
 
     The averages are float32, or float64 where a factor is float64: products of small numbers that would underflow in
     half precision. They lie in two flat buffers, one factor after the other as `FactorLayout` says. impl: which kernels
-    compute them, see `kernels_for`.
+    compute them, see `kernels_for`; `kernels` are the chosen ones.
     """
 
     def __init__(self, layers: Mapping[str, GatedLayer], beta1: float, beta2: float, impl: str = "auto") -> None:
@@ -49,12 +49,12 @@ class ScoreAverages:
         self._allocate(factors[0].device)
 
     def _allocate(self, device: torch.device) -> None:
-        self._kernels = kernels_for(device, self._dtype, self._impl)
+        self.kernels = kernels_for(device, self._dtype, self._impl)
         self._sensitivity = torch.zeros(self._layout.numel, dtype=self._dtype, device=device)
         self._uncertainty = torch.zeros_like(self._sensitivity)
 
     def _factors(self) -> list[Tensor]:
-        return [getattr(layer, factor) for layer in self._layers for factor in FACTORS]
+        return [_parameter(layer, factor) for layer in self._layers for factor in FACTORS]
 
     @property
     def device(self) -> torch.device:
@@ -81,14 +81,14 @@ class ScoreAverages:
                 "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
                 "optimizer.step(), before the gradients are cleared"
             )
-        finite = self._kernels.update_averages(
+        finite = self.kernels.update_averages(
             self._layout, parameters, gradients, self._sensitivity, self._uncertainty, self._beta1, self._beta2
         )
         return ScoreUpdate(finite, tuple(sorted(missing)))
 
     def rank_scores(self) -> Tensor:
         """S of every rank, (Σ r,), layers in model order."""
-        return self._kernels.rank_scores(self._layout, self._sensitivity, self._uncertainty)
+        return self.kernels.rank_scores(self._layout, self._sensitivity, self._uncertainty)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Copies of Ī and Ū by "<layer>.<factor>", each in the factor's shape."""
@@ -114,3 +114,9 @@ class ScoreAverages:
 
     def _by_name(self, flat: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(self._names, self._layout.views(flat), strict=True))
+
+
+def _parameter(layer: GatedLayer, name: str) -> Tensor:
+    """What `getattr` gives; a module looks for its parameters in one dictionary after the other, for far longer."""
+    own = getattr(layer, "_parameters", {}).get(name)
+    return getattr(layer, name) if own is None else own

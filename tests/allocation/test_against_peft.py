@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora, trainable
 
-from peftkernels.allocation import AdaLoraAllocator
+from peftkernels.allocation import AdaLoraAllocator, scores
+from peftkernels.allocation.kernels import IMPLEMENTATIONS, kernels_for
 from peftkernels.allocation.schedule import CubicSchedule
 
 CONFIGS = {
@@ -33,10 +34,21 @@ def _record_scores(rank_allocator: Any) -> list[torch.Tensor]:
     return scores
 
 
+def _use_kernels(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make score averages compute with this implementation, or skip where it cannot run."""
+    try:
+        kernels_for(torch.device("cpu"), torch.float32, impl)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(scores, "kernels_for", lambda device, dtype, _: kernels_for(device, dtype, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool) -> None:
+def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From identical parameters and gradients, masks, gates, scores and averages are identical after every step."""
+    _use_kernels(impl, monkeypatch)
     config = CONFIGS[name]
     torch.manual_seed(list(CONFIGS).index(name))
     model = adapt(Base(), r=6)
@@ -44,6 +56,8 @@ def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool) -> None:
     reference = peft_adalora(Base(), init_r=6, **config)
     copy_factors(layers, reference)
     allocator = AdaLoraAllocator(model, **config)
+    assert allocator._averages is not None
+    assert allocator._averages.kernels.name == impl
     theirs = reference.base_model.rankallocator
     their_scores = _record_scores(theirs)
     decisions = 0
