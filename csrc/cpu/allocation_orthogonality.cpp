@@ -89,24 +89,46 @@ inline __attribute__((always_inline)) void gram_of(const T* rows, int64_t r, int
   }
 }
 
-// to (length) = Σ_j factors[j] · row j
+// Rows of a product, and vectors of each, that are summed side by side.
+constexpr int64_t kProductRows = 4, kProductVectors = 2;
+
+// to (r x length) = factors (r x r) · rows (r x length)
 template <typename T>
-inline __attribute__((always_inline)) void sum_rows(
-    const T* rows, const T* factors, int64_t r, int64_t length, T* to) {
-  for (int64_t j = 0; j < r; j += 4) {
-    const auto row = [&](int64_t other) { return rows + std::min(other, r - 1) * length; };
-    const auto factor = [&](int64_t other) { return other < r ? factors[other] : T(0); };
-    const T *const row0 = row(j), *const row1 = row(j + 1), *const row2 = row(j + 2), *const row3 = row(j + 3);
-    const T factor0 = factor(j), factor1 = factor(j + 1), factor2 = factor(j + 2), factor3 = factor(j + 3);
-    if (j == 0) {
-#pragma omp simd
-      for (int64_t k = 0; k < length; ++k) {
-        to[k] = (factor0 * row0[k] + factor1 * row1[k]) + (factor2 * row2[k] + factor3 * row3[k]);
+inline __attribute__((always_inline)) void product_of(
+    const T* factors, const T* rows, int64_t r, int64_t length, T* to) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kStep = kProductVectors * Lanes<T>::kCount;
+  const int64_t whole = length - length % kStep;
+  for (int64_t i = 0; i < r; i += kProductRows) {
+    // Beyond the last one a row is summed again, for nothing.
+    int64_t own[kProductRows];
+    for (int64_t a = 0; a < kProductRows; ++a) {
+      own[a] = std::min(i + a, r - 1);
+    }
+    for (int64_t k = 0; k < whole; k += kStep) {
+      Vector sums[kProductRows][kProductVectors] = {};
+      for (int64_t j = 0; j < r; ++j) {
+        Vector row[kProductVectors];
+        for (int64_t v = 0; v < kProductVectors; ++v) {
+          load_lanes(rows + j * length + k + v * Lanes<T>::kCount, &row[v]);
+        }
+        for (int64_t a = 0; a < kProductRows; ++a) {
+          for (int64_t v = 0; v < kProductVectors; ++v) {
+            sums[a][v] += factors[own[a] * r + j] * row[v];
+          }
+        }
       }
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < length; ++k) {
-        to[k] += (factor0 * row0[k] + factor1 * row1[k]) + (factor2 * row2[k] + factor3 * row3[k]);
+      for (int64_t a = 0; a < kProductRows; ++a) {
+        std::memcpy(to + own[a] * length + k, &sums[a], sizeof(sums[a]));
+      }
+    }
+    for (int64_t a = 0; a < kProductRows && i + a < r; ++a) {
+      for (int64_t k = whole; k < length; ++k) {
+        T sum = 0;
+        for (int64_t j = 0; j < r; ++j) {
+          sum += factors[own[a] * r + j] * rows[j * length + k];
+        }
+        to[own[a] * length + k] = sum;
       }
     }
   }
@@ -123,13 +145,13 @@ void gram(const double* rows, int64_t r, int64_t length, double* to) {
 }
 
 PEFTKERNELS_MULTIVERSION
-void combine_rows(const float* rows, const float* factors, int64_t r, int64_t length, float* to) {
-  sum_rows(rows, factors, r, length, to);
+void multiply_rows(const float* factors, const float* rows, int64_t r, int64_t length, float* to) {
+  product_of(factors, rows, r, length, to);
 }
 
 PEFTKERNELS_MULTIVERSION
-void combine_rows(const double* rows, const double* factors, int64_t r, int64_t length, double* to) {
-  sum_rows(rows, factors, r, length, to);
+void multiply_rows(const double* factors, const double* rows, int64_t r, int64_t length, double* to) {
+  product_of(factors, rows, r, length, to);
 }
 
 // to += scale · from, the product rounded to the dtype of `to` first, as a gradient that autograd hands over is.
@@ -245,9 +267,7 @@ double factor_term(const Factor& factor, double share, double scale) {
     const T coefficient = norm == 0 ? T(0) : static_cast<T>(2 * share / norm);
     std::for_each(difference, difference + r * r, [coefficient](T& value) { value *= coefficient; });
     T* const gradient = thread_scratch<T, Scratch::FactorGradient>(r * length);
-    for (int64_t i = 0; i < r; ++i) {
-      combine_rows(rows, difference + i * r, r, length, gradient + i * length);
-    }
+    multiply_rows(difference, rows, r, length, gradient);
     deliver<T>(factor, gradient, static_cast<T>(scale));
   }
   return norm;
