@@ -146,9 +146,48 @@ def test_many_threads_change_no_bit(kernels: AllocationKernels, threads: int) ->
     problem = _problem([(1, 40000, 9), (12, 3072, 768), (2, 7, 33000), (0, 5, 5), (100, 700, 1111), (1, 3, 33333)])
     torch.set_num_threads(threads)
     _check_averages(kernels, problem)
-    _, sensitivity, uncertainty = problem.update(kernels)
-    scores = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
-    assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
+    for _ in range(2):
+        # The second time, the update has the scores ready.
+        _, sensitivity, uncertainty = problem.update(kernels)
+        scores = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
+        assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
+
+
+def test_scores_belong_to_the_averages_as_they_are(kernels: AllocationKernels) -> None:
+    """Also where an update has them ready: after every kind of step, and where averages were written from outside."""
+    problem = _problem([(5, 300, 9), (12, 33, 70)])
+    sensitivity, uncertainty = problem.sensitivity.clone(), problem.uncertainty.clone()
+
+    def check() -> Tensor:
+        found = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
+        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, sensitivity, uncertainty))
+        return found
+
+    def update(skip: bool = False) -> None:
+        kernels.update_averages(
+            problem.layout, problem.parameters, problem.gradients, sensitivity, uncertainty, BETA1, BETA2,
+            torch.tensor(skip),
+        )  # fmt: skip
+
+    seen = [check()]
+    for skip in (False, False, True, False):
+        update(skip)
+        seen.append(check())
+        check().fill_(-1.0)
+        check()
+    assert not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+    sensitivity.mul_(2)
+    check()
+    update()
+    update()
+    check()
+    update()
+    problem.layout.views(uncertainty)[0].zero_()
+    check()
+    other = _problem([(5, 300, 9), (12, 33, 70)], seed=9)
+    found = kernels.rank_scores(other.layout, other.sensitivity, other.uncertainty)
+    assert torch.equal(found, PlainKernels().rank_scores(other.layout, other.sensitivity, other.uncertainty))
+    check()
 
 
 class _FusedMultiplyAdd(PlainKernels):
@@ -427,7 +466,10 @@ def test_operators_keep_to_their_schemas() -> None:
     plan_tensors = [[getattr(plan, name) for plan in plans] for name in ("state", "order", "counts")]
     checks = ("test_schema", "test_faketensor")
     for operator, arguments in (
-        (operators.allocation_averages.cpu, (problem.parameters, problem.gradients, table, *averages, 0.8, 0.9, None)),
+        (
+            operators.allocation_averages.cpu,
+            (problem.parameters, problem.gradients, table, *averages, 0.8, 0.9, None, False),
+        ),
         (operators.allocation_mask.cpu, (torch.rand(9) < 0.5, None, gates, *plan_tensors, 1)),
         (operators.allocation_orthogonality.cpu, (lora_A, lora_B, 0.5, [], [], 1.0, True)),
         (operators.allocation_orthogonality.cpu, (lora_A, lora_B, 0.5, [], [*lora_A, *lora_B], 1.0, False)),
