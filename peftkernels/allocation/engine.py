@@ -19,7 +19,7 @@ from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
-from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.protocol import FACTORS, factors_of, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
@@ -178,8 +178,8 @@ class BudgetAllocator:
         """
         self._warn_if_idle()
         return orthogonality(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             self._impl,
@@ -200,8 +200,8 @@ class BudgetAllocator:
         """
         self._warn_if_idle()
         return add_orthogonality_gradient(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             scale,
@@ -365,7 +365,9 @@ class BudgetAllocator:
         elif overflow is not None and bool(overflow):
             self._skipped += 1
             self._watch.reset()
-            self._notify("skipped", {"why": "the gradient scaler found an overflow; the optimizer did not step"})
+            # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
+            why = "the gradient scaler found an overflow; the optimizer did not step"
+            self._notify("skipped", {"why": why}, self._step + 1)
         else:
             self._advance(None)
 
