@@ -48,9 +48,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 class _OrthogonalityTerm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor) -> Tensor:
         kernels = kernels_for(factors[0].device, factors[0].dtype, impl)
         needs = any(ctx.needs_input_grad[_OTHER_ARGUMENTS:])
         term, gradients = kernels.orthogonality(factors[:n], factors[n:], weight, keep, gradients=needs)
