@@ -26,6 +26,7 @@ class Addresses:
     table    int64 (tensors,), 0 for None and for tensors without elements
     dtypes   of each tensor, None for None
     aligned  whether all addresses are multiples of 16
+    kept     tables and copies that CUDA graphs read
 
     A tensor whose numbers do not lie one after the other is copied to a place of its own, before the launch and, where
     a kernel writes it, by `write_back` after it. That a tensor's address is the old one is taken to mean that dtype and
@@ -37,8 +38,7 @@ class Addresses:
         self._found: tuple[int, ...] | None = None
         self._staged: list[tuple[int, Tensor]] = []
         self._recorded = False
-        # Tables that CUDA graphs read.
-        self._kept: list[Tensor] = []
+        self.kept: list[Tensor] = []
         self.table = torch.empty(0, dtype=torch.int64)
         self.dtypes: tuple[torch.dtype | None, ...] = ()
         self.aligned = True
@@ -76,7 +76,7 @@ class Addresses:
         if elsewhere:
             raise ValueError(f"{self._name}: found tensors on {min(map(str, elsewhere))}, expected all on {device}")
         if self._recorded:
-            self._kept += [self.table, *(copy for _, copy in self._staged)]
+            self.kept += [self.table, *(copy for _, copy in self._staged)]
             self._recorded = False
         self._staged = [
             (place, torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False))

@@ -104,8 +104,6 @@ def average_tile(
 ):  # fmt: skip
     """The averages of a tile, where they are updated, and its sum of Ī·Ū over lines."""
     _, rank, offsets, inside = lines_and_ranks(line_block, rank_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN)
-    # Every factor begins at a multiple of 16 elements.
-    start = tl.multiple_of(start, 16)
     sensitivities, uncertainties = sensitivity_ptr + start + offsets, uncertainty_ptr + start + offsets
     sensitivity = tl.load(sensitivities, mask=inside, other=0.0)
     uncertainty = tl.load(uncertainties, mask=inside, other=0.0)
@@ -254,6 +252,4 @@ def scores_variant(block: Block) -> Variant:
         "RANKS": block.ranks,
         "PARTS": _PARTS,
     }
-    return Variant(
-        add_parts, types, constants, aligned=tuple(types), options=_UNFUSED, label=f"r{block.ranks}"
-    )
+    return Variant(add_parts, types, constants, aligned=tuple(types), options=_UNFUSED, label=f"r{block.ranks}")

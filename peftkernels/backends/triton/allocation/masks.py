@@ -41,7 +41,7 @@ def write_masks(
         active = tl.where(tl.load(mask_now_ptr) == 0, inside, active)
     masked = inside & ~active
     # Zero is zero bits in every dtype.
-    for word in range(0, words):
+    for word in range(words):
         tl.store(gate_ptr + ranks * words + word, tl.zeros((RANKS,), tl.int16), mask=masked)
     state = tl.where(active, ACTIVE, masked_state)
     tl.store(state_ptr + ranks, state.to(tl.uint8), mask=inside)
@@ -68,6 +68,4 @@ def variant(ranks: int, mask_now: bool, active: int) -> Variant:
         "masked_state": "i32",
     }
     constants = {"ACTIVE": active, "RANKS": ranks}
-    return Variant(
-        write_masks, types, constants, options=options(1, 1), label=f"r{ranks}{' mask_now' * mask_now}"
-    )
+    return Variant(write_masks, types, constants, options=options(1, 1), label=f"r{ranks}{' mask_now' * mask_now}")

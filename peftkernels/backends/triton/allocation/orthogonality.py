@@ -20,26 +20,31 @@ import triton.language as tl
 
 from peftkernels.backends.triton.allocation.averages import ELEMENTS
 from peftkernels.backends.triton.allocation.parts import (
-    Block, address_of, block_of_ranks, lines_and_ranks, tile_of,
-)  # fmt: skip
+    Block,
+    address_of,
+    block_of_ranks,
+    lines_and_ranks,
+    tile_of,
+)
 from peftkernels.backends.triton.finish import added_lines
 from peftkernels.backends.triton.launch import TYPES, Variant, options
 
-# What a matrix product takes at least, and ranks that a program holds at a time.
-_FEWEST_RANKS, MOST_RANKS = 16, 64
+# What a matrix product takes at least, and ranks that a program of each launch holds at a time.
+_FEWEST_RANKS, _MOST_OF_GRAM, _MOST_OF_GRADIENT = 16, 32, 64
+# Products in full fp32 have no matrix unit: a thread holds the whole depth of its operands in registers.
+_GRAM_LINES, _GRAM_WARPS = 32, 8
 # Norms that are added at a time.
 _NORMS = 1024
 
 
 def gram_block(r: int) -> Block:
     """Lines and ranks of a step of `gram_matrices` where factors have up to r ranks."""
-    ranks = block_of_ranks(r, _FEWEST_RANKS, MOST_RANKS)
-    return Block(128 if ranks == _FEWEST_RANKS else 64, ranks)
+    return Block(_GRAM_LINES, block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRAM))
 
 
 def gradient_block(r: int) -> Block:
     """Lines and ranks of a tile of `add_gradients` where factors have up to r ranks."""
-    ranks = block_of_ranks(r, _FEWEST_RANKS, MOST_RANKS)
+    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRADIENT)
     return Block(128 if ranks == _FEWEST_RANKS else 64, ranks)
 
 
@@ -68,13 +73,13 @@ def factor_tile(
 def gram_of_blocks(
     factor_ptr, keep_ptr, first, row_block, column_block, lines, r,
     WIDE_TILE: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ over lines of the products of some ranks with others, fp32 (ranks, ranks)."""
     sums = tl.zeros((RANKS, RANKS), tl.float32)
-    for line_block in range(0, tl.cdiv(lines, LINES)):
-        rows = factor_tile(
-            factor_ptr, keep_ptr, first, line_block, row_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN
-        )
+    # With a number of its own the loop is overlapped with its loads, which it is not for these products otherwise.
+    for line_block in tl.range(0, tl.cdiv(lines, LINES), num_stages=STAGES):
+        rows = factor_tile(factor_ptr, keep_ptr, first, line_block, row_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN)
         columns = rows
         if not ONE_BLOCK:
             columns = factor_tile(
@@ -88,6 +93,7 @@ def gram_of_blocks(
 def gram_matrices(
     factors_ptr, numbers_ptr, addresses_ptr, keep_ptr, matrices_ptr, norms_ptr,
     FACTOR: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs: factors. Factor numbers[program]'s M goes to matrices, where its table says, ‖M‖_F to norms.
 
@@ -104,16 +110,18 @@ def gram_matrices(
     factor_ptr, _ = address_of(addresses_ptr, factor, FACTOR, EVEN)
     squares = tl.zeros((RANKS,), tl.float32)
     rank_blocks = tl.cdiv(r, RANKS)
-    for row_block in range(0, rank_blocks):
-        for column_block in range(0, rank_blocks):
+    for row_block in range(rank_blocks):
+        for column_block in range(rank_blocks):
             if wide != 0:
                 gram = gram_of_blocks(
-                    factor_ptr, keep_ptr, first, row_block, column_block, lines, r, True, LINES, RANKS, EVEN, ONE_BLOCK
-                )
+                    factor_ptr, keep_ptr, first, row_block, column_block, lines, r,
+                    True, LINES, RANKS, EVEN, ONE_BLOCK, STAGES,
+                )  # fmt: skip
             else:
                 gram = gram_of_blocks(
-                    factor_ptr, keep_ptr, first, row_block, column_block, lines, r, False, LINES, RANKS, EVEN, ONE_BLOCK
-                )
+                    factor_ptr, keep_ptr, first, row_block, column_block, lines, r,
+                    False, LINES, RANKS, EVEN, ONE_BLOCK, STAGES,
+                )  # fmt: skip
             row = row_block * RANKS + tl.arange(0, RANKS)
             column = column_block * RANKS + tl.arange(0, RANKS)
             one = (row[:, None] == column[None, :]) & kept_ranks(keep_ptr, first, row, r)[:, None]
@@ -148,7 +156,7 @@ def gradient_tile(
     """coefficient·M·A (or B·M) for a tile: `scale` times it added in place (to), or written as it is (out, fp32)."""
     sums = tl.zeros((LINES, RANKS), tl.float32)
     _, rank, offsets, inside = lines_and_ranks(line_block, rank_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN)
-    for other_block in range(0, tl.cdiv(r, RANKS)):
+    for other_block in range(tl.cdiv(r, RANKS)):
         values = factor_tile(
             factor_ptr, keep_ptr, first, line_block, other_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN
         )
@@ -160,7 +168,7 @@ def gradient_tile(
         sums = tl.dot(values.to(tl.float32), matrix, sums, input_precision="ieee")
     gradient = sums * coefficient
     if out_ptr is not None:
-        tl.store(out_ptr + tl.multiple_of(start, 16) + offsets, gradient, mask=inside)
+        tl.store(out_ptr + start + offsets, gradient, mask=inside)
     if to_ptr is not None:
         before = tl.load(to_ptr + offsets, mask=inside, other=0.0)
         part = (gradient * scale).to(before.dtype).to(tl.float32)
@@ -190,7 +198,7 @@ def add_gradients(
         if to_addresses_ptr is not None:
             to_ptr, _ = address_of(to_addresses_ptr, factor, FACTOR, EVEN)
         norm = tl.load(norms_ptr + factor)
-        coefficient = tl.where(norm == 0.0, 0.0, tl.div_rn(2.0 * share, norm))
+        coefficient = tl.where(norm == 0.0, 0.0, tl.div_rn(2.0 * share, tl.where(norm == 0.0, 1.0, norm)))
         if wide != 0:
             gradient_tile(
                 factor_ptr, to_ptr, out_ptr, keep_ptr, matrices_ptr + result, first, start, line_block, rank_block,
@@ -218,16 +226,17 @@ def gram_variant(dtype: torch.dtype, block: Block, one_block: bool, keep: bool, 
         "matrices_ptr": "*fp32",
         "norms_ptr": "*fp32",
     }
+    stages = 6 if block.ranks == _FEWEST_RANKS else 4
     constants = {
         "FACTOR": ELEMENTS[dtype],
         "LINES": block.lines,
         "RANKS": block.ranks,
         "EVEN": even,
         "ONE_BLOCK": one_block,
+        "STAGES": stages,
     }
     label = f"{_label(dtype, block, keep, even)}{'' if one_block else ' many ranks'}"
-    warps = 4 if block.ranks < MOST_RANKS else 8
-    return Variant(gram_matrices, types, constants, options=options(warps, 3), label=label)
+    return Variant(gram_matrices, types, constants, options=options(_GRAM_WARPS, stages), label=label)
 
 
 @functools.cache
@@ -256,5 +265,5 @@ def gradient_variant(dtype: torch.dtype, block: Block, value: bool, add: bool, k
     }
     aligned = ("tiles_ptr", "factors_ptr", "addresses_ptr", "to_addresses_ptr", "out_ptr", "matrices_ptr", "norms_ptr")
     label = f"{_label(dtype, block, keep, even)}{' value' * value}{' add' if add else ' write'}"
-    warps = 4 if block.ranks < MOST_RANKS else 8
+    warps = 4 if block.ranks == _FEWEST_RANKS else 8
     return Variant(add_gradients, types, constants, aligned=aligned, options=options(warps, 1), label=label)

@@ -27,7 +27,7 @@ class Block(NamedTuple):
     lines: int
     ranks: int
 
-    def count(self, lines: int, r: int) -> tuple[int, int]:
+    def blocks(self, lines: int, r: int) -> tuple[int, int]:
         """Blocks of lines and blocks of ranks of a factor."""
         return -(-lines // self.lines), -(-r // self.ranks)
 
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 class Factor(NamedTuple):
     """A factor as the device's table has it.
 
-    start   where its numbers begin in the flat buffer they lie in, in elements
+    start   where its numbers begin in the flat buffer they lie in, in elements, a multiple of 16
     lines   K for A, N for B, 1 for E
     r       its ranks
     wide    1 for A, whose ranks are rows; 0 for B and E
@@ -70,7 +70,7 @@ def tile_table(
     how many there are, for the factors with these numbers. wide: the tile of A, narrow: of B and E.
     """
     blocks = [
-        (number, *(wide if factors[number].wide else narrow).count(factors[number].lines, factors[number].r))
+        (number, *(wide if factors[number].wide else narrow).blocks(factors[number].lines, factors[number].r))
         for number in numbers
     ]
     number, lines, ranks = torch.tensor(blocks, dtype=torch.int32).reshape(-1, 3).unbind(1)
@@ -88,10 +88,17 @@ def tile_of(tiles_ptr, factors_ptr, program):
     tile = tiles_ptr + program * 4
     factor = tl.load(tile)
     fields = factors_ptr + factor * 8
-    return (
-        factor, tl.load(tile + 1), tl.load(tile + 2), tl.load(fields), tl.load(fields + 1).to(tl.int32),
-        tl.load(fields + 2).to(tl.int32), tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5),
-    )  # fmt: skip
+    start = tl.multiple_of(tl.load(fields), 16)
+    lines = tl.load(fields + 1).to(tl.int32)
+    r = tl.load(fields + 2).to(tl.int32)
+    wide, first, result = tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5)
+    return factor, tl.load(tile + 1), tl.load(tile + 2), start, lines, r, wide, first, result
+
+
+@triton.jit
+def fours(number):
+    """A multiple of 4, known to the compiler as one: hints on a function's arguments are lost on its way to loads."""
+    return number // 4 * 4
 
 
 @triton.jit
@@ -106,11 +113,11 @@ def lines_and_ranks(
     rank = rank_block * RANKS + tl.arange(0, RANKS)
     if WIDE:
         if EVEN:
-            lines = tl.multiple_of(lines, 4)
+            lines = fours(lines)
         offsets = rank[None, :] * lines + line[:, None]
     else:
         if EVEN:
-            r = tl.multiple_of(r, 4)
+            r = fours(r)
         offsets = line[:, None] * r + rank[None, :]
     return line, rank, offsets, (line < lines)[:, None] & (rank < r)[None, :]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,7 +71,7 @@ class Smoothing:
         moved |= self._gradients.update(gradients, self._device, recording)
         if moved:
             self._take(parameters, gradients)
-        even = self._even and self._parameters.aligned and self._gradients.aligned and _aligned(sensitivity, uncertainty)
+        even = self._even_for(sensitivity, uncertainty) and self._parameters.aligned and self._gradients.aligned
         # As int32 for the device's atomic operations; its first byte is the bool that is returned.
         finite = torch.ones(1, dtype=torch.int32, device=self._device)
         addresses = self._parameters.table, self._gradients.table
@@ -94,7 +94,7 @@ class Smoothing:
         self._check(sensitivity, uncertainty)
         if self._summed != self._values(sensitivity, uncertainty, capturing(self._device)):
             tiles, programs = _tiles(self._factors, tuple(range(len(self._factors))), self._block, self._device)
-            sums = averages.sums_variant(self._block, self._even and _aligned(sensitivity, uncertainty))
+            sums = averages.sums_variant(self._block, self._even_for(sensitivity, uncertainty))
             nothing = (None, None)
             sums(
                 programs, tiles, self._table, *nothing, sensitivity, uncertainty, *nothing, self._sums,
@@ -114,12 +114,17 @@ class Smoothing:
         places = sensitivity.data_ptr(), uncertainty.data_ptr()
         return (*places, sensitivity._version, uncertainty._version, recording)
 
+    def _even_for(self, sensitivity: Tensor, uncertainty: Tensor) -> bool:
+        """Whether numbers of these averages come four at a time, at multiples of 16 bytes."""
+        return self._even and (sensitivity.data_ptr() | uncertainty.data_ptr()) % 16 == 0
+
     def _check(self, sensitivity: Tensor, uncertainty: Tensor) -> None:
         expected = (self._layout.numel,)
         for name, average in (("sensitivity", sensitivity), ("uncertainty", uncertainty)):
             if average.dtype is not torch.float32 or average.shape != expected or not average.is_contiguous():
                 raise ValueError(
-                    f"{name}: found {average.dtype} {tuple(average.shape)}, expected contiguous torch.float32 {expected}"
+                    f"{name}: found {average.dtype} {tuple(average.shape)}, expected contiguous torch.float32 "
+                    f"{expected}"
                 )
 
     def _take(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -157,7 +162,7 @@ def _factors(layout: FactorLayout, narrow: Block) -> tuple[tuple[Factor, ...], i
         wide = kind == 0
         lines = 1 if kind == _KINDS - 1 else columns if wide else rows
         found.append(Factor(start, lines, r, int(wide), layout.rank_offsets[layer], sums))
-        sums += (averages.WIDE if wide else narrow).count(lines, r)[0] * r
+        sums += (averages.WIDE if wide else narrow).blocks(lines, r)[0] * r
     return tuple(found), sums
 
 
@@ -166,7 +171,3 @@ def _tiles(
     factors: tuple[Factor, ...], numbers: tuple[int, ...], narrow: Block, device: torch.device
 ) -> tuple[Tensor, int]:
     return tile_table(factors, numbers, averages.WIDE, narrow, device)
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -24,7 +24,7 @@ class _Group(NamedTuple):
 
     dtype: torch.dtype
     numbers: Tensor
-    count: int
+    factors: int
     tiles: Tensor
     programs: int
 
@@ -32,7 +32,8 @@ class _Group(NamedTuple):
 class _Shapes(NamedTuple):
     """All that follows from the factors' shapes and dtypes.
 
-    block, one_block  what a program holds, and whether it holds all ranks of a factor
+    block, one_block  what a program of the first launch holds, and whether it holds all ranks of a factor
+    tile              what a program of the second launch holds
     even              lines of A and ranks of B come four at a time
     matrices          numbers of all M
     gradients         numbers of all gradients side by side, which begin at `starts`
@@ -42,6 +43,7 @@ class _Shapes(NamedTuple):
     groups: tuple[_Group, ...]
     block: Block
     one_block: bool
+    tile: Block
     even: bool
     matrices: int
     gradients: int
@@ -99,7 +101,7 @@ class Term:
             if not first and not written:
                 continue
             variant = orthogonality.gradient_variant(
-                dtype, known.block, first, to_addresses is not None, kept is not None, even
+                dtype, known.tile, first, to_addresses is not None, kept is not None, even
             )
             variant(
                 written + first, tiles, known.table, self._factors.table, to_addresses, out, kept, self._matrices,
@@ -132,9 +134,7 @@ class Term:
 
 
 @lru_cache(maxsize=8)
-def _shapes(
-    shapes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> _Shapes:
+def _shapes(shapes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> _Shapes:
     n = len(shapes) // 2
     ranks = [rows for rows, _ in shapes[:n]]
     firsts = [0, *accumulate(ranks)]
@@ -163,6 +163,7 @@ def _shapes(
         tuple(groups),
         block,
         most <= block.ranks,
+        tile,
         all(r % 4 == 0 for r in ranks) and all(k % 4 == 0 for _, k in shapes[:n]),
         matrices,
         gradients,

@@ -57,13 +57,12 @@ def keep_above_threshold(
     prefix = tl.zeros((), tl.uint32)
     ties = tl.zeros((), tl.int32)
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, count, SCORES):
             keys, _, inside = keys_at(scores_ptr, start, count, SCORES)
             if step > 0:
-                inside = inside & ((keys >> (shift + 8)) == prefix)
-            counts += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=inside)
+                inside = inside & ((keys >> (32 - 8 * step)) == prefix)
+            counts += tl.histogram(((keys >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=inside)
         # The first digit up to which there are enough.
         digit = tl.minimum(tl.sum((tl.cumsum(counts, 0) < wanted).to(tl.int32), 0), 255)
         wanted -= tl.sum(tl.where(digits < digit, counts, 0), 0)
@@ -103,6 +102,6 @@ def variant(exact: bool, budget: torch.dtype | None) -> Variant:
         keep_above_threshold,
         types,
         {"EXACT": exact, "SCORES": SCORES},
-        options=options(32, 1),
+        options=options(16, 1),
         label=label,
     )
