@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <unordered_set>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "allocation_factors.h"
 #include "multiversion.h"
 #include "scratch.h"
+#include "transpose.h"
 
 namespace peftkernels::cpu {
 namespace {
@@ -19,50 +21,114 @@ namespace {
 // Elements of factors that are worth a thread.
 constexpr int64_t kThreadShare = 32768;
 
+// 64 bytes of elements, one vector where the processor has such.
+template <typename T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 64 / sizeof(T);
+};
+
+template <typename T>
+inline __attribute__((always_inline)) void load_lanes(const T* from, typename Lanes<T>::Vector* to) {
+  std::memcpy(to, from, sizeof(*to));
+}
+
+template <typename T>
+inline __attribute__((always_inline)) T sum_of_lanes(const typename Lanes<T>::Vector& lanes) {
+  T sums[Lanes<T>::kCount];
+  std::memcpy(sums, &lanes, sizeof(sums));
+  for (int64_t width = Lanes<T>::kCount / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) {
+      sums[i] += sums[i + width];
+    }
+  }
+  return sums[0];
+}
+
+// Rows and columns of a Gram matrix that are summed side by side.
+constexpr int64_t kTileRows = 2, kTileColumns = 4;
+
 // gram (r x r) = rows · rowsᵀ for rows (r x length)
 template <typename T>
 inline __attribute__((always_inline)) void gram_of(const T* rows, int64_t r, int64_t length, T* gram) {
-  for (int64_t i = 0; i < r; ++i) {
-    const T* const row = rows + i * length;
-    for (int64_t j = 0; j <= i; j += 4) {
-      // Beyond the diagonal a row is multiplied again, for nothing.
-      const T* const others[] = {
-          rows + j * length, rows + std::min(j + 1, i) * length, rows + std::min(j + 2, i) * length,
-          rows + std::min(j + 3, i) * length};
-      T sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-      for (int64_t k = 0; k < length; ++k) {
-        sum0 += row[k] * others[0][k];
-        sum1 += row[k] * others[1][k];
-        sum2 += row[k] * others[2][k];
-        sum3 += row[k] * others[3][k];
+  using Vector = typename Lanes<T>::Vector;
+  const int64_t whole = length - length % Lanes<T>::kCount;
+  for (int64_t i = 0; i < r; i += kTileRows) {
+    for (int64_t j = 0; j < i + kTileRows && j < r; j += kTileColumns) {
+      // Beyond the last one a row is multiplied again, for nothing.
+      const T *left[kTileRows], *right[kTileColumns];
+      for (int64_t a = 0; a < kTileRows; ++a) {
+        left[a] = rows + std::min(i + a, r - 1) * length;
       }
-      const T sums[] = {sum0, sum1, sum2, sum3};
-      for (int64_t other = j; other < std::min(j + 4, i + 1); ++other) {
-        gram[i * r + other] = gram[other * r + i] = sums[other - j];
+      for (int64_t b = 0; b < kTileColumns; ++b) {
+        right[b] = rows + std::min(j + b, r - 1) * length;
+      }
+      Vector sums[kTileRows][kTileColumns] = {};
+      for (int64_t k = 0; k < whole; k += Lanes<T>::kCount) {
+        Vector own[kTileRows], other;
+        for (int64_t a = 0; a < kTileRows; ++a) {
+          load_lanes(left[a] + k, &own[a]);
+        }
+        for (int64_t b = 0; b < kTileColumns; ++b) {
+          load_lanes(right[b] + k, &other);
+          for (int64_t a = 0; a < kTileRows; ++a) {
+            sums[a][b] += own[a] * other;
+          }
+        }
+      }
+      for (int64_t a = 0; a < kTileRows && i + a < r; ++a) {
+        for (int64_t b = 0; b < kTileColumns && j + b <= i + a; ++b) {
+          T sum = sum_of_lanes<T>(sums[a][b]);
+          for (int64_t k = whole; k < length; ++k) {
+            sum += left[a][k] * right[b][k];
+          }
+          gram[(i + a) * r + j + b] = gram[(j + b) * r + i + a] = sum;
+        }
       }
     }
   }
 }
 
-// to (length) = Σ_j factors[j] · row j
+// Rows of a product, and vectors of each, that are summed side by side.
+constexpr int64_t kProductRows = 4, kProductVectors = 2;
+
+// to (r x length) = factors (r x r) · rows (r x length)
 template <typename T>
-inline __attribute__((always_inline)) void sum_rows(
-    const T* rows, const T* factors, int64_t r, int64_t length, T* to) {
-  for (int64_t j = 0; j < r; j += 4) {
-    const auto row = [&](int64_t other) { return rows + std::min(other, r - 1) * length; };
-    const auto factor = [&](int64_t other) { return other < r ? factors[other] : T(0); };
-    const T *const row0 = row(j), *const row1 = row(j + 1), *const row2 = row(j + 2), *const row3 = row(j + 3);
-    const T factor0 = factor(j), factor1 = factor(j + 1), factor2 = factor(j + 2), factor3 = factor(j + 3);
-    if (j == 0) {
-#pragma omp simd
-      for (int64_t k = 0; k < length; ++k) {
-        to[k] = (factor0 * row0[k] + factor1 * row1[k]) + (factor2 * row2[k] + factor3 * row3[k]);
+inline __attribute__((always_inline)) void product_of(
+    const T* factors, const T* rows, int64_t r, int64_t length, T* to) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kStep = kProductVectors * Lanes<T>::kCount;
+  const int64_t whole = length - length % kStep;
+  for (int64_t i = 0; i < r; i += kProductRows) {
+    // Beyond the last one a row is summed again, for nothing.
+    int64_t own[kProductRows];
+    for (int64_t a = 0; a < kProductRows; ++a) {
+      own[a] = std::min(i + a, r - 1);
+    }
+    for (int64_t k = 0; k < whole; k += kStep) {
+      Vector sums[kProductRows][kProductVectors] = {};
+      for (int64_t j = 0; j < r; ++j) {
+        Vector row[kProductVectors];
+        for (int64_t v = 0; v < kProductVectors; ++v) {
+          load_lanes(rows + j * length + k + v * Lanes<T>::kCount, &row[v]);
+        }
+        for (int64_t a = 0; a < kProductRows; ++a) {
+          for (int64_t v = 0; v < kProductVectors; ++v) {
+            sums[a][v] += factors[own[a] * r + j] * row[v];
+          }
+        }
       }
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < length; ++k) {
-        to[k] += (factor0 * row0[k] + factor1 * row1[k]) + (factor2 * row2[k] + factor3 * row3[k]);
+      for (int64_t a = 0; a < kProductRows; ++a) {
+        std::memcpy(to + own[a] * length + k, &sums[a], sizeof(sums[a]));
+      }
+    }
+    for (int64_t a = 0; a < kProductRows && i + a < r; ++a) {
+      for (int64_t k = whole; k < length; ++k) {
+        T sum = 0;
+        for (int64_t j = 0; j < r; ++j) {
+          sum += factors[own[a] * r + j] * rows[j * length + k];
+        }
+        to[own[a] * length + k] = sum;
       }
     }
   }
@@ -79,20 +145,41 @@ void gram(const double* rows, int64_t r, int64_t length, double* to) {
 }
 
 PEFTKERNELS_MULTIVERSION
-void combine_rows(const float* rows, const float* factors, int64_t r, int64_t length, float* to) {
-  sum_rows(rows, factors, r, length, to);
+void multiply_rows(const float* factors, const float* rows, int64_t r, int64_t length, float* to) {
+  product_of(factors, rows, r, length, to);
 }
 
 PEFTKERNELS_MULTIVERSION
-void combine_rows(const double* rows, const double* factors, int64_t r, int64_t length, double* to) {
-  sum_rows(rows, factors, r, length, to);
+void multiply_rows(const double* factors, const double* rows, int64_t r, int64_t length, double* to) {
+  product_of(factors, rows, r, length, to);
 }
 
 // to += scale · from, the product rounded to the dtype of `to` first, as a gradient that autograd hands over is.
 template <typename T, typename To>
-void add_scaled(const T* from, int64_t stride, int64_t count, T scale, To* to) {
+void add_scaled(const T* from, int64_t count, T scale, To* to) {
   for (int64_t i = 0; i < count; ++i) {
-    to[i] += static_cast<To>(scale * from[i * stride]);
+    to[i] += static_cast<To>(scale * from[i]);
+  }
+}
+
+PEFTKERNELS_MULTIVERSION
+void add_scaled(const float* from, int64_t count, float scale, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] += scale * from[i];
+  }
+}
+
+// to (columns x rows) = fromᵀ
+template <typename T>
+void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
+  if constexpr (sizeof(T) == 4) {
+    transpose_words(from, columns * static_cast<int64_t>(sizeof(T)), rows, columns, to, rows);
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) {
+        to[column * rows + row] = from[row * columns + column];
+      }
+    }
   }
 }
 
@@ -119,18 +206,19 @@ template <typename T>
 const T* rows_of(const Factor& factor) {
   const int64_t r = factor.ranks(), length = factor.length(), numel = r * length;
   const Elements elements{factor.tensor.const_data_ptr(), factor.tensor.scalar_type()};
-  const T* const read = elements.read(0, numel, thread_scratch<T, Scratch::FactorRows>(numel));
+  const T* const read = elements.read(0, numel, thread_scratch<T, Scratch::FactorElements>(numel));
   if (factor.is_A && factor.keep == nullptr) {
     return read;
   }
-  T* const rows = thread_scratch<T, Scratch::FactorColumns>(numel);
-  for (int64_t i = 0; i < r; ++i) {
-    const T kept = factor.keep == nullptr || factor.keep[i] ? T(1) : T(0);
-    const T* const from = factor.is_A ? read + i * length : read + i;
-    const int64_t stride = factor.is_A ? 1 : r;
-    for (int64_t k = 0; k < length; ++k) {
-      rows[i * length + k] = kept * from[k * stride];
-    }
+  T* const rows = thread_scratch<T, Scratch::FactorRows>(numel);
+  if (factor.is_A) {
+    std::copy(read, read + numel, rows);
+  } else {
+    transpose(read, length, r, rows);
+  }
+  for (int64_t i = 0; factor.keep != nullptr && i < r; ++i) {
+    const T kept = factor.keep[i] ? T(1) : T(0);
+    std::for_each(rows + i * length, rows + (i + 1) * length, [kept](T& value) { value *= kept; });
   }
   return rows;
 }
@@ -147,28 +235,20 @@ double norm_of(const T* gram, int64_t count) {
 // Writes or adds the gradient of a factor: rank i of it is row i of `rows` (r x length).
 template <typename T>
 void deliver(const Factor& factor, const T* rows, T scale) {
-  const int64_t r = factor.ranks(), length = factor.length();
-  const bool adds = factor.add_to.defined();
-  const auto& target = adds ? factor.add_to : factor.gradient;
-  with_float_type(target.scalar_type(), "add_to", [&](auto type) {
-    using To = decltype(type);
-    To* const to = target.template mutable_data_ptr<To>();
-    const auto put = [&](const T* from, int64_t stride, int64_t count, To* at) {
-      if (adds) {
-        add_scaled(from, stride, count, scale, at);
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          at[i] = static_cast<To>(scale * from[i * stride]);
-        }
-      }
-    };
-    if (factor.is_A) {
-      put(rows, 1, r * length, to);
-    } else {
-      for (int64_t k = 0; k < length; ++k) {
-        put(rows + k, length, r, to + k * r);
-      }
-    }
+  const int64_t r = factor.ranks(), length = factor.length(), numel = r * length;
+  const T* in_order = rows;
+  if (!factor.is_A) {
+    T* const transposed = thread_scratch<T, Scratch::FactorElements>(numel);
+    transpose(rows, r, length, transposed);
+    in_order = transposed;
+  }
+  if (!factor.add_to.defined()) {
+    T* const to = factor.gradient.template mutable_data_ptr<T>();
+    std::transform(in_order, in_order + numel, to, [scale](T value) { return scale * value; });
+    return;
+  }
+  with_float_type(factor.add_to.scalar_type(), "add_to", [&](auto type) {
+    add_scaled(in_order, numel, scale, factor.add_to.template mutable_data_ptr<decltype(type)>());
   });
 }
 
@@ -187,9 +267,7 @@ double factor_term(const Factor& factor, double share, double scale) {
     const T coefficient = norm == 0 ? T(0) : static_cast<T>(2 * share / norm);
     std::for_each(difference, difference + r * r, [coefficient](T& value) { value *= coefficient; });
     T* const gradient = thread_scratch<T, Scratch::FactorGradient>(r * length);
-    for (int64_t i = 0; i < r; ++i) {
-      combine_rows(rows, difference + i * r, r, length, gradient + i * length);
-    }
+    multiply_rows(difference, rows, r, length, gradient);
     deliver<T>(factor, gradient, static_cast<T>(scale));
   }
   return norm;

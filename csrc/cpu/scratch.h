@@ -27,8 +27,8 @@ enum class Scratch {
   DroppedShare, // the adapter's share of a tile of ∂x
   Kept, // bits of the elements that dropout keeps
   Scores, // Ī·Ū of a factor
-  FactorRows, // a factor in the dtype of arithmetic
-  FactorColumns, // a factor's ranks as rows
+  FactorElements, // a factor in the dtype of arithmetic, and its gradient in the same order
+  FactorRows, // a factor's ranks as rows
   Gram, // products of a factor's ranks with each other
   FactorGradient, // the gradient of the orthogonality term by a factor, ranks as rows
 };

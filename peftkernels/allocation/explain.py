@@ -1,55 +1,81 @@
-"""An AdaLoRA decision in words."""
+"""An allocation in words and in plain values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from peftkernels.allocation.report import AllocationReport, ModuleAllocation
-from peftkernels.allocation.schedule import CubicSchedule
 from peftkernels.allocation.selection import Decision
-from peftkernels.allocation.settings import AdaLoraSettings
+from peftkernels.allocation.settings import AllocatorSettings
+
+if TYPE_CHECKING:
+    from peftkernels.allocation.engine import BudgetAllocator
 
 
-def explain_decision(
-    settings: AdaLoraSettings,
-    schedule: CubicSchedule,
-    step: int,
-    decision: Decision | None,
-    pattern: Mapping[str, Sequence[bool]],
-    nonfinite_steps: int,
-) -> AllocationReport:
-    """The report after optimizer step `step`; `decision` is the last one, None before the first."""
-    if decision is None:
-        scores: list[float] = []
-        threshold = None
-    else:
+def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
+    """What `BudgetAllocator.explain` returns; reads the last decision from the device."""
+    settings, bus, decision, step = allocator.settings, allocator.statistics, allocator.decision, allocator.steps
+    scores: list[float] = []
+    thresholds: Sequence[float | None] = [None] * len(bus.names)
+    if decision is not None:
         scores = decision.scores.tolist()
-        threshold = decision.threshold.item()
+        thresholds = bus.by_module(decision.thresholds)
     modules = []
     start = 0
-    for name, kept in pattern.items():
+    for (name, kept), threshold in zip(allocator.masks.pattern().items(), thresholds, strict=True):
         own = tuple(scores[start : start + len(kept)])
         start += len(kept)
-        modules.append(ModuleAllocation(name, tuple(kept), own, threshold, _why(settings, step, decision, kept, own)))
+        if name in allocator.frozen:
+            why = "frozen: its factors no longer train" + ("" if any(kept) else " and none of its ranks is kept")
+        else:
+            why = _why(settings, step, decision, kept, own)
+        modules.append(ModuleAllocation(name, tuple(kept), own, threshold, why))
     return AllocationReport(
         step=step,
         phase=_phase(settings, step),
-        budget=schedule(step)[0],
+        budget=allocator.budget(step),
+        unit=bus.shares.unit,
         decided_at=None if decision is None else decision.step,
-        threshold=threshold,
-        nonfinite_steps=nonfinite_steps,
+        threshold=thresholds[0] if len(bus.shares.shares) == 1 else None,
+        nonfinite_steps=allocator.nonfinite_steps,
+        skipped_steps=allocator.skipped_steps,
         modules=tuple(modules),
     )
 
 
-def _phase(settings: AdaLoraSettings, step: int) -> str:
+def run_facts(allocator: BudgetAllocator) -> dict[str, Any]:
+    """What `Observer.started` is told."""
+    bus = allocator.statistics
+    group_of = {member: share.name for share in bus.shares.shares for member in share.members}
+    return {
+        "strategy": allocator.strategy.name,
+        "settings": {**asdict(allocator.settings), **allocator.strategy.facts()},
+        "modules": [
+            {
+                "name": name,
+                "rank": bus.ranks[index],
+                "in_features": layer.lora_A.shape[1],
+                "out_features": layer.lora_B.shape[0],
+                "group": group_of[index],
+                "cost": bus.shares.costs[index],
+            }
+            for index, (name, layer) in enumerate(zip(bus.names, bus.layers, strict=True))
+        ],
+        "unit": bus.shares.unit,
+        "step": allocator.steps,
+    }
+
+
+def _phase(settings: AllocatorSettings, step: int) -> str:
     if step >= settings.last_allocation:
         return "final ranks"
     return "before the first mask" if step <= settings.tinit else "budget decreasing"
 
 
 def _why(
-    settings: AdaLoraSettings,
+    settings: AllocatorSettings,
     step: int,
     decision: Decision | None,
     kept: Sequence[bool],

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 
 
-def run_after_step(optimizer: Optimizer, run: Callable[[], None], layers: Mapping[str, GatedLayer]) -> RemovableHandle:
-    """Call `run` after every `optimizer.step()` until the returned handle is removed.
+def run_after_step(
+    optimizer: Optimizer, run: Callable[[Optimizer], None], layers: Mapping[str, GatedLayer]
+) -> tuple[RemovableHandle, Optimizer]:
+    """Call `run(optimizer)` after every `optimizer.step()` until the returned handle is removed; the optimizer returned
+    is the one that steps.
 
     A wrapper that never initialised itself as an Optimizer and keeps the one that steps in `.optimizer`, as
     accelerate's does, is looked through: a hook on the wrapper would never run. Raises TypeError for anything but an
@@ -37,9 +41,19 @@ def run_after_step(optimizer: Optimizer, run: Callable[[], None], layers: Mappin
         )
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        run()
+        run(inner)
 
-    return inner.register_step_post_hook(after_step)
+    return inner.register_step_post_hook(after_step), inner
+
+
+def found_overflow(optimizer: Optimizer) -> Tensor | None:
+    """What a GradScaler found in the gradients of the step being made, not zero for an overflow; None without a scaler.
+
+    With most optimizers a scaler does not call `step` after an overflow. Fused ones are called all the same and leave
+    the parameters alone; the scaler tells them so through this attribute, for the time of the call.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found
 
 
 class IdleWatch:
@@ -67,4 +81,4 @@ class IdleWatch:
         return self._movements >= 3
 
     def _read(self) -> list[int]:
-        return [layer.lora_E._version for layer in self._layers]
+        return [gate._version for gate in factors_of(self._layers, "lora_E")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels import kernels_for
+from peftkernels.allocation.kernels import AllocationKernels, kernels_for
 
 # Arguments of the function below before the factors.
 _OTHER_ARGUMENTS = 4
@@ -30,7 +30,36 @@ def orthogonality(
     the factors' dtype, in float32 for lower precisions, and autocast does not change that; the gradient comes in each
     factor's own dtype. Differentiating twice raises. impl: which kernels compute it, see `kernels_for`.
     """
+    if weight == 0:
+        return torch.zeros((), device=lora_A[0].device)
     return _OrthogonalityTerm.apply(weight, keep, impl, len(lora_A), *lora_A, *lora_B)
+
+
+@torch.no_grad()
+def add_orthogonality_gradient(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    weight: float,
+    keep: Sequence[Tensor] | None,
+    scale: float,
+    kernels: AllocationKernels,
+) -> Tensor:
+    """Add `scale` times the gradient of `orthogonality` to the factors' `.grad`, without a graph; returns the term.
+
+    `.grad` is created where it is None; factors that do not require a gradient are left alone.
+    """
+    if weight == 0:
+        return torch.zeros((), device=lora_A[0].device)
+    targets = []
+    for factor in (*lora_A, *lora_B):
+        target = factor.grad
+        if not factor.requires_grad:
+            # What is added to a factor that is not trained goes nowhere.
+            target = torch.zeros_like(factor)
+        elif target is None:
+            factor.grad = target = torch.zeros_like(factor)
+        targets.append(target)
+    return kernels.orthogonality(lora_A, lora_B, weight, keep, targets, scale)[0]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -49,7 +78,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 class _OrthogonalityTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor) -> Tensor:
-        kernels = kernels_for(factors[0].device, factors[0].dtype, impl)
+        kernels = kernels_for(factors[0].device, torch.promote_types(factors[0].dtype, torch.float32), impl)
         needs = any(ctx.needs_input_grad[_OTHER_ARGUMENTS:])
         term, gradients = kernels.orthogonality(factors[:n], factors[n:], weight, keep, gradients=needs)
         ctx.save_for_backward(*(gradients or ()), *factors)

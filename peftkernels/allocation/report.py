@@ -42,18 +42,22 @@ class ModuleAllocation:
 class AllocationReport:
     """The state of an allocation after optimizer step `step`.
 
-    budget            ranks the schedule allows at `step`
+    budget            what the schedule allows at `step`, in `unit`
     decided_at        the step of the last decision, None before the first
-    threshold         the threshold of that decision
+    threshold         the threshold of that decision; None before the first, and where groups have budgets of their own:
+                      `modules` has the one of each
     nonfinite_steps   steps whose gradients were not finite and left the score averages unchanged
+    skipped_steps     calls of the optimizer that a GradScaler kept from stepping
     """
 
     step: int
     phase: str
-    budget: int
+    budget: float
+    unit: str
     decided_at: int | None
     threshold: float | None
     nonfinite_steps: int
+    skipped_steps: int
     modules: tuple[ModuleAllocation, ...] = field(repr=False)
 
     @property
@@ -66,10 +70,13 @@ class AllocationReport:
 
     def __str__(self) -> str:
         decided = "no decision yet" if self.decided_at is None else f"decided at step {self.decided_at}"
+        budget = f"{self.budget:g}" if self.unit == "ranks" else f"{self.budget:g} {self.unit}"
         lines = [
-            f"step {self.step} ({self.phase}): {self.n_kept} of {self.n_total} ranks kept, budget {self.budget}, "
+            f"step {self.step} ({self.phase}): {self.n_kept} of {self.n_total} ranks kept, budget {budget}, "
             f"threshold {_number(self.threshold)}, {decided}"
         ]
+        if self.skipped_steps:
+            lines.append(f"the gradient scaler skipped {self.skipped_steps} optimizer steps, which count as none")
         if self.nonfinite_steps:
             lines.append(
                 f"{self.nonfinite_steps} steps had gradients that were not finite and left the scores as they were"

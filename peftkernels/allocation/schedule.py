@@ -1,4 +1,4 @@
-"""How many ranks may be alive at a step: AdaLoRA's cubic schedule."""
+"""How much may be alive at a step: AdaLoRA's cubic schedule."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """The budget of ranks, over all layers, after optimizer step t = 1, 2, … (AdaLoRA, arXiv 2303.10512, eq. 12).
+    """The budget, over all layers that share it, after optimizer step t = 1, 2, … (AdaLoRA, arXiv 2303.10512, eq. 12).
 
         t <= tinit                  initial_budget, no mask
         t >  last_allocation        final_budget, mask
         else  μ = 1 - (t - tinit)/(last_allocation - tinit),  b = int((b0 - bT)·μ³ + bT),  mask where t mod deltaT == 0
 
     with b0 = initial_budget, bT = final_budget and last_allocation = total_step - tfinal. All arithmetic is in
-    float64, in this order, so that `int` rounds down as it does in HF peft.
+    float64, in this order, so that `int` rounds down as it does in HF peft. `whole=False` leaves out `int`, for
+    budgets that are not counted but measured.
     """
 
-    initial_budget: int
-    final_budget: int
+    initial_budget: float
+    final_budget: float
     tinit: int
     last_allocation: int
     deltaT: int
+    whole: bool = True
 
-    def __call__(self, step: int) -> tuple[int, bool]:
+    def __call__(self, step: int) -> tuple[float, bool]:
         """The budget after `step` and whether the schedule asks for a mask there."""
         if step <= self.tinit:
             return self.initial_budget, False
         if step > self.last_allocation:
             return self.final_budget, True
         remaining = 1 - (step - self.tinit) / (self.last_allocation - self.tinit)
-        budget = int((self.initial_budget - self.final_budget) * (remaining**3) + self.final_budget)
-        return budget, step % self.deltaT == 0
+        budget = (self.initial_budget - self.final_budget) * (remaining**3) + self.final_budget
+        return (int(budget) if self.whole else budget), step % self.deltaT == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import FactorLayout, kernels_for
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 
 
 @dataclass(frozen=True)
@@ -54,35 +54,18 @@ class ScoreAverages:
         self._uncertainty = torch.zeros_like(self._sensitivity)
 
     def _factors(self) -> list[Tensor]:
-        return [getattr(layer, factor) for layer in self._layers for factor in FACTORS]
+        return factors_of(self._layers, *FACTORS)
 
-    @property
-    def device(self) -> torch.device:
-        return self._sensitivity.device
-
-    def to_(self, device: torch.device) -> None:
-        """Move the averages to where the layers now are."""
-        sensitivity, uncertainty = self._sensitivity, self._uncertainty
-        self._allocate(device)
-        self._sensitivity.copy_(sensitivity)
-        self._uncertainty.copy_(uncertainty)
-
-    def update(self) -> ScoreUpdate:
+    def update(self, skip: Tensor | None = None) -> ScoreUpdate:
         """Take in the factors and their gradients as they are now; a missing gradient counts as zero.
 
-        Where any p·g is not finite the averages stay as they are. Raises RuntimeError, before any change, where no
-        factor has a gradient.
+        Where any p·g is not finite, and where skip (0-dim bool) holds, the averages stay as they are.
         """
         parameters = self._factors()
         gradients = [parameter.grad for parameter in parameters]
         missing = [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is None]
-        if len(missing) == len(parameters):
-            raise RuntimeError(
-                "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
-                "optimizer.step(), before the gradients are cleared"
-            )
         finite = self._kernels.update_averages(
-            self._layout, parameters, gradients, self._sensitivity, self._uncertainty, self._beta1, self._beta2
+            self._layout, parameters, gradients, self._sensitivity, self._uncertainty, self._beta1, self._beta2, skip
         )
         return ScoreUpdate(finite, tuple(sorted(missing)))
 
@@ -90,27 +73,11 @@ class ScoreAverages:
         """S of every rank, (Σ r,), layers in model order."""
         return self._kernels.rank_scores(self._layout, self._sensitivity, self._uncertainty)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Copies of Ī and Ū by "<layer>.<factor>", each in the factor's shape."""
-        return {
-            "sensitivity": {name: part.clone() for name, part in self._by_name(self._sensitivity)},
-            "uncertainty": {name: part.clone() for name, part in self._by_name(self._uncertainty)},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for missing or misshapen tensors."""
-        targets = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
-        for average, flat in targets.items():
-            for name, part in self._by_name(flat):
-                found = state[average].get(name)
-                if found is None or found.shape != part.shape or found.dtype != part.dtype:
-                    described = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-                    raise ValueError(
-                        f"state[{average!r}][{name!r}]: found {described}, expected {tuple(part.shape)} {part.dtype}"
-                    )
-        for average, flat in targets.items():
-            for name, part in self._by_name(flat):
-                part.copy_(state[average][name])
+    def tensors(self) -> dict[str, Tensor]:
+        """Ī and Ū by "sensitivity.<layer>.<factor>" and "uncertainty.<layer>.<factor>", in the factors' shapes: views
+        of the averages themselves."""
+        averages = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
+        return {f"{kind}.{name}": part for kind, flat in averages.items() for name, part in self._by_name(flat)}
 
     def _by_name(self, flat: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(self._names, self._layout.views(flat), strict=True))

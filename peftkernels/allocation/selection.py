@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """A choice of ranks at a step: scores (b0,) and threshold (0-dim) stay on their device until somebody asks."""
+    """A choice of ranks at a step: scores (Σ r,) and thresholds (S,), one per share of the budget, stay on their device
+    until somebody asks."""
 
     step: int
-    budget: int
+    budget: float
     scores: Tensor
-    threshold: Tensor
+    thresholds: Tensor
 
     def to(self, device: torch.device) -> Decision:
-        return Decision(self.step, self.budget, self.scores.to(device), self.threshold.to(device))
+        return Decision(self.step, self.budget, self.scores.to(device), self.thresholds.to(device))
 
 
 def select_ranks(scores: Tensor, budget: int | Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
@@ -55,3 +57,49 @@ def _select_on_device(scores: Tensor, budget: Tensor, exact: bool) -> tuple[Tens
         return ~(scores <= threshold), threshold
     kept_in_order = torch.arange(count, device=scores.device) < budget
     return torch.empty_like(kept_in_order).scatter_(0, ranks, kept_in_order), threshold
+
+
+def select_under_cost(
+    scores: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """`select_ranks` for ranks that cost different amounts: scores (b0,), costs (b0,) float64 above 0, budget a cost.
+
+    prices: the different values in `costs`, which the host knows and does not read back.
+
+    The threshold is the lowest score at which, masking from the lowest score upwards, what remains costs no more than
+    the budget; ranks at or below it go, ties included. `exact=True` breaks ties: in the order of falling score, earlier
+    ranks first, ranks stay while their costs together are within the budget, and of those after the first that is too
+    dear, the ones that still fit the remainder are added in the same order, one cost after the other. Costs that are
+    all 1 give what `select_ranks` gives.
+    """
+    if not exact:
+        ordered, ranks = torch.sort(scores)
+        remains = costs.sum() - torch.cumsum(costs[ranks], 0)
+        # What all cost together is a sum too: compare with a margin for its rounding.
+        fits = torch.cat([costs.sum().reshape(1), remains]) <= budget * (1 + 1e-12)
+        masked = fits.to(torch.int64).argmax()
+        candidates = torch.cat([scores.new_full((1,), -torch.inf), ordered])
+        threshold = candidates.gather(0, masked.reshape(1)).reshape(())
+        return ~(scores <= threshold), threshold
+    ranks = torch.sort(scores, descending=True, stable=True).indices
+    keep = fill_in_order(ranks, costs, prices, budget)
+    return keep, torch.where(keep, -torch.inf, scores).amax()
+
+
+def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor) -> Tensor:
+    """Which items a budget buys when they are taken in `order`: all up to the first that is too dear, then, price after
+    price from the dearest down, those that still fit, in the same order. Without synchronising with the host.
+
+    order: int64 (n,), a permutation. costs: (n,) above 0; prices: their different values. Returns bool (n,), by item.
+    """
+    limit = budget * (1 + 1e-12)
+    ordered = costs[order]
+    taken = torch.cumsum(ordered, 0) <= limit
+    spent = (ordered * taken).sum()
+    for price in sorted(prices, reverse=True):
+        # One pass for each price: a dearer item that does not fit must not keep out a cheaper one behind it.
+        offered = ~taken & (ordered == price)
+        fits = offered & (spent + torch.cumsum(ordered * offered, 0) <= limit)
+        taken = taken | fits
+        spent = spent + (ordered * fits).sum()
+    return torch.zeros_like(taken).scatter_(0, order, taken)

@@ -81,3 +81,9 @@ def copy_factors(layers: dict[str, AdaLoRALinear], peft_model: Any) -> None:
             theirs = peft_model.base_model.model.get_submodule(name)
             for factor in FACTORS:
                 getattr(theirs, factor)["default"].copy_(getattr(layer, factor))
+
+
+def averages_of(allocator: Any) -> dict[str, Tensor]:
+    """AdaLoRA's running averages by "<sensitivity or uncertainty>.<layer>.<factor>"."""
+    saved = allocator.state_dict()
+    return {name.removeprefix("strategy."): value for name, value in saved.items() if name.startswith("strategy.")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Base, adapt, adapter_layers, draw_gradients, masks, trainable
+from small_models import Base, adapt, adapter_layers, averages_of, draw_gradients, masks, trainable
 from torch import nn
 
 from peftkernels.allocation import AdaLoraAllocator
@@ -17,8 +17,7 @@ from peftkernels.allocation.kernels.plain import smooth
 
 
 def _flat(allocator: AdaLoraAllocator) -> torch.Tensor:
-    averages = allocator.state_dict()["averages"]
-    return torch.cat([value.flatten() for kind in averages.values() for value in kind.values()])
+    return torch.cat([value.flatten() for value in averages_of(allocator).values()])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -120,7 +120,7 @@ def _draw(prepared: Prepared, records: dict[str, Record], options: Options) -> P
         record.live_ranks,
         most=recipe.init_rank,
         title=f"{TITLES[name]}: live ranks of {encoder}, {total} → {kept} in {len(record.modules)} matrices",
-        budget=[run.allocator.budget(step) for step in range(1, recipe.steps + 1)],
+        budget=[int(run.allocator.budget(step)) for step in range(1, recipe.steps + 1)],
         schedule=(recipe.tinit, recipe.steps - recipe.tfinal),
     )
     return path

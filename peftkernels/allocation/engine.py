@@ -1,0 +1,515 @@
+"""The allocator: runs a strategy after every optimizer step and turns its scores into rank plans under a budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from peftkernels.allocation.budgets import Budget
+from peftkernels.allocation.device_schedule import DeviceSchedule
+from peftkernels.allocation.explain import explain_decision, run_facts
+from peftkernels.allocation.hook import IdleWatch, found_overflow, run_after_step
+from peftkernels.allocation.kernels import kernels_for
+from peftkernels.allocation.masks import RankMasks, common_device
+from peftkernels.allocation.observer import Observer
+from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
+from peftkernels.allocation.protocol import FACTORS, factors_of, find_gated_layers
+from peftkernels.allocation.report import AllocationReport
+from peftkernels.allocation.selection import Decision
+from peftkernels.allocation.settings import AllocatorSettings
+from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_snapshot
+from peftkernels.allocation.state import pack_state, unpack_state
+from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.strategy import Strategy
+from peftkernels.rank_plan import RankState
+
+
+class BudgetAllocator:
+    """Rank budgets by any strategy: masks the ranks that score lowest while the budget falls.
+
+        allocator = BudgetAllocator(model, Magnitude(), total_step=1000, target_r=8, tinit=100, tfinal=300)
+        allocator.attach(optimizer)
+        for batch in batches:
+            (loss(model, batch) + allocator.regularization()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    The budget falls along `CubicSchedule` from what all ranks cost to the final budget, between step `tinit` and step
+    `total_step - tfinal`. Every `deltaT` steps the ranks with the lowest scores are masked by setting their gate lora_E
+    to zero; they can come back while the budget still falls.
+
+    Arguments:
+        model            a module with AdaLoRALinear layers, or a mapping of names to such layers, all on one device
+        strategy         the rule that scores ranks: `peftkernels.allocation.strategies`
+        total_step       optimizer steps of the whole run
+        target_r         average rank per layer at the end, below every layer's initial rank; 8 without a budget
+        budget           in place of target_r: a `Budget` in ranks, parameters or microseconds, with groups
+        costs            microseconds of one rank by layer name, for a budget in microseconds
+        tinit            steps before the first mask
+        tfinal           steps at the end in which the ranks stay as they are
+        deltaT           steps between two masks
+        orth_reg_weight  weight w of the orthogonality term
+        exact_budget     False: ranks that tie with the threshold are all masked, as in peft. True: exactly the budget
+                         stays; of ranks that tie, those of earlier layers and lower index stay
+        compact          True: after step total_step - tfinal masked ranks are DEAD instead of PROBE. They then cost
+                         nothing, and the run departs from peft's: their gates get no gradient, so the norm that
+                         gradient clipping sees is smaller, and the orthogonality term covers the kept ranks only
+        capturable       True: step count, schedule and masks live on the device, so that a CUDA graph may capture
+                         `step` once and replay it for every optimizer step; `compact` is not available then
+        impl             who computes a step: "plain", "cpu" (C++), "triton", or "auto" for the fastest that can
+
+    States of the ranks: all ACTIVE from the moment the allocator is made; after a mask, masked ranks are PROBE until
+    the next optimizer step, which moves their gates away from zero; between masks (deltaT > 1) every rank is ACTIVE.
+    Ranks of a layer given to `freeze` are DEAD from then on.
+
+    A step whose gradients are not finite leaves the statistics unchanged, is counted and warned about once; on an
+    accelerator the count is read back, and the warning given, only at the last allocation and when the state is saved
+    or explained. A step that a GradScaler skips is no step here either. A factor without a gradient counts as one with
+    gradient zero and is warned about once; if no factor has one, `step` raises RuntimeError. Raises TypeError or
+    ValueError naming the argument found wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        strategy: Strategy,
+        *,
+        total_step: int,
+        target_r: int | None = None,
+        budget: Budget | None = None,
+        costs: Mapping[str, float] | None = None,
+        tinit: int = 0,
+        tfinal: int = 0,
+        deltaT: int = 1,
+        orth_reg_weight: float = 0.0,
+        exact_budget: bool = False,
+        compact: bool = False,
+        capturable: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        settings = AllocatorSettings(
+            total_step=total_step,
+            target_r=target_r,
+            budget=budget,
+            tinit=tinit,
+            tfinal=tfinal,
+            deltaT=deltaT,
+            orth_reg_weight=orth_reg_weight,
+            exact_budget=exact_budget,
+            compact=compact,
+            capturable=capturable,
+        )
+        self._set_up(model, strategy, settings, costs, impl)
+
+    def _set_up(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        strategy: Strategy,
+        settings: AllocatorSettings,
+        costs: Mapping[str, float] | None,
+        impl: str,
+    ) -> None:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategy: found {type(strategy).__name__}, expected a Strategy")
+        if settings.capturable and not strategy.capturable:
+            raise ValueError(f"capturable: found True, but the strategy {strategy.name!r} decides on the host")
+        self.settings = settings
+        self.strategy = strategy
+        self._impl = impl
+        self._layers = find_gated_layers(model)
+        shapes = {
+            name: (layer.lora_E.shape[0], layer.lora_B.shape[0], layer.lora_A.shape[1])
+            for name, layer in self._layers.items()
+        }
+        shares = settings.share_out(shapes, costs)
+        device = common_device(self._layers)
+        kernels = kernels_for(device, Statistics.dtype_of(self._layers), impl)
+        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget)
+        self.masks = RankMasks(self._layers, kernels)
+        strategy.begin(self.statistics)
+        self._released = False
+        self._decision: Decision | None = None
+        self._step = 0
+        self._skipped = 0
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._on_device = DeviceSchedule(settings, shares, device) if settings.capturable else None
+        self._observers: list[Observer] = []
+        self._callbacks: list[Callable[[BudgetAllocator], None]] = []
+        self._handle: RemovableHandle | None = None
+        self._optimizer: Optimizer | None = None
+        self._watch = IdleWatch(self._layers)
+        self._warned: set[str] = set()
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Run after every `optimizer.step()` from now on, until `detach`.
+
+        Raises RuntimeError when attached already, TypeError for anything but an optimizer, and ValueError, naming
+        them, where lora_A, lora_B or lora_E of a layer are not among the optimizer's parameters.
+        """
+        if self._handle is not None:
+            raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
+        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._layers)
+
+    def detach(self) -> None:
+        """Undo `attach`; does nothing when not attached."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = self._optimizer = None
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Give the loss of the step that is being made, before `optimizer.step()`, to those who need it.
+
+        Strategies that learn from the loss, rollback policies and logs do; AdaLoRA itself does not. Several calls
+        before one optimizer step, as with accumulated batches, count as their mean.
+        """
+        self.statistics.take_loss(loss)
+
+    def regularization(self) -> Tensor:
+        """The orthogonality term w/(2n)·Σ(‖A·Aᵀ-I‖_F + ‖Bᵀ·B-I‖_F) over the n layers, 0-dim, to be added to the loss.
+
+        Masked ranks are included, as in peft, except DEAD ones (`compact=True` after the last allocation, frozen
+        layers). `add_regularization_gradient` does the same for less.
+        """
+        self._warn_if_idle()
+        return orthogonality(
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
+            self.settings.orth_reg_weight,
+            self._living(),
+            self._impl,
+        )
+
+    def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
+        """Add `scale` times the gradient of `regularization()` to the factors' `.grad`; returns the term, 0-dim.
+
+        It does what adding the term to the loss does, in closed form and without an autograd graph:
+
+            loss(model, batch).backward()
+            allocator.add_regularization_gradient()
+            optimizer.step()
+
+        Call it once per optimizer step, after the last backward() and before gradients are clipped or the optimizer
+        steps; scale is the loss scale where gradients are scaled (`GradScaler.get_scale()`). `.grad` is created where
+        it is None, and factors that do not require a gradient are left alone.
+        """
+        self._warn_if_idle()
+        return add_orthogonality_gradient(
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
+            self.settings.orth_reg_weight,
+            self._living(),
+            scale,
+            self.statistics.kernels,
+        )
+
+    def step(self, step: int | None = None) -> None:
+        """Advance to optimizer step `step` (the next one when None), for loops without an optimizer hook.
+
+        Call it after `optimizer.step()` and before the gradients are cleared. Raises RuntimeError when attached,
+        since the hook calls it then, and ValueError for a step that is not after the last one; steps count from 1.
+        """
+        if self._handle is not None:
+            raise RuntimeError("the allocator is attached to an optimizer, whose hook steps it; call detach() first")
+        self._advance(step)
+
+    def budget(self, step: int) -> float:
+        """What the schedule allows after optimizer step `step`, over all layers, in the budget's unit (an int for
+        ranks and parameters)."""
+        return self.statistics.shares.budget(step)
+
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """For every layer by name, which ranks the last mask kept; all of them before the first mask."""
+        self._warn_if_idle()
+        return self.masks.pattern()
+
+    def freeze(self, name: str, *, drop: bool = True) -> None:
+        """Take a layer out of the fine-tuning: its factors no longer require grad, and its ranks no longer change.
+
+        drop=True keeps none of its ranks: all are DEAD, contribute nothing and cost nothing, and the budget belongs to
+        the other layers. drop=False keeps the ranks it has, with what they contribute. Frozen layers at the input of a
+        model end the backward pass early, since nothing before them requires a gradient. Only `rollback` and
+        `load_state_dict` undo it. Raises ValueError for an unknown layer; does nothing for one that is frozen.
+        """
+        if name not in self._layers:
+            raise ValueError(f"name: found {name!r}, expected one of {', '.join(list(self._layers)[:6])}, …")
+        if name in self.masks.frozen:
+            return
+        self.masks.freeze((*self.masks.frozen, name))
+        if drop:
+            self.masks.drop(name)
+        self._write_states(mask=not self.masks.all_active)
+        self._notify("frozen", {"module": name})
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers given to `freeze`."""
+        return self.masks.frozen
+
+    def add_observer(self, observer: Observer) -> None:
+        """Tell `observer` from now on what is decided; it is told at once where the run stands.
+
+        Reading a decision synchronises with the device; where `capturable` is True an observer is refused (ValueError).
+        """
+        self._refuse_if_captured("observer", "tells nothing to")
+        self._observers.append(observer)
+        observer.started(run_facts(self))
+
+    def add_callback(self, callback: Callable[[BudgetAllocator], None]) -> None:
+        """Call `callback` with this allocator after every step it makes: for policies that watch a run and act on it.
+
+        Refused (ValueError) where `capturable` is True.
+        """
+        self._refuse_if_captured("callback", "calls nothing on")
+        self._callbacks.append(callback)
+
+    def explain(self) -> AllocationReport:
+        """The last decision, layer by layer: ranks kept, scores, margin to the threshold, and why."""
+        self._warn_if_idle()
+        return explain_decision(self)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer the allocator is attached to."""
+        return self._optimizer
+
+    @property
+    def released(self) -> bool:
+        """Whether the last allocation is done and the strategy's state is gone."""
+        return self._released
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far; reads the device where `capturable` is True."""
+        return self._step if self._on_device is None else int(self._on_device.step)
+
+    @property
+    def decision(self) -> Decision | None:
+        """The last decision, None before the first; reads the device where `capturable` is True."""
+        if self._on_device is None:
+            return self._decision
+        return self._on_device.decision(self._decision, self.statistics.shares)
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps had gradients that were not finite and left the scores unchanged; reads the device."""
+        count = int(self._nonfinite)
+        if count:
+            self._warn_once(
+                "nonfinite",
+                "a step had gradients that are not finite; it leaves the allocator's score averages unchanged "
+                "(later ones are counted in nonfinite_steps without a warning)",
+            )
+        return count
+
+    @property
+    def skipped_steps(self) -> int:
+        """How often a GradScaler kept the optimizer from stepping although it was called; no steps of the allocator."""
+        return self._skipped if self._on_device is None else int(self._on_device.skipped)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The allocator's whole state, as copies: tensors by name, which safetensors and torch.save can write.
+
+        With the model's and the optimizer's state_dict it continues a run, at any step, to the same bits. Settings,
+        layers and counts are JSON in the uint8 tensor "metadata".
+        """
+        self._warn_if_idle()
+        return pack_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, in place, and write the rank states.
+
+        Raises ValueError, before any change, for a state of other settings, of another strategy or of other layers.
+        """
+        unpack_state(self, state)
+        for observer in self._observers:
+            observer.started(run_facts(self))
+
+    def snapshot(self) -> Snapshot:
+        """A token that `rollback` returns to: allocator, factors, rank states and, while attached to an optimizer, the
+        optimizer's moments of the factors. It is a copy of all these."""
+        return take_snapshot(self)
+
+    def rollback(self, token: Snapshot, why: str = "asked for") -> None:
+        """Return to the moment of the snapshot, in place; a token can be reused. `why` goes to the observers.
+
+        Raises TypeError for anything but a token of `snapshot`, ValueError for another allocator's.
+        """
+        before = self.steps
+        restore_snapshot(self, token)
+        self._notify("rollback", {"to": self.steps, "why": why}, before)
+
+    def take_over(self, facts: Mapping[str, Any], keep: Tensor, decision: Decision | None) -> None:
+        """Become what a checked state says; `load_state_dict` and `rollback` do it, nobody else should."""
+        self._released = facts["released"]
+        self._nonfinite.fill_(facts["nonfinite_steps"])
+        self._skipped = facts["skipped_steps"]
+        self._step = facts["step"]
+        if self._on_device is not None:
+            self._on_device.set(facts["step"], facts["skipped_steps"], 0 if decision is None else decision.step)
+        self._decision = None if decision is None else decision.to(self.masks.device)
+        self.masks.freeze(facts["frozen"])
+        self.masks.keep.copy_(keep)
+        self._write_states(mask=not facts["all_active"])
+        self._watch.reset()
+
+    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+        overflow = found_overflow(optimizer)
+        if self._on_device is not None:
+            self._advance_on_device(overflow)
+        elif overflow is not None and bool(overflow):
+            self._skipped += 1
+            self._watch.reset()
+            self._notify("skipped", {"why": "the gradient scaler found an overflow; the optimizer did not step"})
+        else:
+            self._advance(None)
+
+    def _advance(self, step: int | None) -> None:
+        if step is None:
+            step = self.steps + 1
+        elif not isinstance(step, int) or isinstance(step, bool):
+            raise TypeError(f"step: found {step!r} ({type(step).__name__}), expected an int or None")
+        elif step <= self.steps:
+            raise ValueError(f"step: found {step}, expected more than the last step, {self.steps}; steps count from 1")
+        if self._on_device is not None:
+            self._on_device.step.fill_(step - 1)
+            self._advance_on_device(None)
+            return
+        self._follow_device()
+        self.statistics.begin_step()
+        last = self.settings.last_allocation
+        if step < last:
+            self._update(step)
+            if self.statistics.shares.due(step):
+                self._decide(step)
+            elif not self.masks.all_active:
+                self.masks.write_all_active()
+        elif not self._released:
+            if self._step == 0:
+                raise ValueError(f"step: found {step} as the first, expected less than {last}: there are no scores yet")
+            self._released = True
+            self._decide(step)
+            self.strategy.release()
+            _ = self.nonfinite_steps
+        else:
+            self._write_states(mask=True)
+        self._step = step
+        self._watch.reset()
+        if self._observers and self.statistics.loss is not None:
+            self._notify("loss", {"value": float(self.statistics.loss)})
+        for callback in self._callbacks:
+            callback(self)
+
+    def _advance_on_device(self, overflow: Tensor | None) -> None:
+        schedule, bus = self._on_device, self.statistics
+        assert schedule is not None
+        bus.begin_step()
+        schedule.advance(overflow)
+        bus.skip = schedule.skips_update(overflow)
+        bus.device_budgets = schedule.budgets()
+        self.strategy.update(bus)
+        if bus.finite is not None:
+            self._nonfinite += ~(bus.finite | bus.skip)
+        scores = self.masks.hold_frozen(self.strategy.scores(bus))
+        keep, thresholds = self.strategy.select(bus, scores, 0)
+        deciding = schedule.decides(overflow)
+        self._decision = schedule.remember(self._decision, deciding, scores, thresholds)
+        self.masks.keep.copy_(torch.where(deciding, keep, self.masks.keep))
+        self.masks.write_masked(RankState.PROBE, schedule.masks())
+        self._watch.reset()
+
+    def _update(self, step: int) -> None:
+        bus = self.statistics
+        if not any(getattr(layer, factor).grad is not None for layer in self._layers.values() for factor in FACTORS):
+            raise RuntimeError(
+                "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
+                "optimizer.step(), before the gradients are cleared"
+            )
+        self.strategy.update(bus)
+        missing = [name for name in bus.missing if name.rpartition(".")[0] not in self.masks.frozen]
+        if missing:
+            shown = ", ".join(missing[:6]) + (" and others" if len(missing) > 6 else "")
+            self._warn_once("missing", f"no gradient on {shown}: the scores count a missing gradient as zero")
+        if bus.finite is None:
+            return
+        self._nonfinite += ~bus.finite
+        if self._nonfinite.device.type == "cpu" and not bus.finite:
+            self._notify("skipped", {"why": "gradients are not finite; the scores stay as they were"}, step)
+            _ = self.nonfinite_steps
+
+    def _decide(self, step: int) -> None:
+        bus = self.statistics
+        scores = self.masks.hold_frozen(self.strategy.scores(bus))
+        keep, thresholds = self.strategy.select(bus, scores, step)
+        self.masks.take(keep)
+        self._decision = Decision(step, self.budget(step), scores, thresholds)
+        self._write_states(mask=True)
+        if self._observers:
+            own = [part.tolist() for part in bus.per_layer(scores)]
+            kept = list(self.masks.pattern().values())
+            for observer in self._observers:
+                observer.decided(step, self.budget(step), bus.by_module(thresholds), own, kept)
+
+    def _write_states(self, *, mask: bool) -> None:
+        if mask:
+            dead = self._released and self.settings.compact
+            self.masks.write_masked(RankState.DEAD if dead else RankState.PROBE)
+        else:
+            self.masks.write_all_active()
+
+    def _living(self) -> tuple[Tensor, ...] | None:
+        """The ranks of each layer that the orthogonality term covers, None for all."""
+        compact = self._released and self.settings.compact
+        return self.masks.living(dead=compact) if compact or self.masks.frozen else None
+
+    def _follow_device(self) -> None:
+        """The layers may have been moved since the last step."""
+        device = common_device(self._layers)
+        if self.masks.device == device:
+            return
+        kernels = kernels_for(device, self.statistics.dtype, self._impl)
+        self.statistics.kernels = kernels
+        self.masks.to_(device, kernels)
+        self._nonfinite = self._nonfinite.to(device)
+        if self._decision is not None:
+            self._decision = self._decision.to(device)
+        if not self._released:
+            tensors = {name: tensor.to(device) for name, tensor in self.strategy.tensors().items()}
+            self.strategy.begin(self.statistics)
+            self.strategy.load(tensors, self.statistics)
+
+    def _refuse_if_captured(self, argument: str, what: str) -> None:
+        if self._on_device is not None:
+            raise ValueError(
+                f"{argument}: a captured step {what} the host; expected an allocator with capturable=False"
+            )
+
+    def _notify(self, kind: str, details: Mapping[str, Any], step: int | None = None) -> None:
+        for observer in self._observers:
+            observer.happened(self._step if step is None else step, kind, details)
+
+    def _warn_if_idle(self) -> None:
+        if not self._watch.idle():
+            return
+        if self._handle is None:
+            self._warn_once(
+                "idle",
+                "the gates lora_E are being trained but the allocator is not stepped, so no rank is ever masked: call "
+                "attach(optimizer) once, or step() after every optimizer step",
+            )
+        else:
+            self._warn_once(
+                "idle",
+                "the gates lora_E are being trained but the optimizer the allocator is attached to is not stepped: "
+                "call detach() and attach the one that is",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,133 @@
+"""The masks of all layers: which ranks are kept, which layers are frozen, and the writing of both into the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
+from peftkernels.rank_plan import RankPlan, RankState
+
+
+class RankMasks:
+    """Which ranks are kept, on the layers' device, and the only place that writes gates and rank plans.
+
+    keep        bool (Σ r,), layers in model order: the last mask
+    frozen      names of the layers that no longer train
+    all_active  whether the plans say ACTIVE everywhere (but in frozen layers), as between two masks
+    """
+
+    def __init__(self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels) -> None:
+        self.layers = dict(layers)
+        self.ranks = {name: layer.lora_E.shape[0] for name, layer in layers.items()}
+        self.layout = FactorLayout.of(
+            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in layers.values()]
+        )
+        self.kernels = kernels
+        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(layers))
+        self.frozen: tuple[str, ...] = ()
+        self._frozen_ranks = torch.zeros_like(self.keep)
+        # Layers may come with states of an earlier run.
+        self.write_all_active()
+
+    @property
+    def device(self) -> torch.device:
+        return self.keep.device
+
+    def to_(self, device: torch.device, kernels: AllocationKernels) -> None:
+        """Follow the layers to another device."""
+        self.keep = self.keep.to(device)
+        self._frozen_ranks = self._frozen_ranks.to(device)
+        self.kernels = kernels
+
+    def gates(self) -> list[Tensor]:
+        """lora_E of every layer."""
+        return factors_of(self.layers.values(), "lora_E")
+
+    def plans(self) -> list[RankPlan]:
+        """The rank plan of every layer, over the layer's own tensors."""
+        return [layer.rank_plan for layer in self.layers.values()]
+
+    def pattern(self) -> dict[str, list[bool]]:
+        """The last mask by layer, read from the device once."""
+        parts = self.keep.cpu().split(list(self.ranks.values()))
+        return {name: part.tolist() for name, part in zip(self.ranks, parts, strict=True)}
+
+    def hold_frozen(self, scores: Tensor) -> Tensor:
+        """The scores with ranks of frozen layers where they cannot change sides."""
+        if not self.frozen:
+            return scores
+        held = torch.where(self.keep, torch.inf, -torch.inf).to(scores.dtype)
+        return torch.where(self._frozen_ranks, held, scores)
+
+    def take(self, keep: Tensor) -> None:
+        """The ranks that a decision keeps; those of frozen layers stay as they are."""
+        self.keep = torch.where(self._frozen_ranks, self.keep, keep) if self.frozen else keep
+
+    def write_masked(self, masked: RankState, mask_now: Tensor | None = None) -> None:
+        """Gates outside the mask become zero and their ranks `masked`; see `AllocationKernels.apply` for mask_now."""
+        self.kernels.apply(self.layout, self.keep, self.gates(), self.plans(), int(masked), mask_now)
+        self._write_frozen()
+        self.all_active = False
+
+    def write_all_active(self) -> None:
+        """Every rank becomes ACTIVE; gates stay as they are."""
+        everything = torch.ones_like(self.keep)
+        self.kernels.apply(self.layout, everything, self.gates(), self.plans(), int(RankState.PROBE))
+        self._write_frozen()
+        self.all_active = True
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Make these layers the frozen ones: no factor of theirs requires grad. Layers that were frozen and are not
+        among them train again."""
+        for name, layer in self.layers.items():
+            now = name in names
+            if now != (name in self.frozen):
+                for factor in FACTORS:
+                    parameter = getattr(layer, factor)
+                    parameter.requires_grad_(not now)
+                    if now:
+                        parameter.grad = None
+        self.frozen = tuple(names)
+        parts = [torch.full((rank,), name in names) for name, rank in self.ranks.items()]
+        self._frozen_ranks = torch.cat(parts).to(self.device)
+
+    def drop(self, name: str) -> None:
+        """Keep no rank of a layer."""
+        parts = self.keep.split(list(self.ranks.values()))
+        own = zip(self.ranks, parts, strict=True)
+        self.keep = torch.cat([torch.zeros_like(part) if layer == name else part for layer, part in own])
+
+    def living(self, *, dead: bool) -> tuple[Tensor, ...]:
+        """For each layer which of its ranks are not DEAD, bool (r,); dead: whether every masked rank is."""
+        if dead:
+            return self.by_layer()
+        parts = zip(self.ranks, self.by_layer(), strict=True)
+        return tuple(keep if name in self.frozen else torch.ones_like(keep) for name, keep in parts)
+
+    def by_layer(self) -> tuple[Tensor, ...]:
+        """The mask of each layer, bool (r,)."""
+        return self.keep.split(list(self.ranks.values()))
+
+    def _write_frozen(self) -> None:
+        if not self.frozen:
+            return
+        for (name, layer), keep in zip(self.layers.items(), self.by_layer(), strict=True):
+            if name in self.frozen:
+                states = torch.where(keep, int(RankState.ACTIVE), int(RankState.DEAD)).to(torch.uint8)
+                layer.rank_plan.update_(states)
+                with torch.no_grad():
+                    layer.lora_E.mul_(keep.unsqueeze(1))
+
+
+def common_device(layers: Mapping[str, GatedLayer]) -> torch.device:
+    """The device of all layers; raises ValueError where they are on several."""
+    gates = factors_of(layers.values(), "lora_E")
+    devices = {gate.device: name for name, gate in zip(layers, gates, strict=True)}
+    if len(devices) > 1:
+        found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"layers: found {found}, expected all of them on one device")
+    return next(iter(devices))

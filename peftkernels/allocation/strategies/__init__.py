@@ -1,0 +1,18 @@
+"""The strategies that come with the package, one a file; `STRATEGIES` makes them by name with their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftkernels.allocation.strategies.adalora import AdaLora
+from peftkernels.allocation.strategies.gate_gradient import GateGradient
+from peftkernels.allocation.strategies.magnitude import Magnitude
+from peftkernels.allocation.strategies.random import Random
+from peftkernels.allocation.strategies.uniform import Uniform
+from peftkernels.allocation.strategy import Strategy
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    strategy.name: strategy for strategy in (Uniform, Random, Magnitude, AdaLora, GateGradient)
+}
+
+__all__ = ["STRATEGIES", "AdaLora", "GateGradient", "Magnitude", "Random", "Uniform"]

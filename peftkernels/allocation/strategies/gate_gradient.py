@@ -1,0 +1,56 @@
+"""Allocation by the gradient of the gates: one number per rank, no memory traffic over the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkernels.allocation.settings import check_smoothing
+from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.strategy import Strategy
+
+RULES = ("product", "gradient")
+
+
+class GateGradient(Strategy):
+    """Score of a rank: the running mean of (e·∂e)² ("product") or of |∂e| ("gradient").
+
+        "product"    v ← β·v + (1-β)·(e·∂e)²: since ⟨A_i, ∂A_i⟩ = ⟨B_i, ∂B_i⟩ = e_i·∂e_i for the task loss, this is
+                     first-order sensitivity of the loss to the whole rank, squared as in Taylor pruning
+                     (Molchanov et al., arXiv 1906.10771)
+        "gradient"   v ← β·v + (1-β)·|∂e|: also for gates that are zero, so masked ranks compete on equal terms
+
+    beta is between 0 and 1; the mean starts at zero without correction, which the order of scores does not see. Both
+    are linear in the gradient before they are smoothed, so they are right under accumulation, clipping and data
+    parallelism, where elementwise scores taken inside a backward pass would not be.
+    """
+
+    name = "gate"
+    capturable = True
+
+    def __init__(self, rule: str = "product", beta: float = 0.85) -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule: found {rule!r}, expected one of {', '.join(RULES)}")
+        check_smoothing("beta", beta)
+        self.rule = rule
+        self.beta = beta
+
+    def begin(self, bus: Statistics) -> None:
+        self._average = torch.zeros(bus.total, dtype=bus.dtype, device=bus.device)
+
+    def update(self, bus: Statistics) -> None:
+        gradients = bus.gate_gradients
+        value = (bus.gates * gradients).square() if self.rule == "product" else gradients.abs()
+        bus.smooth_(self._average, value, self.beta)
+
+    def scores(self, bus: Statistics) -> Tensor:
+        return self._average
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"average": self._average}
+
+    def facts(self) -> dict[str, Any]:
+        return {"rule": self.rule, "beta": self.beta}

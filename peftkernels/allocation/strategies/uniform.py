@@ -1,0 +1,27 @@
+"""Uniform allocation: every layer the same share of its ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.strategy import Strategy
+
+
+class Uniform(Strategy):
+    """Score of rank i = 0, …, r-1 of a layer: (r - i)/r, so that all layers lose the same share, last ranks first.
+
+    Looks at nothing that happens in training. It is the baseline that says whether it matters where ranks are: what an
+    adaptive strategy gains over it is gained by choosing. Use it with `exact_budget=True`: layers of equal rank tie.
+    """
+
+    name = "uniform"
+    capturable = True
+
+    def begin(self, bus: Statistics) -> None:
+        scores = [torch.arange(rank, 0, -1, dtype=torch.float64) / max(rank, 1) for rank in bus.ranks]
+        self._scores = torch.cat(scores).to(device=bus.device, dtype=bus.dtype)
+
+    def scores(self, bus: Statistics) -> Tensor:
+        return self._scores
