@@ -13,6 +13,10 @@ from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.kernels import IMPLEMENTATIONS, kernels_for
 from peftkernels.allocation.schedule import CubicSchedule
 
+# Triton's kernels add in another order, in float32 alone, and are slow where they are interpreted: they have tests of
+# their own.
+ON_THE_CPU = tuple(name for name in IMPLEMENTATIONS if name != "triton")
+
 CONFIGS = {
     "every-step": {"total_step": 200, "target_r": 3},
     "every-10": {"total_step": 200, "target_r": 2, "deltaT": 10, "tinit": 20, "tfinal": 45},
@@ -42,7 +46,7 @@ def _refusal(impl: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool, impl: str) -> None:
