@@ -514,7 +514,7 @@ def test_a_capture_needs_tensors_that_stay(device: torch.device, seed: int, monk
 
 def test_a_graph_keeps_the_table_that_it_reads(device: torch.device) -> None:
     """Addresses that a graph was captured with stay in memory, and a later call has another table."""
-    addresses = Addresses("tensors")
+    addresses = Addresses("tensors", lambda tensors: None)
     first, second = torch.ones(3, device=device), torch.ones(3, device=device)
     assert addresses.update([first], device, False)
     captured = addresses.table
@@ -530,24 +530,34 @@ def test_what_does_not_fit_is_refused_before_any_launch(device: torch.device, se
     averages = drawn.copies()
     rates = (BETA1, BETA2)
     with counted() as names:
-        with pytest.raises(ValueError, match=r"sensitivity: found torch.float64 \(\d+,\), expected contiguous torch.f"):
-            kernels.update_averages(layout, drawn.parameters, gradients, averages[0].double(), averages[1], *rates)
-        with pytest.raises(ValueError, match="parameters: found 8 tensors, expected 9"):
-            kernels.update_averages(layout, drawn.parameters[1:], gradients, *averages, *rates)
-        doubled = [drawn.parameters[0].double(), *drawn.parameters[1:]]
-        with pytest.raises(ValueError, match=r"parameters\[0\]: found torch.float64 \(1, 7\), expected float32, "):
-            kernels.update_averages(layout, doubled, gradients, *averages, *rates)
-        with pytest.raises(TypeError, match=r"scores: found torch.float64 \(3,\), expected float32"):
-            kernels.select(torch.ones(3, dtype=torch.float64, device=device), 1, False)
-        with pytest.raises(TypeError, match=r"lora_B\[0\]: found torch.float64, expected float32, float16 or bfloat16"):
-            kernels.orthogonality([drawn.parameters[0]], [drawn.parameters[1].double()], 0.5)
-        targets = [torch.zeros(1, 7, device=device), torch.zeros(9, 2, device=device)]
-        with pytest.raises(ValueError, match=r"add_to\[1\]: found torch.float32 \(9, 2\), expected torch.float32 \(9"):
-            kernels.orthogonality(drawn.parameters[:1], drawn.parameters[1:2], 0.5, None, targets)
-        plans = [RankPlan.from_mask(torch.ones(r + 1, dtype=torch.bool, device=device)) for r in layout.ranks]
-        keep = torch.ones(layout.total_rank, dtype=torch.bool, device=device)
-        with pytest.raises(ValueError, match="layer 0: found a gate of 1 numbers and a plan of 2 ranks, expected 1"):
-            kernels.apply(layout, keep, drawn.parameters[2::3], plans, 1)
+        # What was refused once is not known for that.
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"sensitivity: found torch.float64 \(\d+,\), expected contiguous torch.f"
+            ):
+                kernels.update_averages(layout, drawn.parameters, gradients, averages[0].double(), averages[1], *rates)
+            with pytest.raises(ValueError, match="parameters: found 8 tensors, expected 9"):
+                kernels.update_averages(layout, drawn.parameters[1:], gradients, *averages, *rates)
+            doubled = [drawn.parameters[0].double(), *drawn.parameters[1:]]
+            with pytest.raises(ValueError, match=r"parameters\[0\]: found torch.float64 \(1, 7\), expected float32, "):
+                kernels.update_averages(layout, doubled, gradients, *averages, *rates)
+            with pytest.raises(TypeError, match=r"scores: found torch.float64 \(3,\), expected float32"):
+                kernels.select(torch.ones(3, dtype=torch.float64, device=device), 1, False)
+            with pytest.raises(
+                TypeError, match=r"lora_B\[0\]: found torch.float64, expected float32, float16 or bfloat16"
+            ):
+                kernels.orthogonality([drawn.parameters[0]], [drawn.parameters[1].double()], 0.5)
+            targets = [torch.zeros(1, 7, device=device), torch.zeros(9, 2, device=device)]
+            with pytest.raises(
+                ValueError, match=r"add_to\[1\]: found torch.float32 \(9, 2\), expected torch.float32 \(9"
+            ):
+                kernels.orthogonality(drawn.parameters[:1], drawn.parameters[1:2], 0.5, None, targets)
+            plans = [RankPlan.from_mask(torch.ones(r + 1, dtype=torch.bool, device=device)) for r in layout.ranks]
+            keep = torch.ones(layout.total_rank, dtype=torch.bool, device=device)
+            with pytest.raises(
+                ValueError, match="layer 0: found a gate of 1 numbers and a plan of 2 ranks, expected 1"
+            ):
+                kernels.apply(layout, keep, drawn.parameters[2::3], plans, 1)
     assert not names
     _same(averages, (drawn.sensitivity, drawn.uncertainty))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Tensors: TypeAlias = Sequence[Tensor | None]
 
 
 def capturing(device: torch.device) -> bool:
@@ -31,10 +34,13 @@ class Addresses:
     A tensor whose numbers do not lie one after the other is copied to a place of its own, before the launch and, where
     a kernel writes it, by `write_back` after it. That a tensor's address is the old one is taken to mean that dtype and
     strides are, too: while one tensor is made from another both exist.
+
+    take: called with tensors that lie elsewhere than those before; where it raises, nothing changes.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, take: Callable[[Tensors], None]) -> None:
         self._name = name
+        self._accept = take
         self._found: tuple[int, ...] | None = None
         self._staged: list[tuple[int, Tensor]] = []
         self._recorded = False
@@ -43,7 +49,11 @@ class Addresses:
         self.dtypes: tuple[torch.dtype | None, ...] = ()
         self.aligned = True
 
-    def update(self, tensors: Sequence[Tensor | None], device: torch.device, recording: bool) -> bool:
+    def forget(self) -> None:
+        """Take the next tensors, wherever they lie, for others than before."""
+        self._found = None
+
+    def update(self, tensors: Tensors, device: torch.device, recording: bool) -> bool:
         """Whether the table is another than before.
 
         recording: whether a CUDA graph records; then RuntimeError is raised where the table would have to change.
@@ -71,10 +81,11 @@ class Addresses:
         for place, copy in self._staged:
             tensors[place].copy_(copy)
 
-    def _take(self, tensors: Sequence[Tensor | None], found: tuple[int, ...], device: torch.device) -> None:
+    def _take(self, tensors: Tensors, found: tuple[int, ...], device: torch.device) -> None:
         elsewhere = {tensor.device for tensor in tensors if tensor is not None} - {device}
         if elsewhere:
             raise ValueError(f"{self._name}: found tensors on {min(map(str, elsewhere))}, expected all on {device}")
+        self._accept(tensors)
         if self._recorded:
             self.kept += [self.table, *(copy for _, copy in self._staged)]
             self._recorded = False

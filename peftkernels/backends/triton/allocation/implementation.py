@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from peftkernels.backends.triton.allocation import masks, threshold
-from peftkernels.backends.triton.allocation.addresses import Addresses, capturing, sent
+from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors, capturing, sent
 from peftkernels.backends.triton.allocation.smoothing import Smoothing
 from peftkernels.backends.triton.allocation.term import Term
 from peftkernels.backends.triton.operands import place
@@ -24,6 +24,8 @@ from peftkernels.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
     from peftkernels.allocation.kernels.layout import FactorLayout
+
+_FEWEST_RANKS = 16
 
 
 class TritonKernels:
@@ -34,9 +36,9 @@ class TritonKernels:
     def __init__(self) -> None:
         self._smoothing: Smoothing | None = None
         self._term = Term()
-        self._written = Addresses("lora_E and the tensors of rank plans")
-        self._layers: Tensor | None = None
-        self._most_ranks = 1
+        self._written = Addresses("lora_E and the tensors of rank plans", self._take_layers)
+        self._layout: FactorLayout | None = None
+        self._layers = torch.empty(0, dtype=torch.int64)
 
     def update_averages(
         self,
@@ -97,11 +99,13 @@ class TritonKernels:
             *[plan.order for plan in plans],
             *[plan.counts for plan in plans],
         ]
+        if layout is not self._layout:
+            self._layout = layout
+            self._written.forget()
         with torch.no_grad(), place(keep):
-            if self._written.update(written, keep.device, recording) or self._layers is None:
-                self._layers = _layer_table(layout, gates, plans, keep.device)
-                self._most_ranks = triton.next_power_of_2(max(*layout.ranks, 16))
-            masks.variant(self._most_ranks, mask_now is not None, int(RankState.ACTIVE))(
+            self._written.update(written, keep.device, recording)
+            most = triton.next_power_of_2(max(*layout.ranks, _FEWEST_RANKS))
+            masks.variant(most, mask_now is not None, int(RankState.ACTIVE))(
                 count,
                 self._layers,
                 self._written.table,
@@ -126,24 +130,33 @@ class TritonKernels:
         with torch.no_grad(), place(lora_A[0]):
             return self._term.compute(lora_A, lora_B, weight, keep, add_to, scale, gradients)
 
-
-def _layer_table(
-    layout: FactorLayout, gates: Sequence[Tensor], plans: Sequence[RankPlan], device: torch.device
-) -> Tensor:
-    """int64 (layers, LAYER_FIELDS) as `write_masks` reads it; raises where tensors do not fit the layout."""
-    expected = (torch.uint8, torch.int32, torch.int32)
-    for layer, (r, gate, plan) in enumerate(zip(layout.ranks, gates, plans, strict=True)):
-        tensors = (plan.state, plan.order, plan.counts)
-        if gate.numel() != r or plan.state.shape != (r,) or plan.order.shape != (r,) or plan.counts.shape != (2,):
+    def _take_layers(self, tensors: Tensors) -> None:
+        """Check gates, states, orders and counts, and write the table of layers that `write_masks` reads."""
+        layout = self._layout
+        assert layout is not None
+        layers = len(layout.ranks)
+        if len(tensors) != 4 * layers:
             raise ValueError(
-                f"layer {layer}: found a gate of {gate.numel()} numbers and a plan of {plan.state.numel()} ranks, "
-                f"expected {r} as in the layout"
+                f"gates, plans: found {len(tensors)} tensors in all, expected 4 for each of {layers} layers"
             )
-        if tuple(tensor.dtype for tensor in tensors) != expected:
-            found = ", ".join(str(tensor.dtype) for tensor in tensors)
-            raise TypeError(f"layer {layer}: found a plan of {found}, expected uint8, int32, int32")
-    rows = [
-        (first, r, gate.element_size() // 2, 0)
-        for first, r, gate in zip(layout.rank_offsets, layout.ranks, gates, strict=True)
-    ]
-    return sent(torch.tensor(rows, dtype=torch.int64), device)
+        gates = []
+        for layer, r in enumerate(layout.ranks):
+            gate, state, order, counts = found = tensors[layer::layers]
+            if gate is None or state is None or order is None or counts is None:
+                raise TypeError(f"layer {layer}: found {found}, expected a gate and the tensors of a plan")
+            if gate.numel() != r or state.shape != (r,) or order.shape != (r,) or counts.shape != (2,):
+                raise ValueError(
+                    f"layer {layer}: found a gate of {gate.numel()} numbers and a plan of {state.numel()} ranks, "
+                    f"expected {r} as in the layout"
+                )
+            dtypes = (state.dtype, order.dtype, counts.dtype)
+            if dtypes != (torch.uint8, torch.int32, torch.int32):
+                raise TypeError(
+                    f"layer {layer}: found a plan of {', '.join(map(str, dtypes))}, expected uint8, int32, int32"
+                )
+            gates.append(gate)
+        rows = [
+            (first, r, gate.element_size() // 2, 0)
+            for first, r, gate in zip(layout.rank_offsets, layout.ranks, gates, strict=True)
+        ]
+        self._layers = sent(torch.tensor(rows, dtype=torch.int64), gates[0].device)

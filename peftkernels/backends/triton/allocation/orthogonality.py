@@ -31,15 +31,15 @@ from peftkernels.backends.triton.launch import TYPES, Variant, options
 
 # What a matrix product takes at least, and ranks that a program of each launch holds at a time.
 _FEWEST_RANKS, _MOST_OF_GRAM, _MOST_OF_GRADIENT = 16, 32, 64
-# Products in full fp32 have no matrix unit: a thread holds the whole depth of its operands in registers.
-_GRAM_LINES, _GRAM_WARPS = 32, 8
 # Norms that are added at a time.
 _NORMS = 1024
 
 
 def gram_block(r: int) -> Block:
     """Lines and ranks of a step of `gram_matrices` where factors have up to r ranks."""
-    return Block(_GRAM_LINES, block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRAM))
+    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRAM)
+    # Products in full fp32 have no matrix unit: a thread holds the whole depth of its operands in registers.
+    return Block(32 if ranks == _FEWEST_RANKS else 16, ranks)
 
 
 def gradient_block(r: int) -> Block:
@@ -226,7 +226,8 @@ def gram_variant(dtype: torch.dtype, block: Block, one_block: bool, keep: bool, 
         "matrices_ptr": "*fp32",
         "norms_ptr": "*fp32",
     }
-    stages = 6 if block.ranks == _FEWEST_RANKS else 4
+    stages = 6 if block.ranks == _FEWEST_RANKS else 5
+    warps = 4 if block.ranks == _FEWEST_RANKS and dtype is not torch.float32 else 8
     constants = {
         "FACTOR": ELEMENTS[dtype],
         "LINES": block.lines,
@@ -236,7 +237,7 @@ def gram_variant(dtype: torch.dtype, block: Block, one_block: bool, keep: bool, 
         "STAGES": stages,
     }
     label = f"{_label(dtype, block, keep, even)}{'' if one_block else ' many ranks'}"
-    return Variant(gram_matrices, types, constants, options=options(_GRAM_WARPS, stages), label=label)
+    return Variant(gram_matrices, types, constants, options=options(warps, stages), label=label)
 
 
 @functools.cache

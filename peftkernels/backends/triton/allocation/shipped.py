@@ -10,39 +10,42 @@ from peftkernels.backends.triton.allocation import averages, masks, orthogonalit
 from peftkernels.backends.triton.launch import Variant
 from peftkernels.rank_plan import RankState
 
-# A rank for each size of tile, and for some of them.
-_TILES, _FEW_TILES, _TERM_TILES = (4, 8, 16, 32, 64), (4, 16, 64), (16, 32, 64)
+# A rank for each size of tile that differs in more than its masks.
+_TILES, _TERM_TILES = (4, 16, 64), (16, 32, 64)
 _USUAL = 12
 
 
 def variants() -> Iterator[Variant]:
-    """Every size of tile with fp32 factors, and every option in some form of each kernel.
+    """Sizes of tiles with fp32 factors, and every option in some form of each kernel.
 
     float16 differs from bfloat16 in the names of instructions alone: each kernel is there once.
     """
+    usual = averages.narrow(_USUAL)
     for dtype in averages.ELEMENTS:
-        yield averages.finite_variant(dtype, dtype, averages.narrow(_USUAL), dtype is not torch.float32)
-        yield averages.update_variant(dtype, dtype, averages.narrow(_USUAL), True, False)
-        for r in (_USUAL,) if dtype is torch.float16 else _TERM_TILES:
-            yield from _term(dtype, r)
+        even = dtype is not torch.float32
+        yield averages.finite_variant(dtype, dtype, usual, even)
+        yield averages.update_variant(dtype, dtype, usual, True, even)
+        yield from _term(dtype, _USUAL, not even)
     for r in _TILES:
         yield averages.update_variant(torch.float32, torch.float32, averages.narrow(r), False, True)
-    for r in _FEW_TILES:
-        yield averages.finite_variant(torch.float32, torch.float32, averages.narrow(r), True)
-        yield averages.sums_variant(averages.narrow(r), True)
-        yield averages.scores_variant(averages.narrow(r))
-    yield averages.update_variant(torch.bfloat16, torch.bfloat16, averages.narrow(_USUAL), False, True)
-    yield averages.update_variant(torch.bfloat16, torch.float32, averages.narrow(_USUAL), False, True)
-    for exact in (False, True):
-        yield threshold.variant(exact, None)
-        yield threshold.variant(exact, torch.int64)
+    yield averages.finite_variant(torch.float32, torch.float32, usual, True)
+    yield averages.update_variant(torch.bfloat16, torch.float32, usual, False, True)
+    yield averages.sums_variant(usual, True)
+    yield averages.scores_variant(usual)
+    for r in _TERM_TILES[1:]:
+        yield from _term(torch.float32, r, True)
+        yield from _term(torch.bfloat16, r, False)
+    yield threshold.variant(False, None)
+    yield threshold.variant(True, torch.int64)
     for ranks in (16, 1024):
         yield masks.variant(ranks, True, int(RankState.ACTIVE))
 
 
-def _term(dtype: torch.dtype, r: int) -> Iterator[Variant]:
+def _term(dtype: torch.dtype, r: int, both: bool) -> Iterator[Variant]:
+    """With aligned factors, and where asked for also with unaligned ones and masks."""
     gram, tile = orthogonality.gram_block(r), orthogonality.gradient_block(r)
     yield orthogonality.gram_variant(dtype, gram, r <= gram.ranks, False, True)
-    yield orthogonality.gram_variant(dtype, gram, r <= gram.ranks, True, False)
     yield orthogonality.gradient_variant(dtype, tile, True, True, False, True)
-    yield orthogonality.gradient_variant(dtype, tile, True, False, True, False)
+    if both:
+        yield orthogonality.gram_variant(dtype, gram, r <= gram.ranks, True, False)
+        yield orthogonality.gradient_variant(dtype, tile, True, False, True, False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftkernels.backends.triton.allocation import averages
-from peftkernels.backends.triton.allocation.addresses import Addresses, capturing
+from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors, capturing
 from peftkernels.backends.triton.allocation.parts import Block, Factor, factor_table, tile_table
 
 if TYPE_CHECKING:
@@ -42,8 +42,12 @@ class Smoothing:
         self._factors, parts = _factors(layout, self._block)
         self._table = factor_table(self._factors, device)
         self._sums = torch.empty(parts, dtype=torch.float32, device=device)
-        self._parameters = Addresses("the parameters lora_A, lora_B, lora_E")
-        self._gradients = Addresses("the gradients of lora_A, lora_B, lora_E")
+        self._parameters = Addresses(
+            "the parameters lora_A, lora_B, lora_E", partial(self._check_factors, "parameters")
+        )
+        self._gradients = Addresses(
+            "the gradients of lora_A, lora_B, lora_E", partial(self._check_factors, "gradients")
+        )
         self._dtypes: tuple[object, ...] = ()
         self._launches: tuple[_Launch, ...] = ()
         self._even = all(r % 4 == 0 for r in layout.ranks) and all(k % 4 == 0 for _, k in layout.shapes[::_KINDS])
@@ -70,7 +74,7 @@ class Smoothing:
         moved = self._parameters.update(parameters, self._device, recording)
         moved |= self._gradients.update(gradients, self._device, recording)
         if moved:
-            self._take(parameters, gradients)
+            self._group()
         even = self._even_for(sensitivity, uncertainty) and self._parameters.aligned and self._gradients.aligned
         # As int32 for the device's atomic operations; its first byte is the bool that is returned.
         finite = torch.ones(1, dtype=torch.int32, device=self._device)
@@ -127,17 +131,19 @@ class Smoothing:
                     f"{expected}"
                 )
 
-    def _take(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Tensors lie elsewhere: they are checked, and put together by dtype."""
-        for name, tensors in (("parameters", parameters), ("gradients", gradients)):
-            if len(tensors) != len(self._layout.shapes):
-                raise ValueError(f"{name}: found {len(tensors)} tensors, expected {len(self._layout.shapes)}")
-            for index, (tensor, shape) in enumerate(zip(tensors, self._layout.shapes, strict=True)):
-                if tensor is not None and (tensor.shape != shape or tensor.dtype not in averages.ELEMENTS):
-                    raise ValueError(
-                        f"{name}[{index}]: found {tensor.dtype} {tuple(tensor.shape)}, expected float32, float16 or "
-                        f"bfloat16 {shape}"
-                    )
+    def _check_factors(self, name: str, tensors: Tensors) -> None:
+        shapes = self._layout.shapes
+        if len(tensors) != len(shapes):
+            raise ValueError(f"{name}: found {len(tensors)} tensors, expected {len(shapes)}")
+        for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            if tensor is not None and (tensor.shape != shape or tensor.dtype not in averages.ELEMENTS):
+                raise ValueError(
+                    f"{name}[{index}]: found {tensor.dtype} {tuple(tensor.shape)}, expected float32, float16 or "
+                    f"bfloat16 {shape}"
+                )
+
+    def _group(self) -> None:
+        """Put the factors together by dtype, where it is another than before."""
         dtypes = (self._parameters.dtypes, self._gradients.dtypes)
         if dtypes == self._dtypes:
             return

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.backends.triton.allocation import orthogonality
-from peftkernels.backends.triton.allocation.addresses import Addresses, capturing, sent
+from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors, capturing, sent
 from peftkernels.backends.triton.allocation.averages import ELEMENTS
 from peftkernels.backends.triton.allocation.parts import Block, Factor, factor_table, tile_table
 
@@ -54,8 +54,9 @@ class Term:
     """The orthogonality term of one list of adapters."""
 
     def __init__(self) -> None:
-        self._factors = Addresses("the factors lora_A, lora_B")
-        self._targets = Addresses("the tensors that gradients are added to")
+        self._factors = Addresses("the factors lora_A, lora_B", self._take)
+        self._targets = Addresses("the tensors that gradients are added to", self._check_targets)
+        self._alike: tuple[tuple[tuple[int, int], torch.dtype], ...] = ()
         self._known: _Shapes | None = None
         self._matrices = torch.empty(0)
         self._norms = torch.empty(0)
@@ -74,14 +75,13 @@ class Term:
         factors = [*lora_A, *lora_B]
         device = factors[0].device
         recording = capturing(device)
-        if self._factors.update(factors, device, recording) or self._known is None:
-            self._take(factors, device)
+        if self._factors.update(factors, device, recording):
+            self._targets.forget()
         known = self._known
         assert known is not None
         even = known.even and self._factors.aligned
         if add_to is not None:
-            if self._targets.update(add_to, device, recording):
-                _check_targets(add_to, factors)
+            self._targets.update(add_to, device, recording)
             even = even and self._targets.aligned
         kept = None if keep is None else torch.cat([part.reshape(-1) for part in keep]).view(torch.uint8)
         for dtype, numbers, count, _, _ in known.groups:
@@ -119,7 +119,9 @@ class Term:
             for start, factor in zip(known.starts, factors, strict=True)
         ]
 
-    def _take(self, factors: Sequence[Tensor], device: torch.device) -> None:
+    def _take(self, tensors: Tensors) -> None:
+        factors = [factor for factor in tensors if factor is not None]
+        device = factors[0].device
         shapes = tuple((factor.shape[0], factor.shape[1]) for factor in factors)
         dtypes = tuple(factor.dtype for factor in factors)
         for index, dtype in enumerate(dtypes):
@@ -131,6 +133,15 @@ class Term:
             self._matrices = torch.empty(known.matrices, dtype=torch.float32, device=device)
             self._norms = torch.empty(len(factors), dtype=torch.float32, device=device)
             self._known = known
+        self._alike = tuple(zip(shapes, dtypes, strict=True))
+
+    def _check_targets(self, add_to: Tensors) -> None:
+        if len(add_to) != len(self._alike):
+            raise ValueError(f"add_to: found {len(add_to)} tensors, expected {len(self._alike)}")
+        for index, (target, (shape, dtype)) in enumerate(zip(add_to, self._alike, strict=True)):
+            if target is None or target.shape != shape or target.dtype is not dtype:
+                found = "None" if target is None else f"{target.dtype} {tuple(target.shape)}"
+                raise ValueError(f"add_to[{index}]: found {found}, expected {dtype} {shape} as its factor has")
 
 
 @lru_cache(maxsize=8)
@@ -169,12 +180,3 @@ def _shapes(shapes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...]
         gradients,
         tuple(starts),
     )
-
-
-def _check_targets(add_to: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    for index, (target, factor) in enumerate(zip(add_to, factors, strict=True)):
-        if target.shape != factor.shape or target.dtype is not factor.dtype:
-            raise ValueError(
-                f"add_to[{index}]: found {target.dtype} {tuple(target.shape)}, expected {factor.dtype} "
-                f"{tuple(factor.shape)} as its factor has"
-            )
