@@ -15,7 +15,8 @@ from peftkernels._ops import library
 
 _SCHEMAS = {
     "averages": "(Tensor[] parameters, Tensor?[] gradients, Tensor table, Tensor(a!) sensitivity, "
-    "Tensor(b!) uncertainty, float beta1, float beta2, Tensor? skip) -> Tensor finite",
+    "Tensor(b!) uncertainty, float beta1, float beta2, Tensor? skip, bool with_scores) "
+    "-> (Tensor finite, Tensor scores)",
     "scores": "(Tensor table, Tensor sensitivity, Tensor uncertainty) -> Tensor scores",
     "mask": "(Tensor keep, Tensor? mask_now, Tensor(a!)[] gates, Tensor(b!)[] states, Tensor(c!)[] orders, "
     "Tensor(d!)[] counts, int masked_state) -> ()",
@@ -37,8 +38,11 @@ def _averages(
     beta1: float,
     beta2: float,
     skip: Tensor | None,
-) -> Tensor:
-    return sensitivity.new_empty((), dtype=torch.bool)
+    with_scores: bool,
+) -> tuple[Tensor, Tensor]:
+    # There are scores only where the averages were updated, which their values decide.
+    count = torch.library.get_ctx().new_dynamic_size() if with_scores else 0
+    return sensitivity.new_empty((), dtype=torch.bool), sensitivity.new_empty((count,))
 
 
 @torch.library.register_fake("peftkernels::allocation_scores.cpu", lib=library)

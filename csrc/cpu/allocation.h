@@ -14,10 +14,11 @@ namespace peftkernels::cpu {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-at::Tensor update_averages(
+// finite and, where `with_scores` and the averages were updated, what rank_scores gives for them, else an empty tensor.
+std::tuple<at::Tensor, at::Tensor> update_averages(
     at::TensorList parameters, const OptionalTensors& gradients, const at::Tensor& table,
     const at::Tensor& sensitivity, const at::Tensor& uncertainty, double beta1, double beta2,
-    const std::optional<at::Tensor>& skip);
+    const std::optional<at::Tensor>& skip, bool with_scores);
 
 at::Tensor rank_scores(const at::Tensor& table, const at::Tensor& sensitivity, const at::Tensor& uncertainty);
 

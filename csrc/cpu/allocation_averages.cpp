@@ -158,64 +158,18 @@ Factors collect(at::TensorList parameters, const OptionalTensors& gradients, con
   return factors;
 }
 
-// Calls work(p, g, count, position in the flat buffers) for blocks of the factors between two positions; those of a
-// higher position first when `backwards`, so that what was read last, and is still near, is read first.
+// Calls work(p, g, count, position in the factor) for one block of it after the other until one says false.
 template <typename T, typename Work>
-void for_blocks(const std::vector<Factor>& factors, int64_t begin, int64_t end, bool backwards, const Work& work) {
+void for_blocks(const Factor& factor, const Work& work) {
   std::array<T, kBlock> p_scratch, g_scratch;
-  const auto block = [&](const Factor& factor, int64_t first, int64_t last) {
-    const T* const p = factor.parameter.read(first, last - first, p_scratch.data());
-    const T* const g = factor.gradient.read(first, last - first, g_scratch.data());
-    return work(p, g, last - first, factor.offset + first);
-  };
-  const auto before = [](int64_t position, const Factor& factor) { return position < factor.offset; };
-  auto factor = std::upper_bound(factors.begin(), factors.end(), backwards ? end - 1 : begin, before) - 1;
-  const auto step = backwards ? -1 : 1;
-  for (;; factor += step) {
-    const int64_t first = std::max<int64_t>(0, begin - factor->offset), last = std::min(factor->numel, end - factor->offset);
-    if (!backwards) {
-      for (int64_t at = first; at < last; at += kBlock) {
-        if (!block(*factor, at, std::min(last, at + kBlock))) {
-          return;
-        }
-      }
-    } else {
-      for (int64_t at = last; at > first; at -= kBlock) {
-        block(*factor, std::max(first, at - kBlock), at);
-      }
-    }
-    const bool is_last = backwards ? factor->offset <= begin || factor == factors.begin()
-                                   : factor + 1 == factors.end() || (factor + 1)->offset >= end;
-    if (is_last) {
+  for (int64_t first = 0; first < factor.numel; first += kBlock) {
+    const int64_t count = std::min(kBlock, factor.numel - first);
+    const T* const p = factor.parameter.read(first, count, p_scratch.data());
+    const T* const g = factor.gradient.read(first, count, g_scratch.data());
+    if (!work(p, g, count, first)) {
       return;
     }
   }
-}
-
-template <typename T>
-bool update(
-    const std::vector<Factor>& factors, int64_t numel, double beta1, double beta2, bool skip, T* sensitivity,
-    T* uncertainty) {
-  std::atomic<bool> all_finite{true};
-  at::parallel_for(0, numel, kThreadShare, [&](int64_t begin, int64_t end) {
-    for_blocks<T>(factors, begin, end, false, [&](const T* p, const T* g, int64_t count, int64_t) {
-      if (!finite(largest_magnitude(p, g, count))) {
-        all_finite.store(false, std::memory_order_relaxed);
-      }
-      return all_finite.load(std::memory_order_relaxed);
-    });
-  });
-  if (!all_finite || skip) {
-    return all_finite;
-  }
-  const Smoothing<T> first(beta1), second(beta2);
-  at::parallel_for(0, numel, kThreadShare, [&](int64_t begin, int64_t end) {
-    for_blocks<T>(factors, begin, end, true, [&](const T* p, const T* g, int64_t count, int64_t at) {
-      smooth(p, g, count, first, second, sensitivity + at, uncertainty + at);
-      return true;
-    });
-  });
-  return true;
 }
 
 template <typename Call>
@@ -233,89 +187,172 @@ void with_average_type(const at::Tensor& sensitivity, const at::Tensor& uncertai
   call(float{});
 }
 
-// torch.mean of Ī·Ū over everything but the rank: ATen sums in an order of its own.
-template <typename T>
-void add_means(const Place& place, bool is_A, const T* sensitivity, const T* uncertainty, T* scores) {
-  T* const products = thread_scratch<T, Scratch::Scores>(place.numel());
-  multiply_elements(sensitivity + place.offset, uncertainty + place.offset, place.numel(), products);
-  const auto factor =
-      at::from_blob(products, {place.rows, place.columns}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
-  const auto means = at::mean(factor, is_A ? 1 : 0);
-  const T* const mean = means.template const_data_ptr<T>();
-  for (int64_t i = 0; i < means.numel(); ++i) {
-    scores[i] += mean[i];
-  }
+int64_t threads_for_elements(int64_t numel) {
+  return std::min<int64_t>(at::get_num_threads(), divide_up(numel, kThreadShare));
 }
 
-// Σ over the three factors of a layer, in the order s_E + (s_A + s_B).
+// The scores of all ranks from the means of every factor by itself, which may be taken in any order.
 template <typename T>
-void layer_scores(const Place* factors, const T* sensitivity, const T* uncertainty, T* scores) {
-  const Place &lora_A = factors[0], &lora_B = factors[1], &lora_E = factors[2];
-  std::fill(scores, scores + lora_A.rows, T(0));
-  add_means(lora_A, true, sensitivity, uncertainty, scores);
-  add_means(lora_B, false, sensitivity, uncertainty, scores);
-  for (int64_t i = 0; i < lora_E.rows; ++i) {
-    scores[i] = sensitivity[lora_E.offset + i] * uncertainty[lora_E.offset + i] + scores[i];
+class Scores {
+ public:
+  Scores(const at::Tensor& table, const Place* places) : places_(places), factors_(table.size(0)) {
+    for (int64_t factor = 0; factor < factors_; ++factor) {
+      first_.push_back(static_cast<int64_t>(means_.size()));
+      means_.resize(means_.size() + ranks(factor));
+    }
   }
+
+  // Takes Ī·Ū of a factor, unless that must be left to `finish`.
+  void take(int64_t factor, const T* sensitivity, const T* uncertainty) {
+    if (!wants_all_threads(factor)) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      take_now(factor, sensitivity, uncertainty);
+    }
+  }
+
+  // (Σ r,), each s_E + (s_A + s_B); called by one thread, outside of parallel work.
+  at::Tensor finish(const T* sensitivity, const T* uncertainty) {
+    for (int64_t factor = 0; factor < factors_; ++factor) {
+      if (wants_all_threads(factor)) {
+        take_now(factor, sensitivity, uncertainty);
+      }
+    }
+    std::vector<T> scores;
+    for (int64_t layer = 0; layer < factors_; layer += kFactors) {
+      const T *const a = means_.data() + first_[layer], *const b = means_.data() + first_[layer + 1],
+              *const e = means_.data() + first_[layer + 2];
+      for (int64_t i = 0; i < ranks(layer); ++i) {
+        scores.push_back(e[i] + (a[i] + b[i]));
+      }
+    }
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    auto result = at::empty({static_cast<int64_t>(scores.size())}, dtype);
+    std::copy(scores.begin(), scores.end(), result.template mutable_data_ptr<T>());
+    return result;
+  }
+
+ private:
+  // Of a layer, in the order A, B, E.
+  static constexpr int64_t kFactors = 3;
+
+  int64_t ranks(int64_t factor) const {
+    return factor % kFactors == 1 ? places_[factor].columns : places_[factor].rows;
+  }
+
+  // ATen splits the sum over a single large row among the threads it has, which changes its rounding.
+  bool wants_all_threads(int64_t factor) const {
+    return ranks(factor) == 1 && places_[factor].numel() >= at::internal::GRAIN_SIZE;
+  }
+
+  void take_now(int64_t factor, const T* sensitivity, const T* uncertainty) {
+    const auto& place = places_[factor];
+    T* const means = means_.data() + first_[factor];
+    if (factor % kFactors == 2) {
+      multiply_elements(sensitivity + place.offset, uncertainty + place.offset, place.rows, means);
+      return;
+    }
+    T* const products = thread_scratch<T, Scratch::Scores>(place.numel());
+    multiply_elements(sensitivity + place.offset, uncertainty + place.offset, place.numel(), products);
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    // ATen sums in an order of its own, which HF peft's scores come from.
+    const auto matrix = at::from_blob(products, {place.rows, place.columns}, at::TensorOptions().dtype(dtype));
+    const auto mean = at::mean(matrix, factor % kFactors == 0 ? 1 : 0);
+    std::copy_n(mean.template const_data_ptr<T>(), mean.numel(), means);
+  }
+
+  const Place* places_;
+  int64_t factors_;
+  std::vector<int64_t> first_;
+  std::vector<T> means_;
+};
+
+// Whether every p·g is finite.
+template <typename T>
+bool all_finite(const std::vector<Factor>& factors, int64_t threads) {
+  std::atomic<bool> finite_so_far{true};
+  const auto look = [&](int64_t i) {
+    for_blocks<T>(factors[i], [&](const T* p, const T* g, int64_t count, int64_t) {
+      if (!finite(largest_magnitude(p, g, count))) {
+        finite_so_far.store(false, std::memory_order_relaxed);
+      }
+      return finite_so_far.load(std::memory_order_relaxed);
+    });
+  };
+  run_tasks(static_cast<int64_t>(factors.size()), threads, look, [] {});
+  return finite_so_far;
+}
+
+// Updates the averages and, where `scores` is not null, takes each factor's scores while its averages are near.
+template <typename T>
+void update(
+    const std::vector<Factor>& factors, int64_t threads, double beta1, double beta2, T* sensitivity, T* uncertainty,
+    Scores<T>* scores) {
+  const Smoothing<T> first(beta1), second(beta2);
+  const auto count = static_cast<int64_t>(factors.size());
+  const auto one_factor = [&](int64_t i) {
+    // The last factor first: it was looked at last, and is still near.
+    const int64_t index = count - 1 - i;
+    const int64_t offset = factors[index].offset;
+    for_blocks<T>(factors[index], [&](const T* p, const T* g, int64_t elements, int64_t at) {
+      smooth(p, g, elements, first, second, sensitivity + offset + at, uncertainty + offset + at);
+      return true;
+    });
+    if (scores != nullptr) {
+      scores->take(index, sensitivity, uncertainty);
+    }
+  };
+  run_tasks(count, threads, one_factor, [] {});
 }
 
 } // namespace
 
-at::Tensor update_averages(
+std::tuple<at::Tensor, at::Tensor> update_averages(
     at::TensorList parameters, const OptionalTensors& gradients, const at::Tensor& table,
     const at::Tensor& sensitivity, const at::Tensor& uncertainty, double beta1, double beta2,
-    const std::optional<at::Tensor>& skip) {
-  const auto factors = collect(parameters, gradients, table, places(table, sensitivity));
+    const std::optional<at::Tensor>& skip, bool with_scores) {
+  const Place* const all_places = places(table, sensitivity);
+  const auto factors = collect(parameters, gradients, table, all_places);
   const bool skipped = skip && *skip->const_data_ptr<bool>();
-  bool all_finite = true;
+  bool is_finite = true;
+  at::Tensor scores;
   with_average_type(sensitivity, uncertainty, [&](auto type) {
     using T = decltype(type);
-    if (!factors.all.empty()) {
-      all_finite = update(
-          factors.all, sensitivity.numel(), beta1, beta2, skipped, sensitivity.mutable_data_ptr<T>(),
-          uncertainty.mutable_data_ptr<T>());
+    const int64_t threads = threads_for_elements(sensitivity.numel());
+    is_finite = all_finite<T>(factors.all, threads);
+    if (is_finite && !skipped) {
+      T* const average = sensitivity.mutable_data_ptr<T>();
+      T* const deviation = uncertainty.mutable_data_ptr<T>();
+      std::optional<Scores<T>> taken;
+      if (with_scores) {
+        taken.emplace(table, all_places);
+      }
+      update(factors.all, threads, beta1, beta2, average, deviation, taken ? &*taken : nullptr);
+      sensitivity.unsafeGetTensorImpl()->bump_version();
+      uncertainty.unsafeGetTensorImpl()->bump_version();
+      if (taken) {
+        scores = taken->finish(average, deviation);
+      }
     }
   });
-  if (all_finite && !skipped) {
-    sensitivity.unsafeGetTensorImpl()->bump_version();
-    uncertainty.unsafeGetTensorImpl()->bump_version();
+  if (!scores.defined()) {
+    scores = at::empty({0}, sensitivity.options());
   }
-  return at::scalar_tensor(all_finite, at::kBool);
+  return {at::scalar_tensor(is_finite, at::kBool), scores};
 }
 
 at::Tensor rank_scores(const at::Tensor& table, const at::Tensor& sensitivity, const at::Tensor& uncertainty) {
-  const Place* const factors = places(table, sensitivity);
-  const int64_t layers = table.size(0) / 3;
-  std::vector<int64_t> first_rank(layers + 1);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    first_rank[layer + 1] = first_rank[layer] + factors[3 * layer].rows;
-  }
-  auto scores = at::empty({first_rank[layers]}, sensitivity.options());
+  const Place* const all_places = places(table, sensitivity);
+  at::Tensor result;
   with_average_type(sensitivity, uncertainty, [&](auto type) {
     using T = decltype(type);
     const T* const average = sensitivity.const_data_ptr<T>();
     const T* const deviation = uncertainty.const_data_ptr<T>();
-    T* const to = scores.mutable_data_ptr<T>();
-    // ATen splits the sum over a single large row among the threads it has, which changes its rounding.
-    const auto wants_all_threads = [&](int64_t layer) {
-      const auto& lora_A = factors[3 * layer];
-      return lora_A.rows == 1 && std::max(lora_A.columns, factors[3 * layer + 1].rows) >= at::internal::GRAIN_SIZE;
-    };
-    const auto one_layer = [&](int64_t layer) {
-      if (!wants_all_threads(layer)) {
-        const at::AutoDispatchBelowADInplaceOrView below_autograd;
-        layer_scores(factors + 3 * layer, average, deviation, to + first_rank[layer]);
-      }
-    };
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), divide_up(sensitivity.numel(), kThreadShare));
-    run_tasks(layers, threads, one_layer, [] {});
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      if (wants_all_threads(layer)) {
-        layer_scores(factors + 3 * layer, average, deviation, to + first_rank[layer]);
-      }
-    }
+    Scores<T> scores(table, all_places);
+    const auto take = [&](int64_t factor) { scores.take(factor, average, deviation); };
+    run_tasks(table.size(0), threads_for_elements(sensitivity.numel()), take, [] {});
+    result = scores.finish(average, deviation);
   });
-  return scores;
+  return result;
 }
 
 } // namespace peftkernels::cpu

@@ -27,8 +27,19 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return cpu.unavailable_reason()
 
 
+# Which table and averages scores belong to, and which version of them.
+_Stamp = tuple[int, ...]
+
+
+def _stamp(*tensors: Tensor) -> _Stamp:
+    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+
+
 class CpuKernels:
-    """`AllocationKernels` says what each function takes and returns; `select` is that of plain tensor code."""
+    """`AllocationKernels` says what each function takes and returns; `select` is that of plain tensor code.
+
+    Where scores were asked for after the last update, the next one takes them along while the averages are in cache.
+    """
 
     name = "cpu"
 
@@ -36,6 +47,8 @@ class CpuKernels:
         self.select = select
         self._layout: FactorLayout | None = None
         self._table = torch.empty(0, 3, dtype=torch.int64)
+        self._scores_wanted = False
+        self._scores: tuple[_Stamp, Tensor] | None = None
 
     def _table_of(self, layout: FactorLayout) -> Tensor:
         if self._layout is not layout:
@@ -57,12 +70,24 @@ class CpuKernels:
         skip: Tensor | None = None,
     ) -> Tensor:
         table = self._table_of(layout)
-        operator = _OPERATORS.allocation_averages.cpu
-        return operator(parameters, gradients, table, sensitivity, uncertainty, beta1, beta2, skip)
+        take_scores = self._scores_wanted and not sensitivity.is_inference()
+        finite, scores = _OPERATORS.allocation_averages.cpu(
+            parameters, gradients, table, sensitivity, uncertainty, beta1, beta2, skip, take_scores
+        )
+        self._scores_wanted = False
+        if scores.numel():
+            self._scores = _stamp(table, sensitivity, uncertainty), scores
+        return finite
 
     @torch.no_grad()
     def rank_scores(self, layout: FactorLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
-        return _OPERATORS.allocation_scores.cpu(self._table_of(layout), sensitivity, uncertainty)
+        table = self._table_of(layout)
+        self._scores_wanted = True
+        if self._scores is not None and not sensitivity.is_inference():
+            stamp, scores = self._scores
+            if stamp == _stamp(table, sensitivity, uncertainty):
+                return scores.clone()
+        return _OPERATORS.allocation_scores.cpu(table, sensitivity, uncertainty)
 
     @torch.no_grad()
     def apply(

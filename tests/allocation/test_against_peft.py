@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU
 from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora, trainable
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, kernels_for
+from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.schedule import CubicSchedule
-
-# Triton's kernels add in another order, in float32 alone, and are slow where they are interpreted: they have tests of
-# their own.
-ON_THE_CPU = tuple(name for name in IMPLEMENTATIONS if name != "triton")
 
 CONFIGS = {
     "every-step": {"total_step": 200, "target_r": 3},

@@ -1,117 +1,21 @@
-"""Every implementation of the allocation kernels beside the plain one."""
+"""Every implementation of the allocation kernels beside the plain one: averages, scores, layout, refusals."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from kernel_problems import BETA1, BETA2, CPU, ON_THE_CPU, Problem, drawn, make_problem, problems, served
 from torch import Tensor
 
-from peftkernels import RankPlan, RankState
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, AllocationKernels, FactorLayout, kernels_for
+from peftkernels import RankPlan
+from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.kernels.layout import ALIGNMENT
 from peftkernels.allocation.kernels.plain import PlainKernels
-from peftkernels.allocation.selection import select_ranks
 from peftkernels.backends import cpu_allocation
-
-CPU = torch.device("cpu")
-# Triton's kernels add in another order, in float32 alone, and are slow where they are interpreted: they have tests of
-# their own.
-ON_THE_CPU = tuple(name for name in IMPLEMENTATIONS if name != "triton")
-BETA1, BETA2 = 0.85, 0.7
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PARTICULAR = (0, 1, 12, 33)
-
-
-@pytest.fixture(params=[name for name in ON_THE_CPU if name != "plain"])
-def kernels(request: pytest.FixtureRequest) -> AllocationKernels:
-    try:
-        return kernels_for(CPU, torch.float32, request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-@dataclass
-class Problem:
-    """Layers (r, K, N), their factors and gradients, and averages that have seen some steps."""
-
-    layout: FactorLayout
-    parameters: list[Tensor]
-    gradients: list[Tensor | None]
-    sensitivity: Tensor
-    uncertainty: Tensor
-
-    def update(self, kernels: AllocationKernels, skip: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """finite, Ī and Ū after an update of copies."""
-        sensitivity, uncertainty = self.sensitivity.clone(), self.uncertainty.clone()
-        finite = kernels.update_averages(
-            self.layout, self.parameters, self.gradients, sensitivity, uncertainty, BETA1, BETA2, skip
-        )
-        return finite, sensitivity, uncertainty
-
-
-def _lay_out(tensor: Tensor, how: str) -> Tensor:
-    """The same values in other strides."""
-    if how == "transposed":
-        return tensor.t().contiguous().t()
-    if how == "strided":
-        wide = torch.zeros(tensor.shape[0], 2 * tensor.shape[1] + 1, dtype=tensor.dtype)
-        wide[:, 1::2] = tensor
-        return wide[:, 1::2]
-    return tensor
-
-
-def _problem(
-    layers: list[tuple[int, int, int]],
-    seed: int = 0,
-    parameter_dtype: torch.dtype = torch.float32,
-    gradient_dtype: torch.dtype | None = None,
-    dtype: torch.dtype = torch.float32,
-    missing: int = 0,
-    how: str = "contiguous",
-) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    layout = FactorLayout.of(layers)
-
-    def draw(shape: tuple[int, int], to: torch.dtype) -> Tensor:
-        # Magnitudes over many powers of two, so that sums round.
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return _lay_out((values * torch.exp2(torch.randn(shape, generator=generator) * 3)).to(to), how)
-
-    parameters = [draw(shape, parameter_dtype) for shape in layout.shapes]
-    gradients: list[Tensor | None] = [draw(shape, gradient_dtype or parameter_dtype) for shape in layout.shapes]
-    for index in torch.randperm(len(gradients), generator=generator)[:missing].tolist():
-        gradients[index] = None
-    averages = []
-    for _ in range(2):
-        average = torch.zeros(layout.numel, dtype=dtype)
-        for view in layout.views(average):
-            view.copy_(draw(tuple(view.shape), dtype).abs())
-        averages.append(average)
-    return Problem(layout, parameters, gradients, *averages)
-
-
-_extents = st.sampled_from((1, 3, 7, 16, 31, 65, 129, 1030))
-_layers = st.lists(
-    st.tuples(st.one_of(st.sampled_from(PARTICULAR), st.integers(0, 20)), _extents, _extents), min_size=1, max_size=4
-)
-_problems = st.builds(
-    _problem,
-    _layers,
-    seed=st.integers(0, 2**31),
-    parameter_dtype=st.sampled_from(DTYPES),
-    gradient_dtype=st.sampled_from((None, torch.float32, torch.bfloat16)),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-    missing=st.integers(0, 2),
-    how=st.sampled_from(("contiguous", "transposed", "strided")),
-)
-_drawn = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:
@@ -124,8 +28,8 @@ def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:
     assert torch.equal(found[2], uncertainty)
 
 
-@_drawn
-@given(problem=_problems)
+@drawn
+@given(problem=problems)
 def test_averages_and_scores_equal_plain_to_the_bit(kernels: AllocationKernels, problem: Problem) -> None:
     _check_averages(kernels, problem)
     _, sensitivity, uncertainty = problem.update(kernels)
@@ -146,12 +50,51 @@ def _scores_factor_by_factor(layout: FactorLayout, sensitivity: Tensor, uncertai
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_many_threads_change_no_bit(kernels: AllocationKernels, threads: int) -> None:
     """Sizes at which work is shared out, in this code and in ATen's sums."""
-    problem = _problem([(1, 40000, 9), (12, 3072, 768), (2, 7, 33000), (0, 5, 5), (100, 700, 1111), (1, 3, 33333)])
+    problem = make_problem([(1, 40000, 9), (12, 3072, 768), (2, 7, 33000), (0, 5, 5), (100, 700, 1111), (1, 3, 33333)])
     torch.set_num_threads(threads)
     _check_averages(kernels, problem)
-    _, sensitivity, uncertainty = problem.update(kernels)
-    scores = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
-    assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
+    for _ in range(2):
+        # The second time, the update has the scores ready.
+        _, sensitivity, uncertainty = problem.update(kernels)
+        scores = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
+        assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
+
+
+def test_scores_belong_to_the_averages_as_they_are(kernels: AllocationKernels) -> None:
+    """Also where an update has them ready: after every kind of step, and where averages were written from outside."""
+    problem = make_problem([(5, 300, 9), (12, 33, 70)])
+    sensitivity, uncertainty = problem.sensitivity.clone(), problem.uncertainty.clone()
+
+    def check() -> Tensor:
+        found = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
+        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, sensitivity, uncertainty))
+        return found
+
+    def update(skip: bool = False) -> None:
+        kernels.update_averages(
+            problem.layout, problem.parameters, problem.gradients, sensitivity, uncertainty, BETA1, BETA2,
+            torch.tensor(skip),
+        )  # fmt: skip
+
+    seen = [check()]
+    for skip in (False, False, True, False):
+        update(skip)
+        seen.append(check())
+        check().fill_(-1.0)
+        check()
+    assert not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+    sensitivity.mul_(2)
+    check()
+    update()
+    update()
+    check()
+    update()
+    problem.layout.views(uncertainty)[0].zero_()
+    check()
+    other = make_problem([(5, 300, 9), (12, 33, 70)], seed=9)
+    found = kernels.rank_scores(other.layout, other.sensitivity, other.uncertainty)
+    assert torch.equal(found, PlainKernels().rank_scores(other.layout, other.sensitivity, other.uncertainty))
+    check()
 
 
 class _FusedMultiplyAdd(PlainKernels):
@@ -185,7 +128,7 @@ class _SwappedBetas(PlainKernels):
 
 @pytest.mark.parametrize("fault", [_FusedMultiplyAdd, _SwappedBetas])
 def test_faults_are_caught(fault: type[PlainKernels]) -> None:
-    problem = _problem([(12, 65, 31)])
+    problem = make_problem([(12, 65, 31)])
     _check_averages(PlainKernels(), problem)
     with pytest.raises(AssertionError):
         _check_averages(fault(), problem)
@@ -197,8 +140,8 @@ def test_faults_are_caught(fault: type[PlainKernels]) -> None:
 @pytest.mark.parametrize("index", [0, 4, 8])
 def test_what_is_not_finite_leaves_every_bit(impl: str, bad: float, where: str, index: int) -> None:
     """The first factor and the last: whatever was read before it is not written."""
-    kernels = _named(impl)
-    problem = _problem([(5, 1030, 9), (3, 7, 5), (12, 33, 1100)])
+    kernels = served(impl)
+    problem = make_problem([(5, 1030, 9), (3, 7, 5), (12, 33, 1100)])
     tensor = getattr(problem, where)[index]
     tensor.view(-1)[-1] = bad
     if bad == 1e38:
@@ -210,17 +153,10 @@ def test_what_is_not_finite_leaves_every_bit(impl: str, bad: float, where: str, 
     assert torch.equal(uncertainty, problem.uncertainty)
 
 
-def _named(impl: str) -> AllocationKernels:
-    try:
-        return kernels_for(CPU, torch.float32, impl)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_skip_leaves_every_bit_and_tells_whether_all_was_finite(impl: str) -> None:
-    kernels = _named(impl)
-    problem = _problem([(5, 30, 9)])
+    kernels = served(impl)
+    problem = make_problem([(5, 30, 9)])
     finite, sensitivity, uncertainty = problem.update(kernels, torch.tensor(True))
     assert bool(finite)
     assert torch.equal(sensitivity, problem.sensitivity)
@@ -233,144 +169,14 @@ def test_skip_leaves_every_bit_and_tells_whether_all_was_finite(impl: str) -> No
 
 @pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_a_missing_gradient_counts_as_zero(impl: str) -> None:
-    kernels = _named(impl)
-    problem = _problem([(5, 30, 9), (4, 8, 8)])
+    kernels = served(impl)
+    problem = make_problem([(5, 30, 9), (4, 8, 8)])
     problem.gradients[1] = None
     without = problem.update(kernels)
     problem.gradients[1] = torch.zeros_like(problem.parameters[1])
     with_zero = problem.update(kernels)
     assert all(torch.equal(one, other) for one, other in zip(without, with_zero, strict=True))
     assert not torch.equal(without[1], problem.sensitivity)
-
-
-@pytest.mark.parametrize("impl", ON_THE_CPU)
-@pytest.mark.parametrize("exact", [False, True])
-def test_selection_with_ties_and_a_budget_on_the_device(impl: str, exact: bool) -> None:
-    kernels = _named(impl)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        scores = torch.randint(0, 6, (13,), generator=generator).float()
-        for budget in (0, 1, 5, 12, 13, 20):
-            keep, threshold = select_ranks(scores, budget, exact=exact)
-            for given_budget in (budget, torch.tensor(budget), torch.tensor(budget, dtype=torch.int32)):
-                found = kernels.select(scores, given_budget, exact)
-                assert torch.equal(found[0], keep)
-                assert torch.equal(found[1], threshold)
-            assert int(keep.sum()) == min(budget, 13) if exact else int(keep.sum()) <= min(budget, 13)
-
-
-@_drawn
-@given(
-    ranks=st.lists(st.one_of(st.sampled_from(PARTICULAR), st.integers(0, 20)), min_size=1, max_size=5),
-    seed=st.integers(0, 2**31),
-    masked_state=st.sampled_from((RankState.PROBE, RankState.DEAD)),
-    dtype=st.sampled_from(DTYPES),
-    mask_now=st.sampled_from((None, True, False)),
-    strided=st.booleans(),
-)
-def test_masks_reach_gates_and_plans_as_in_plain(
-    kernels: AllocationKernels,
-    ranks: list[int],
-    seed: int,
-    masked_state: RankState,
-    dtype: torch.dtype,
-    mask_now: bool | None,
-    strided: bool,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    layout = FactorLayout.of([(r, 3, 5) for r in ranks])
-    keep = torch.rand(sum(ranks), generator=generator) < 0.6
-    values = [torch.randn(r, 1, generator=generator).to(dtype) for r in ranks]
-    now = None if mask_now is None else torch.tensor(mask_now)
-    results = []
-    for own in (kernels, PlainKernels()):
-        gates = [_lay_out(value.clone(), "strided" if strided else "contiguous") for value in values]
-        plans = [RankPlan.from_mask(torch.rand(r, generator=generator) < 0.5) for r in ranks]
-        versions = [gate._version for gate in gates]
-        own.apply(layout, keep, gates, plans, masked_state, now)
-        assert all(gate._version > version for gate, version in zip(gates, versions, strict=True))
-        results.append((gates, plans))
-    (gates, plans), (expected_gates, expected_plans) = results
-    for gate, expected, value, kept in zip(gates, expected_gates, values, keep.split(ranks), strict=True):
-        assert torch.equal(gate, expected)
-        assert not torch.signbit(gate[~kept]).any() or mask_now is False
-        assert torch.equal(gate[kept], value[kept])
-    for plan, expected_plan, kept in zip(plans, expected_plans, keep.split(ranks), strict=True):
-        for name in ("state", "order", "counts"):
-            found, wanted = getattr(plan, name), getattr(expected_plan, name)
-            assert found.dtype == wanted.dtype
-            assert torch.equal(found, wanted)
-        assert plan.state.tolist() == [2 if k or mask_now is False else int(masked_state) for k in kept.tolist()]
-
-
-@_drawn
-@given(
-    layers=_layers,
-    seed=st.integers(0, 2**31),
-    dtype=st.sampled_from(DTYPES),
-    how=st.sampled_from(("contiguous", "transposed", "strided")),
-    masked=st.booleans(),
-    scale=st.sampled_from((1.0, 0.3, 1024.0)),
-)
-def test_orthogonality_equals_plain_up_to_rounding(
-    kernels: AllocationKernels,
-    layers: list[tuple[int, int, int]],
-    seed: int,
-    dtype: torch.dtype,
-    how: str,
-    masked: bool,
-    scale: float,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return _lay_out((torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2).to(dtype), how)
-
-    lora_A, lora_B = [draw(r, k) for r, k, _ in layers], [draw(n, r) for r, _, n in layers]
-    keep = [torch.rand(r, generator=generator) < 0.6 for r, _, _ in layers] if masked else None
-    exact = [[factor.double() for factor in kind] for kind in (lora_A, lora_B)]
-    value, gradients = PlainKernels().orthogonality(*exact, 0.7, keep)
-    assert gradients is not None
-    narrow = dtype if dtype is torch.float64 else torch.float32
-    tolerance = {"rtol": 1e-12, "atol": 1e-13} if narrow is torch.float64 else {"rtol": 3e-5, "atol": 3e-6}
-
-    own_value, own_gradients = kernels.orthogonality(lora_A, lora_B, 0.7, keep)
-    assert own_value.shape == () and own_value.dtype == narrow
-    torch.testing.assert_close(own_value.double(), value, **tolerance)
-    assert own_gradients is not None
-    for own, gradient in zip(own_gradients, gradients, strict=True):
-        assert own.dtype == narrow
-        torch.testing.assert_close(own.double(), gradient, **tolerance)
-
-    only_value, nothing = kernels.orthogonality(lora_A, lora_B, 0.7, keep, gradients=False)
-    assert nothing is None
-    assert torch.equal(only_value, own_value)
-
-    before = [draw(*factor.shape) for factor in (*lora_A, *lora_B)]
-    targets = copy.deepcopy(before)
-    versions = [target._version for target in targets]
-    added_value, nothing = kernels.orthogonality(lora_A, lora_B, 0.7, keep, targets, scale)
-    assert nothing is None
-    assert torch.equal(added_value, own_value)
-    for target, start, own, version in zip(targets, before, own_gradients, versions, strict=True):
-        assert target._version > version
-        assert target.stride() == start.stride()
-        expected = start + (scale * own).to(dtype)
-        rounding = torch.finfo(dtype).eps
-        largest = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(target, expected, rtol=2 * rounding, atol=2 * rounding * max(largest, 1e-3))
-
-
-def test_a_target_given_twice_gets_both_gradients(kernels: AllocationKernels) -> None:
-    """Layers may share a factor."""
-    torch.manual_seed(0)
-    lora_A, lora_B = [torch.randn(6, 900)] * 2, [torch.randn(700, 6), torch.randn(700, 6)]
-    shared = torch.zeros(6, 900)
-    targets = [shared, shared, *(torch.zeros(700, 6) for _ in range(2))]
-    kernels.orthogonality(lora_A, lora_B, 1.0, None, targets)
-    _, gradients = PlainKernels().orthogonality(lora_A, lora_B, 1.0)
-    assert gradients is not None
-    torch.testing.assert_close(shared, gradients[0] + gradients[1])
 
 
 def test_layout() -> None:
@@ -403,7 +209,7 @@ def test_an_implementation_is_served_or_refused() -> None:
 
 
 def test_shapes_and_dtypes_are_checked_before_anything_is_written(kernels: AllocationKernels) -> None:
-    problem = _problem([(5, 30, 9), (4, 8, 8)])
+    problem = make_problem([(5, 30, 9), (4, 8, 8)])
     for index, wrong in ((3, torch.zeros(5, 8)), (5, torch.zeros(4, 1, dtype=torch.int32))):
         parameters = list(problem.parameters)
         parameters[index] = wrong
@@ -421,7 +227,7 @@ def test_operators_keep_to_their_schemas() -> None:
     if reason is not None:
         pytest.skip(reason)
     operators = torch.ops.peftkernels
-    problem = _problem([(5, 30, 9), (4, 8, 8)])
+    problem = make_problem([(5, 30, 9), (4, 8, 8)])
     layout = problem.layout
     table = torch.tensor([(offset, *shape) for offset, shape in zip(layout.offsets, layout.shapes, strict=True)])
     averages = (problem.sensitivity, problem.uncertainty)
@@ -430,7 +236,10 @@ def test_operators_keep_to_their_schemas() -> None:
     plan_tensors = [[getattr(plan, name) for plan in plans] for name in ("state", "order", "counts")]
     checks = ("test_schema", "test_faketensor")
     for operator, arguments in (
-        (operators.allocation_averages.cpu, (problem.parameters, problem.gradients, table, *averages, 0.8, 0.9, None)),
+        (
+            operators.allocation_averages.cpu,
+            (problem.parameters, problem.gradients, table, *averages, 0.8, 0.9, None, False),
+        ),
         (operators.allocation_mask.cpu, (torch.rand(9) < 0.5, None, gates, *plan_tensors, 1)),
         (operators.allocation_orthogonality.cpu, (lora_A, lora_B, 0.5, [], [], 1.0, True)),
         (operators.allocation_orthogonality.cpu, (lora_A, lora_B, 0.5, [], [*lora_A, *lora_B], 1.0, False)),

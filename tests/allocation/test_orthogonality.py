@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU
 from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.backends import cpu_allocation
 
 SHAPES_A = ((4, 9), (4, 9), (3, 7), (1, 5), (0, 6), (5, 3))
 
@@ -201,3 +203,17 @@ def test_added_gradient_leaves_dead_ranks_alone() -> None:
         assert 0 < int(kept.sum()) < 6
         assert not layer.lora_A.grad[~kept].any() and layer.lora_A.grad[kept].all()
         assert not layer.lora_B.grad[:, ~kept].any() and layer.lora_B.grad[:, kept].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("impl", ON_THE_CPU)
+def test_a_named_implementation_serves_every_dtype(impl: str, dtype: torch.dtype) -> None:
+    if impl == "cpu" and (reason := cpu_allocation.refusal(torch.device("cpu"), torch.float32)) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(9)
+    lora_A, lora_B = _factors(dtype)
+    ours = orthogonality(lora_A, lora_B, 1.0, impl=impl)
+    ours.backward()
+    exact = _peft_formula([a.double() for a in lora_A], [b.double() for b in lora_B], 1.0)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
+    assert all(factor.grad is not None and factor.grad.dtype == dtype for factor in lora_A + lora_B)

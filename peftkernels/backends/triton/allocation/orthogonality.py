@@ -7,9 +7,11 @@ every tile of every factor, which multiplies it by M, and before them one that a
 (`input_precision="ieee"`), in a fixed order.
 
 For 224 modules of 4096x4096 at r = 12 in fp32 both launches read the factors' 22.0 million numbers, and the second
-reads and writes as many gradients: 352 MB, 73 µs at 4.8 TB/s; 56 modules a quarter. The products are padded to 16
-ranks: 2·16·22.0e6·16/12 = 0.9 G multiply-adds, 41 µs of what is not a matrix unit on 132 multiprocessors at 1.7 GHz,
-beside the reads. With 64 ranks they are 16 times as many, and take longer than the bytes. Computed, not measured.
+reads and writes as many gradients: 352 MB, 73 µs at 4.8 TB/s; 56 modules a quarter. The first launch will take longer
+than its share of 18 µs: with one program of 186 registers a thread on each of 132 multiprocessors some 10 kB are on
+their way at a time, which at 1 µs from memory is 1.3 TB/s, 66 µs. Products are padded to 16 ranks, 22.0e6·16/12·16 = 470
+million multiply-adds for each launch: 16 µs without matrix units at 132·128 a cycle and 1.7 GHz. With 64 ranks they are
+16 times as many, and take longer than the bytes. Computed, not measured.
 """
 
 import functools
@@ -29,22 +31,24 @@ from peftkernels.backends.triton.allocation.parts import (
 from peftkernels.backends.triton.finish import added_lines
 from peftkernels.backends.triton.launch import TYPES, Variant, options
 
-# What a matrix product takes at least, and ranks that a program of each launch holds at a time.
-_FEWEST_RANKS, _MOST_OF_GRAM, _MOST_OF_GRADIENT = 16, 32, 64
+# What a matrix product takes at least, and ranks that a program holds at a time.
+_FEWEST_RANKS, _MOST_RANKS = 16, 32
+# Left to itself the assembler stops at 128 registers, and spills some.
+_GRAM_REGISTERS = 200
 # Norms that are added at a time.
 _NORMS = 1024
 
 
 def gram_block(r: int) -> Block:
     """Lines and ranks of a step of `gram_matrices` where factors have up to r ranks."""
-    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRAM)
+    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_RANKS)
     # Products in full fp32 have no matrix unit: a thread holds the whole depth of its operands in registers.
     return Block(32 if ranks == _FEWEST_RANKS else 16, ranks)
 
 
 def gradient_block(r: int) -> Block:
     """Lines and ranks of a tile of `add_gradients` where factors have up to r ranks."""
-    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_OF_GRADIENT)
+    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_RANKS)
     return Block(128 if ranks == _FEWEST_RANKS else 64, ranks)
 
 
@@ -237,7 +241,9 @@ def gram_variant(dtype: torch.dtype, block: Block, one_block: bool, keep: bool, 
         "STAGES": stages,
     }
     label = f"{_label(dtype, block, keep, even)}{'' if one_block else ' many ranks'}"
-    return Variant(gram_matrices, types, constants, options=options(warps, stages), label=label)
+    return Variant(
+        gram_matrices, types, constants, options={**options(warps, stages), "maxnreg": _GRAM_REGISTERS}, label=label
+    )
 
 
 @functools.cache

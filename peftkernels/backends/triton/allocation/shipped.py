@@ -11,8 +11,9 @@ from peftkernels.backends.triton.launch import Variant
 from peftkernels.rank_plan import RankState
 
 # A rank for each size of tile that differs in more than its masks.
-_TILES, _TERM_TILES = (4, 16, 64), (16, 32, 64)
-_USUAL = 12
+_TILES = (4, 16, 64)
+# Ranks that take one tile, and several.
+_USUAL, _MANY = 12, 64
 
 
 def variants() -> Iterator[Variant]:
@@ -32,9 +33,9 @@ def variants() -> Iterator[Variant]:
     yield averages.update_variant(torch.bfloat16, torch.float32, usual, False, True)
     yield averages.sums_variant(usual, True)
     yield averages.scores_variant(usual)
-    for r in _TERM_TILES[1:]:
-        yield from _term(torch.float32, r, True)
-        yield from _term(torch.bfloat16, r, False)
+    yield from _term(torch.float32, _MANY // 2, True)
+    for dtype, keep in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        yield orthogonality.gram_variant(dtype, orthogonality.gram_block(_MANY), False, keep, not keep)
     yield threshold.variant(False, None)
     yield threshold.variant(True, torch.int64)
     for ranks in (16, 1024):

@@ -16,7 +16,7 @@ import triton.language as tl
 from peftkernels.backends.triton.launch import Variant, options
 
 # Scores that the program holds at a time.
-SCORES = 8192
+SCORES = 4096
 
 
 @triton.jit
