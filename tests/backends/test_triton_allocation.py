@@ -24,7 +24,7 @@ BETA1, BETA2 = 0.85, 0.8
 LAYERS: dict[str, list[tuple[int, int, int]]] = {
     "r12": [(12, 520, 136), (12, 64, 20)],
     "odd": [(1, 7, 9), (33, 65, 31), (5, 515, 1)],
-    "r0_and_r70": [(0, 6, 5), (70, 12, 20)],
+    "r0_and_r40": [(0, 6, 5), (40, 12, 20)],
 }
 in_every_layout = pytest.mark.parametrize("layers", LAYERS)
 in_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

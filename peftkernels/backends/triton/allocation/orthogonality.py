@@ -8,10 +8,10 @@ every tile of every factor, which multiplies it by M, and before them one that a
 
 For 224 modules of 4096x4096 at r = 12 in fp32 both launches read the factors' 22.0 million numbers, and the second
 reads and writes as many gradients: 352 MB, 73 µs at 4.8 TB/s; 56 modules a quarter. The first launch will take longer
-than its share of 18 µs: with one program of 186 registers a thread on each of 132 multiprocessors some 10 kB are on
-their way at a time, which at 1 µs from memory is 1.3 TB/s, 66 µs. Products are padded to 16 ranks, 22.0e6·16/12·16 = 470
-million multiply-adds for each launch: 16 µs without matrix units at 132·128 a cycle and 1.7 GHz. With 64 ranks they are
-16 times as many, and take longer than the bytes. Computed, not measured.
+than its share of 18 µs: two or three programs fit on each of 132 multiprocessors, with 10 kB each on their way at a
+time, which at 1 µs from memory is 2.6 to 4 TB/s, 22 to 34 µs. Products are padded to 16 ranks: 22.0e6·16/12·16 =
+470 million multiply-adds in each launch, 16 µs without matrix units at 132·128 a cycle and 1.7 GHz. With 64 ranks they
+are 16 times as many, and take longer than the bytes. Computed, not measured.
 """
 
 import functools
@@ -33,8 +33,10 @@ from peftkernels.backends.triton.launch import TYPES, Variant, options
 
 # What a matrix product takes at least, and ranks that a program holds at a time.
 _FEWEST_RANKS, _MOST_RANKS = 16, 32
-# Left to itself the assembler stops at 128 registers, and spills some.
-_GRAM_REGISTERS = 200
+# Where a thread needs more than 128 registers the assembler, left to itself, stops there and spills some.
+_REGISTERS_OF_CROWDED = 240
+# The tile of `add_gradients`; larger ones spill on sm_100.
+TILE = Block(128, _FEWEST_RANKS)
 # Norms that are added at a time.
 _NORMS = 1024
 
@@ -44,12 +46,6 @@ def gram_block(r: int) -> Block:
     ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_RANKS)
     # Products in full fp32 have no matrix unit: a thread holds the whole depth of its operands in registers.
     return Block(32 if ranks == _FEWEST_RANKS else 16, ranks)
-
-
-def gradient_block(r: int) -> Block:
-    """Lines and ranks of a tile of `add_gradients` where factors have up to r ranks."""
-    ranks = block_of_ranks(r, _FEWEST_RANKS, _MOST_RANKS)
-    return Block(128 if ranks == _FEWEST_RANKS else 64, ranks)
 
 
 @triton.jit
@@ -241,13 +237,14 @@ def gram_variant(dtype: torch.dtype, block: Block, one_block: bool, keep: bool, 
         "STAGES": stages,
     }
     label = f"{_label(dtype, block, keep, even)}{'' if one_block else ' many ranks'}"
-    return Variant(
-        gram_matrices, types, constants, options={**options(warps, stages), "maxnreg": _GRAM_REGISTERS}, label=label
-    )
+    chosen = options(warps, stages)
+    if block.ranks > _FEWEST_RANKS or not even:
+        chosen["maxnreg"] = _REGISTERS_OF_CROWDED
+    return Variant(gram_matrices, types, constants, options=chosen, label=label)
 
 
 @functools.cache
-def gradient_variant(dtype: torch.dtype, block: Block, value: bool, add: bool, keep: bool, even: bool) -> Variant:
+def gradient_variant(dtype: torch.dtype, value: bool, add: bool, keep: bool, even: bool) -> Variant:
     """`add_gradients` that adds to tensors, or writes; value: its first program adds up the norms."""
     types = {
         "tiles_ptr": "*i32",
@@ -265,12 +262,11 @@ def gradient_variant(dtype: torch.dtype, block: Block, value: bool, add: bool, k
     }
     constants = {
         "FACTOR": ELEMENTS[dtype],
-        "LINES": block.lines,
-        "RANKS": block.ranks,
+        "LINES": TILE.lines,
+        "RANKS": TILE.ranks,
         "EVEN": even,
         "NORMS": _NORMS,
     }
     aligned = ("tiles_ptr", "factors_ptr", "addresses_ptr", "to_addresses_ptr", "out_ptr", "matrices_ptr", "norms_ptr")
-    label = f"{_label(dtype, block, keep, even)}{' value' * value}{' add' if add else ' write'}"
-    warps = 4 if block.ranks == _FEWEST_RANKS else 8
-    return Variant(add_gradients, types, constants, aligned=aligned, options=options(warps, 1), label=label)
+    label = f"{_label(dtype, TILE, keep, even)}{' value' * value}{' add' if add else ' write'}"
+    return Variant(add_gradients, types, constants, aligned=aligned, options=options(4, 1), label=label)

@@ -33,9 +33,15 @@ def variants() -> Iterator[Variant]:
     yield averages.update_variant(torch.bfloat16, torch.float32, usual, False, True)
     yield averages.sums_variant(usual, True)
     yield averages.scores_variant(usual)
-    yield from _term(torch.float32, _MANY // 2, True)
-    for dtype, keep in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        yield orthogonality.gram_variant(dtype, orthogonality.gram_block(_MANY), False, keep, not keep)
+    for dtype, r, keep in (
+        (torch.float32, _MANY // 2, False),
+        (torch.float32, _MANY // 2, True),
+        (torch.float32, _MANY, False),
+        (torch.float32, _MANY, True),
+        (torch.bfloat16, _MANY, False),
+    ):
+        block = orthogonality.gram_block(r)
+        yield orthogonality.gram_variant(dtype, block, r <= block.ranks, keep, not keep)
     yield threshold.variant(False, None)
     yield threshold.variant(True, torch.int64)
     for ranks in (16, 1024):
@@ -44,9 +50,9 @@ def variants() -> Iterator[Variant]:
 
 def _term(dtype: torch.dtype, r: int, both: bool) -> Iterator[Variant]:
     """With aligned factors, and where asked for also with unaligned ones and masks."""
-    gram, tile = orthogonality.gram_block(r), orthogonality.gradient_block(r)
-    yield orthogonality.gram_variant(dtype, gram, r <= gram.ranks, False, True)
-    yield orthogonality.gradient_variant(dtype, tile, True, True, False, True)
+    block = orthogonality.gram_block(r)
+    yield orthogonality.gram_variant(dtype, block, True, False, True)
+    yield orthogonality.gradient_variant(dtype, True, True, False, True)
     if both:
-        yield orthogonality.gram_variant(dtype, gram, r <= gram.ranks, True, False)
-        yield orthogonality.gradient_variant(dtype, tile, True, False, True, False)
+        yield orthogonality.gram_variant(dtype, block, True, True, False)
+        yield orthogonality.gradient_variant(dtype, True, False, True, False)

@@ -33,7 +33,6 @@ class _Shapes(NamedTuple):
     """All that follows from the factors' shapes and dtypes.
 
     block, one_block  what a program of the first launch holds, and whether it holds all ranks of a factor
-    tile              what a program of the second launch holds
     even              lines of A and ranks of B come four at a time
     matrices          numbers of all M
     gradients         numbers of all gradients side by side, which begin at `starts`
@@ -43,7 +42,6 @@ class _Shapes(NamedTuple):
     groups: tuple[_Group, ...]
     block: Block
     one_block: bool
-    tile: Block
     even: bool
     matrices: int
     gradients: int
@@ -100,9 +98,7 @@ class Term:
             written = programs if to_addresses is not None or gradients else 0
             if not first and not written:
                 continue
-            variant = orthogonality.gradient_variant(
-                dtype, known.tile, first, to_addresses is not None, kept is not None, even
-            )
+            variant = orthogonality.gradient_variant(dtype, first, to_addresses is not None, kept is not None, even)
             variant(
                 written + first, tiles, known.table, self._factors.table, to_addresses, out, kept, self._matrices,
                 self._norms, value if first else None, share, scale, len(factors),
@@ -162,7 +158,7 @@ def _shapes(shapes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...]
         matrices += r * r
         gradients += -(-lines * r // _ALIGNMENT) * _ALIGNMENT
     most = max(ranks)
-    block, tile = orthogonality.gram_block(most), orthogonality.gradient_block(most)
+    block, tile = orthogonality.gram_block(most), orthogonality.TILE
     groups = []
     for dtype in dict.fromkeys(dtypes):
         numbers = [number for number, other in enumerate(dtypes) if other is dtype]
@@ -174,7 +170,6 @@ def _shapes(shapes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...]
         tuple(groups),
         block,
         most <= block.ranks,
-        tile,
         all(r % 4 == 0 for r in ranks) and all(k % 4 == 0 for _, k in shapes[:n]),
         matrices,
         gradients,
