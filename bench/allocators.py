@@ -16,6 +16,7 @@ from peftkernels.nn import AdaLoRALinear
 
 from . import lineup
 from .cases import ORTHOGONALITY, Case
+from .peers import frozen_linear
 from .verify import WrongResultError
 
 _ADAPTER = "default"
@@ -29,17 +30,21 @@ class _Linears(nn.ModuleDict):
     """Layers without a task: peft's model adds its orthogonality term to this loss."""
 
     def forward(self) -> SimpleNamespace:
-        return SimpleNamespace(loss=torch.zeros(()))
+        return SimpleNamespace(loss=torch.zeros((), device=next(self.parameters()).device))
 
 
 class AllocatorBench:
-    """Both allocators on layers of one shape, with the same factors and gradients."""
+    """Both allocators on layers of one shape, with the same factors and gradients.
+
+    place: where the layers lie; the CPU without. They share one frozen weight, which takes no part.
+    """
 
     baseline = lineup.PEFT_ALLOCATOR
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, place: torch.device | None = None) -> None:
         torch.manual_seed(case.modules)
-        linears = {f"layer{i}": nn.Linear(case.K, case.N, bias=False) for i in range(case.modules)}
+        weight = torch.zeros(case.N, case.K, device=place)
+        linears = {f"layer{i}": frozen_linear(weight, None) for i in range(case.modules)}
         layers = {name: AdaLoRALinear.from_linear(linear, case.r) for name, linear in linears.items()}
         config = peft.AdaLoraConfig(
             init_r=case.r, target_r=max(1, case.r // 2), total_step=TOTAL_STEPS, target_modules=list(linears)
@@ -74,6 +79,11 @@ class AllocatorBench:
                 other.copy_(own)
                 own.grad = torch.randn_like(own) * 1e-2
                 other.grad = own.grad.clone()
+
+    @property
+    def kernels(self) -> str:
+        """Who computes ours."""
+        return self._ours.statistics.kernels.name
 
     def _step_ours(self) -> None:
         self._step += 1

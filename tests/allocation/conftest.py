@@ -1,8 +1,8 @@
 import pytest
 import torch
-from kernel_problems import served
+from kernel_problems import ON_THE_CPU, served
 
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, AllocationKernels
+from peftkernels.allocation.kernels import AllocationKernels
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name != "plain"])
+@pytest.fixture(params=[name for name in ON_THE_CPU if name != "plain"])
 def kernels(request: pytest.FixtureRequest) -> AllocationKernels:
     """Every implementation but the one that the others must equal."""
     return served(request.param)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU
 from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora, trainable
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, kernels_for
+from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.schedule import CubicSchedule
 
 CONFIGS = {
@@ -42,7 +43,7 @@ def _refusal(impl: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool, impl: str) -> None:

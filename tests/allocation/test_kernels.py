@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from kernel_problems import BETA1, BETA2, CPU, Problem, drawn, make_problem, problems, served
+from kernel_problems import BETA1, BETA2, CPU, ON_THE_CPU, Problem, drawn, make_problem, problems, served
 from torch import Tensor
 
 from peftkernels import RankPlan
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, AllocationKernels, FactorLayout, kernels_for
+from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.kernels.layout import ALIGNMENT
 from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.backends import cpu_allocation
@@ -134,7 +134,7 @@ def test_faults_are_caught(fault: type[PlainKernels]) -> None:
         _check_averages(fault(), problem)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e38])
 @pytest.mark.parametrize("where", ["parameters", "gradients"])
 @pytest.mark.parametrize("index", [0, 4, 8])
@@ -153,7 +153,7 @@ def test_what_is_not_finite_leaves_every_bit(impl: str, bad: float, where: str, 
     assert torch.equal(uncertainty, problem.uncertainty)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_skip_leaves_every_bit_and_tells_whether_all_was_finite(impl: str) -> None:
     kernels = served(impl)
     problem = make_problem([(5, 30, 9)])
@@ -167,7 +167,7 @@ def test_skip_leaves_every_bit_and_tells_whether_all_was_finite(impl: str) -> No
     assert not bool(problem.update(kernels, torch.tensor(True))[0])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_a_missing_gradient_counts_as_zero(impl: str) -> None:
     kernels = served(impl)
     problem = make_problem([(5, 30, 9), (4, 8, 8)])

@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_problems import DTYPES, PARTICULAR_RANKS, drawn, lay_out, layer_lists, served
+from kernel_problems import DTYPES, ON_THE_CPU, PARTICULAR_RANKS, drawn, lay_out, layer_lists, served
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, AllocationKernels, FactorLayout
+from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
 from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.allocation.selection import select_ranks
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize("exact", [False, True])
 def test_selection_with_ties_and_a_budget_on_the_device(impl: str, exact: bool) -> None:
     kernels = served(impl)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU
 from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.kernels import IMPLEMENTATIONS
 from peftkernels.allocation.orthogonality import orthogonality
 from peftkernels.backends import cpu_allocation
 
@@ -206,7 +206,7 @@ def test_added_gradient_leaves_dead_ranks_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_a_named_implementation_serves_every_dtype(impl: str, dtype: torch.dtype) -> None:
     if impl == "cpu" and (reason := cpu_allocation.refusal(torch.device("cpu"), torch.float32)) is not None:
         pytest.skip(reason)

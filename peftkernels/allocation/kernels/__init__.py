@@ -11,9 +11,10 @@ from torch import Tensor
 from peftkernels.allocation.kernels.layout import FactorLayout
 from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.backends import cpu_allocation
+from peftkernels.backends.triton import allocation as triton_allocation
 from peftkernels.rank_plan import RankPlan
 
-IMPLEMENTATIONS = ("plain", "cpu")
+IMPLEMENTATIONS = ("plain", "cpu", "triton")
 
 __all__ = ["IMPLEMENTATIONS", "AllocationKernels", "FactorLayout", "kernels_for"]
 
@@ -115,4 +116,9 @@ def kernels_for(device: torch.device, dtype: torch.dtype, impl: str = "auto") ->
             return cpu_allocation.CpuKernels(PlainKernels().select)
         if impl == "cpu":
             raise RuntimeError(f"impl='cpu' cannot run: {reason}")
+    if impl == "triton" or (impl == "auto" and triton_allocation.disadvantage(device, dtype) is None):
+        reason = triton_allocation.refusal(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' cannot run: {reason}")
+        return triton_allocation.kernels()
     return PlainKernels()
