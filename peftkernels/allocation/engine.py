@@ -49,8 +49,8 @@ class BudgetAllocator:
         strategy         the rule that scores ranks: `peftkernels.allocation.strategies`
         total_step       optimizer steps of the whole run
         target_r         average rank per layer at the end, below every layer's initial rank; 8 without a budget
-        budget           in place of target_r: a `Budget` in ranks, parameters or microseconds, with groups
-        costs            microseconds of one rank by layer name, for a budget in microseconds
+        budget           in place of target_r: a `Budget` in ranks, parameters, microseconds or bytes, with groups
+        costs            cost of one rank by layer name, for a budget in microseconds or bytes
         tinit            steps before the first mask
         tfinal           steps at the end in which the ranks stay as they are
         deltaT           steps between two masks

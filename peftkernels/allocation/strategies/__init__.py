@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from peftkernels.allocation.strategies.adalora import AdaLora
 from peftkernels.allocation.strategies.gate_gradient import GateGradient
+from peftkernels.allocation.strategies.knapsack import Knapsack
 from peftkernels.allocation.strategies.magnitude import Magnitude
 from peftkernels.allocation.strategies.random import Random
 from peftkernels.allocation.strategies.uniform import Uniform
 from peftkernels.allocation.strategy import Strategy
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    strategy.name: strategy for strategy in (Uniform, Random, Magnitude, AdaLora, GateGradient)
+    **{strategy.name: strategy for strategy in (Uniform, Random, Magnitude, AdaLora, GateGradient)},
+    Knapsack.name: lambda: Knapsack(AdaLora()),
 }
 
-__all__ = ["STRATEGIES", "AdaLora", "GateGradient", "Magnitude", "Random", "Uniform"]
+__all__ = ["STRATEGIES", "AdaLora", "GateGradient", "Knapsack", "Magnitude", "Random", "Uniform"]
