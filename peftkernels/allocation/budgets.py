@@ -47,8 +47,8 @@ class Budget:
     total   for all layers that are in no group; None where every layer is in one
     unit    "ranks": live ranks. "parameters": a rank of a layer (N, K) costs N + K + 1. "microseconds": what a live
             rank adds to forward and backward on this machine, by the costs given to the allocator
-            (`peftkernels.allocation.costs.measured_costs`). "bytes": what it takes in memory while it trains, by costs
-            given likewise (`peftkernels.allocation.costs.byte_costs`)
+            (`peftkernels.allocation.costs.measured_costs`). "bytes": what it takes in the adapter that is saved, by
+            costs given likewise (`peftkernels.allocation.costs.byte_costs`)
     groups  by name, the layers with budgets of their own
 
     The budget at the start is what all ranks together cost; in between it falls along `CubicSchedule`.
