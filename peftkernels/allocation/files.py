@@ -27,7 +27,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The mapping that `write_json` wrote; `kind` is what its key "kind" must say. Raises ValueError for other files."""
+    """The mapping that `write_json` wrote; `kind` is what its key "kind" must say. Raises ValueError for others."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -17,7 +17,7 @@ from peftkernels.nn import AdaLoRALinear
 
 
 class Clock:
-    """Time that passes only in `run`: `fixed` seconds a call and `each` for a live rank, times a load that may change."""
+    """Time that passes only in `run`: `fixed` seconds a call and `each` for a live rank, times a changing load."""
 
     def __init__(self, fixed: float, each: float, load: list[float] | None = None) -> None:
         self.now = 0.0
@@ -149,7 +149,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str, message: str) -> 
 
 def test_wrong_arguments_are_named() -> None:
     layers = adapter_layers((5, 4))
-    with pytest.raises(TypeError, match="rows: found 1.5"):
+    with pytest.raises(TypeError, match=r"rows: found 1\.5"):
         costs.measured_costs(layers, rows=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="repeats: found 0"):
         costs.measured_costs(layers, repeats=0)
