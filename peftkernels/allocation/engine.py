@@ -431,6 +431,8 @@ class BudgetAllocator:
                 "optimizer.step(), before the gradients are cleared"
             )
         self.strategy.update(bus)
+        for details in self.strategy.moved():
+            self._notify("moved", details, step)
         missing = [name for name in bus.missing if name.rpartition(".")[0] not in self.masks.frozen]
         if missing:
             shown = ", ".join(missing[:6]) + (" and others" if len(missing) > 6 else "")

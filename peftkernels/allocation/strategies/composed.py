@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,9 @@ class Composed(Strategy):
 
     def scores(self, bus: Statistics) -> Tensor:
         return self.inner.scores(bus)
+
+    def moved(self) -> Sequence[Mapping[str, Any]]:
+        return self.inner.moved()
 
     def select(self, bus: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         return self.inner.select(bus, scores, step)
