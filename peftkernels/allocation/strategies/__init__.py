@@ -10,6 +10,7 @@ from peftkernels.allocation.strategies.gate_gradient import GateGradient
 from peftkernels.allocation.strategies.group_shares import GroupShares
 from peftkernels.allocation.strategies.knapsack import Knapsack
 from peftkernels.allocation.strategies.magnitude import Magnitude
+from peftkernels.allocation.strategies.prior import Prior
 from peftkernels.allocation.strategies.random import Random
 from peftkernels.allocation.strategies.uniform import Uniform
 from peftkernels.allocation.strategy import Strategy
@@ -28,6 +29,7 @@ __all__ = [
     "GroupShares",
     "Knapsack",
     "Magnitude",
+    "Prior",
     "Random",
     "Uniform",
 ]
