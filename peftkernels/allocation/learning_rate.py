@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,6 @@ class LearningRateMultipliers:
             raise ValueError(f"every: found {every!r}, expected an int of at least 1")
         self.every = every
         self._current: dict[str, float] = {}
-        self._saved: list[tuple[dict[str, Any], Any]] = []
 
     def multipliers(self, allocator: BudgetAllocator) -> dict[str, float] | None:
         """The multiplier of each module by name after a step; None to leave them as they are."""
@@ -75,20 +75,9 @@ class LearningRateMultipliers:
                     "peftkernels.allocation.learning_rate.module_groups makes such groups"
                 )
 
-        def multiply(stepping: Optimizer, args: Any, kwargs: Any) -> None:
-            self._restore()
-            for group in stepping.param_groups:
-                name = module_of.get(id(group["params"][0])) if group["params"] else None
-                multiplier = self._current.get(name, 1.0) if name is not None else 1.0
-                if multiplier != 1.0:
-                    self._saved.append((group, group["lr"]))
-                    group["lr"] = group["lr"] * multiplier
-
-        def restore(stepping: Optimizer, args: Any, kwargs: Any) -> None:
-            self._restore()
-
-        optimizer.register_step_pre_hook(multiply)
-        optimizer.register_step_post_hook(restore)
+        if optimizer not in _rates:
+            _rates[optimizer] = _Rates(optimizer, module_of)
+        _rates[optimizer].policies.append(self)
         allocator.add_callback(self)
 
     def __call__(self, allocator: BudgetAllocator) -> None:
@@ -98,11 +87,6 @@ class LearningRateMultipliers:
             if found is not None:
                 self._current = found
 
-    def _restore(self) -> None:
-        for group, rate in self._saved:
-            group["lr"] = rate
-        self._saved.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, to be saved beside the allocator's state."""
         return {"multipliers": self.current}
@@ -110,6 +94,35 @@ class LearningRateMultipliers:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self._current = dict(state["multipliers"])
+
+
+class _Rates:
+    """The rates of one optimizer: multiplied by all policies just before it steps, as they were just after."""
+
+    def __init__(self, optimizer: Optimizer, module_of: Mapping[int, str]) -> None:
+        self.policies: list[LearningRateMultipliers] = []
+        self._module_of = module_of
+        self._saved: list[tuple[dict[str, Any], Any]] = []
+        optimizer.register_step_pre_hook(self._multiply)
+        optimizer.register_step_post_hook(self._restore)
+
+    def _multiply(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A step that failed has restored nothing.
+        self._restore(optimizer, args, kwargs)
+        for group in optimizer.param_groups:
+            name = self._module_of.get(id(group["params"][0])) if group["params"] else None
+            multiplier = math.prod(policy.current.get(name, 1.0) for policy in self.policies) if name else 1.0
+            if multiplier != 1.0:
+                self._saved.append((group, group["lr"]))
+                group["lr"] = group["lr"] * multiplier
+
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, rate in self._saved:
+            group["lr"] = rate
+        self._saved.clear()
+
+
+_rates: WeakKeyDictionary[Optimizer, _Rates] = WeakKeyDictionary()
 
 
 class LearningRatePriorities(LearningRateMultipliers):
@@ -154,6 +167,43 @@ class LearningRatePriorities(LearningRateMultipliers):
         super().load_state_dict(state)
         average: Mapping[str, Tensor] = state["average"]
         self._average.load_state_dict(average)
+
+
+class LearningRateScale(LearningRateMultipliers):
+    """Raises a module's learning rate as its ranks fall: m_k = min((r_k / live_k)^power, highest).
+
+    r_k is the module's initial rank and live_k how many ranks the last mask kept; a module without any keeps m_k = 1.
+    The layer's scale s does not change with pruning (rescaling the forward pass would move the outputs at every mask;
+    AdaLoRA does not do it), so with fewer ranks the same learning rate moves the weight less. For gates with
+    orthonormal factors, which is what the orthogonality term asks for, a step Δe changes the weight by
+
+        ‖ΔW‖_F = s·‖Δe‖ = s·η·√live     for steps of size η by gate, as Adam takes them
+
+    so √(r/live), power = 1/2, keeps the length of the step in the weight. It is the √r of rsLoRA (Kalajdzievski,
+    arXiv 2312.03732), which finds that an adapter learns alike at all ranks with a scale of alpha/√r; here the step
+    takes it over, since the scale stays. For plain SGD, whose steps carry the gradient's size, power 1/2 is too much.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(self, power: float = 0.5, highest: float = 4.0, every: int = 1) -> None:
+        super().__init__(every)
+        if not 0 < power <= 1:
+            raise ValueError(f"power: found {power}, expected a number above 0, at most 1")
+        if not 1 <= highest < math.inf:
+            raise ValueError(f"highest: found {highest}, expected a finite number of at least 1")
+        self.power = power
+        self.highest = highest
+
+    def multipliers(self, allocator: BudgetAllocator) -> dict[str, float] | None:
+        kept = {name: sum(own) for name, own in allocator.masks.pattern().items()}
+        ranks = allocator.masks.ranks
+        return {
+            name: min((ranks[name] / live) ** self.power, self.highest)
+            if live and name not in allocator.frozen
+            else 1.0
+            for name, live in kept.items()
+        }
 
 
 def bounded_mean_one(values: list[float], lowest: float, highest: float) -> list[float]:

@@ -11,7 +11,12 @@ from small_models import adapter_layers, trainable
 from torch import nn
 
 from peftkernels.allocation import Budget, BudgetAllocator
-from peftkernels.allocation.learning_rate import LearningRatePriorities, bounded_mean_one, module_groups
+from peftkernels.allocation.learning_rate import (
+    LearningRatePriorities,
+    LearningRateScale,
+    bounded_mean_one,
+    module_groups,
+)
 from peftkernels.allocation.strategies import GateGradient, Magnitude
 from peftkernels.nn import AdaLoRALinear
 
@@ -180,3 +185,80 @@ def test_priorities_multiply_the_scores() -> None:
         BudgetAllocator(layers, GateGradient(priorities={"*.v_proj": 2.0}), total_step=9, target_r=1)
     with pytest.raises(ValueError, match=r"priorities\['a'\]: found -1"):
         GateGradient(priorities={"a": -1})
+
+
+def test_the_step_in_the_weight_keeps_its_length_when_ranks_fall() -> None:
+    """Adam moves every gate by the rate; with orthonormal factors ‖ΔW‖ = rate·√live, times the multiplier √(r/live)."""
+    lengths = []
+    for policy in (None, LearningRateScale()):
+        layer = AdaLoRALinear.from_linear(nn.Linear(32, 32), 16)
+        with torch.no_grad():
+            for factor in (layer.lora_A.T, layer.lora_B):
+                factor.copy_(torch.linalg.qr(torch.randn(32, 32)).Q[:, :16])
+        layers = {"only": layer}
+        allocator = BudgetAllocator(layers, Magnitude(), total_step=6, target_r=4, tinit=1, tfinal=3, exact_budget=True)
+        optimizer = torch.optim.Adam(module_groups(layers, lr=1e-2))
+        allocator.attach(optimizer)
+        if policy is not None:
+            policy.attach(allocator)
+        own = []
+        for _ in range(6):
+            keep = allocator.masks.keep.clone()
+            before = layer.lora_E.detach().clone()
+            layer.lora_A.grad, layer.lora_B.grad = torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B)
+            layer.lora_E.grad = torch.ones_like(layer.lora_E)
+            optimizer.step()
+            moved = torch.where(allocator.masks.keep.unsqueeze(1), layer.lora_E.detach() - before, 0.0)
+            own.append((int(keep.sum()), float((layer.lora_B.detach() * moved.T @ layer.lora_A.detach()).norm())))
+        lengths.append(own)
+    plain, scaled = lengths
+    assert plain[0] == pytest.approx((16, 0.04), rel=1e-4)
+    assert plain[-1] == pytest.approx((4, 0.02), rel=1e-4)
+    assert scaled[0] == pytest.approx((16, 0.04), rel=1e-4)
+    assert scaled[-1] == pytest.approx((4, 0.04), rel=1e-4)
+
+
+def test_the_scale_follows_each_module_within_its_bound() -> None:
+    layers, _, allocator = three_layers()
+    policy = LearningRateScale(highest=1.5)
+    assert policy.multipliers(allocator) == dict.fromkeys(layers, 1.0)
+    allocator.masks.take(torch.tensor([1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool))
+    assert policy.multipliers(allocator) == pytest.approx({"layer0": 2**0.5, "layer1": 1.5, "layer2": 1.0})
+    with pytest.raises(ValueError, match="power: found 0"):
+        LearningRateScale(power=0)
+    with pytest.raises(ValueError, match=r"highest: found 0\.5"):
+        LearningRateScale(highest=0.5)
+
+
+def test_several_policies_multiply_and_all_are_undone() -> None:
+    layers, optimizer, allocator = three_layers()
+    priorities, scale = LearningRatePriorities(lowest=0.1, highest=5.0), LearningRateScale()
+    priorities.attach(allocator)
+    scale.attach(allocator)
+    allocator.masks.take(torch.tensor([1, 1, 1, 1] * 2 + [1, 0, 0, 0], dtype=torch.bool))
+    give_gradients(layers, (1.0, 2.0, 3.0))
+    optimizer.step()
+    before = [layer.lora_E.detach().clone() for layer in layers.values()]
+    optimizer.step()
+    for layer, old, step in zip(layers.values(), before, (0.05, 0.2, 0.45 * 2), strict=True):
+        assert torch.allclose(old - layer.lora_E, torch.full_like(old, step), rtol=1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1]
+
+
+def test_a_step_that_fails_leaves_no_multiplied_rate_for_the_next() -> None:
+    layers, optimizer, allocator = three_layers()
+    policy = LearningRatePriorities(lowest=0.1, highest=5.0)
+    policy.attach(allocator)
+    give_gradients(layers, (1.0, 2.0, 3.0))
+    optimizer.step()
+
+    def closure() -> float:
+        raise KeyError("no batch")
+
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            optimizer.step(closure)
+    before = layers["layer2"].lora_E.detach().clone()
+    optimizer.step()
+    assert torch.allclose(before - layers["layer2"].lora_E, torch.full_like(before, 0.45), rtol=1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1]
