@@ -37,7 +37,8 @@ class NoiseScale:
     Both are smoothed by beta over steps before they are divided. At a batch of B rows, twice as many steps and twice as
     many rows are needed as at the best for either; far below it a larger batch saves steps nearly for free, far above
     it rows are wasted. The gates stand for all parameters: one number for each rank, which the backward pass has
-    anyway. What they say is about the directions that the ranks have now; DEAD ones say nothing. On an accelerator only `value` and `accumulation` synchronise with the device.
+    anyway. What they say is about the directions that the ranks have now; DEAD ones say nothing. On an accelerator only
+    `value` and `accumulation` synchronise with the device.
 
     Steps with one micro-batch, with unequal ones, or with gradients that are not finite are left out.
     Raises TypeError or ValueError naming the argument.
