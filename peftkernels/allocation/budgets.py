@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from peftkernels.allocation.schedule import CubicSchedule
 
 UNITS = ("ranks", "parameters", "microseconds", "bytes")
-# What a rank costs in these is not to be seen from its layer's shape.
-_GIVEN_COSTS = {"microseconds": "measured_costs", "bytes": "byte_costs"}
+# Units whose costs the user gives, and what gives them: they are not to be seen from a layer's shape.
+GIVEN_COSTS = {"microseconds": "measured_costs", "bytes": "byte_costs"}
 REST = "rest"
 
 
@@ -175,7 +175,7 @@ def _costs(unit: str, layers: Mapping[str, tuple[int, int, int]], costs: Mapping
     if costs is None:
         raise ValueError(
             f"costs: found None, expected {unit} by layer for a budget in {unit}, as "
-            f"peftkernels.allocation.costs.{_GIVEN_COSTS[unit]}(model) gives them"
+            f"peftkernels.allocation.costs.{GIVEN_COSTS[unit]}(model) gives them"
         )
     missing = [name for name in layers if name not in costs]
     if missing:

@@ -1,29 +1,19 @@
-"""Writing small JSON files so that an interrupted write leaves the old one."""
+"""Small JSON files that say what kind they are."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from peftkernels._files import write_atomically
+
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as JSON: all of it, or nothing. Folders above it are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    """Write `value` to `path` as JSON: all of it, or nothing, in folders that are made where they are missing."""
+    data = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    write_atomically(Path(path), lambda file: file.write(data))
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

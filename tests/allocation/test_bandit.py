@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from planted import Planted, ranks_found, train
 
-from peftkernels.allocation import Budget, BudgetAllocator
+from peftkernels.allocation import Budget, BudgetAllocator, DecisionLog
 from peftkernels.allocation.module_groups import group_modules
 from peftkernels.allocation.strategies import AdaLora, Bandit, GroupShares, Uniform
 
@@ -127,6 +129,18 @@ def test_moves_are_told_and_add_up() -> None:
         assert move["shares"] == pytest.approx(shares)
         assert min(move["shares"].values()) > 0.0099
     assert bandit.shares == pytest.approx(shares)
+
+
+def test_the_decision_log_has_the_moves(tmp_path: Path) -> None:
+    problem, _, allocator, optimizer = started()
+    log = DecisionLog(tmp_path / "log.jsonl")
+    allocator.add_observer(log)
+    train(problem, allocator, optimizer, 40)
+    log.close()
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    moves = [event for event in events if event["event"] == "moved"]
+    assert moves
+    assert all(move["from"] != move["to"] and move["share"] >= 0 for move in moves)
 
 
 def test_a_step_without_a_loss_is_refused() -> None:

@@ -124,6 +124,18 @@ def test_bytes() -> None:
         BudgetAllocator(layers, AdaLora(), total_step=2, budget=Budget(100, "bytes"))
 
 
+def test_a_run_is_resumed_with_the_costs_it_had() -> None:
+    layers = adapter_layers((5, 4), (6, 4))
+
+    def allocator(given: dict[str, float]) -> BudgetAllocator:
+        return BudgetAllocator(layers, AdaLora(), total_step=2, budget=Budget(9, "microseconds"), costs=given)
+
+    state = allocator({"layer0": 1.5, "layer1": 2.5}).state_dict()
+    allocator({"layer0": 1.5, "layer1": 2.5}).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"other settings: costs \(found .*'layer1': 2\.5.*, expected .*2\.6"):
+        allocator({"layer0": 1.5, "layer1": 2.6}).load_state_dict(state)
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     save_costs({"a": 1.5}, path)
