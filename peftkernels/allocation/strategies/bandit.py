@@ -74,7 +74,6 @@ class Bandit(GroupShares):
         check_smoothing("amount", amount)
         check_smoothing("gamma", gamma)
         self.rule, self.interval, self.amount, self.gamma, self.seed = rule, interval, amount, gamma, seed
-        self.capturable = False
         self.needs_loss = True
 
     def begin(self, bus: Statistics) -> None:

@@ -33,6 +33,8 @@ class GroupShares(Composed):
 
     def __init__(self, inner: Strategy, groups: Mapping[str, str | Sequence[str]] | None = None) -> None:
         super().__init__(inner)
+        # Moves are made on the host.
+        self.capturable = False
         self.groups = None if groups is None else dict(groups)
         self._moves: list[Mapping[str, Any]] = []
 

@@ -43,6 +43,11 @@ class Knapsack(Composed):
         self.method = method
         self.capturable = inner.capturable and method == "greedy"
 
+    def begin(self, bus: Statistics) -> None:
+        super().begin(bus)
+        # Made here, and kept by the bus: a captured step cannot make what the host has to say.
+        _ = bus.costs, bus.share_ranks
+
     def scores(self, bus: Statistics) -> Tensor:
         scores = self.inner.scores(bus)
         return (scores / bus.costs).to(scores.dtype)

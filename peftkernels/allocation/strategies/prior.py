@@ -45,6 +45,8 @@ class Prior(Composed):
         super().begin(bus)
         expected = self.prior.expected(gated_shapes(bus.names, bus.layers))
         self._expected = bus.spread([expected[name] for name in bus.names])
+        # Made here, and kept by the bus: a captured step cannot make what the host has to say.
+        _ = bus.module_index
         starts = [sum(bus.ranks[:layer]) for layer in range(len(bus.ranks))]
         self._starts = bus.spread(starts).to(torch.int64)
         self._weight = torch.full((), self.weight, dtype=torch.float64, device=bus.device)
