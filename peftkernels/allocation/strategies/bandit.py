@@ -14,7 +14,7 @@ from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategies.group_shares import GroupShares
 from peftkernels.allocation.strategy import Strategy
 
-RULES = ("exp3", "ucb1")
+RULES = ("ucb1", "exp3")
 # How much of the deviation of earlier improvements counts for the mean and the spread of rewards.
 MEMORY = 0.9
 
@@ -32,12 +32,13 @@ class Bandit(GroupShares):
     the rules want rewards in [0, 1]. A move with a reward below 1/2, after which the loss fell less than it usually
     does, is taken back.
 
+        "ucb1"  the arm with the highest mean reward + √(2·ln n/n_a), each once before (Auer, Cesa-Bianchi, Fischer,
+                Finite-time Analysis of the Multiarmed Bandit Problem, Machine Learning 47, 2002). On planted targets
+                the more reliable of the two
         "exp3"  arm a with p_a = (1-γ)·w_a/Σw + γ/K;  w_a ← w_a·exp(γ·(reward - 1/2)/(p_a·K)) for the arm that was
                 played (Auer, Cesa-Bianchi, Freund, Schapire, The Nonstochastic Multiarmed Bandit Problem, SIAM J.
                 Comput. 32, 2002, but for the 1/2, which lowers the variance of the weights). Made for rewards that
                 change while one plays, as they do here: every move changes what the next one is worth
-        "ucb1"  the arm with the highest mean reward + √(2·ln n/n_a), each once before (Auer, Cesa-Bianchi, Fischer,
-                Finite-time Analysis of the Multiarmed Bandit Problem, Machine Learning 47, 2002)
 
     inner     scores the ranks of a group; `Uniform` leaves all learning to the bandit
     groups    as `GroupShares` has them, whose way of keeping ranks by shares this is
@@ -60,9 +61,9 @@ class Bandit(GroupShares):
         inner: Strategy,
         groups: Mapping[str, str | Sequence[str]] | None = None,
         *,
-        rule: str = "exp3",
+        rule: str = "ucb1",
         interval: int = 4,
-        amount: float = 0.1,
+        amount: float = 0.05,
         gamma: float = 0.3,
         seed: int = 0,
     ) -> None:
