@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 
 from peftkernels.allocation.schedule import CubicSchedule
 
-UNITS = ("ranks", "parameters", "microseconds")
+UNITS = ("ranks", "parameters", "microseconds", "bytes")
+# Units whose costs the user gives, and what gives them: they are not to be seen from a layer's shape.
+GIVEN_COSTS = {"microseconds": "measured_costs", "bytes": "byte_costs"}
 REST = "rest"
 
 
@@ -45,7 +47,8 @@ class Budget:
     total   for all layers that are in no group; None where every layer is in one
     unit    "ranks": live ranks. "parameters": a rank of a layer (N, K) costs N + K + 1. "microseconds": what a live
             rank adds to forward and backward on this machine, by the costs given to the allocator
-            (`peftkernels.allocation.costs.measured_costs`)
+            (`peftkernels.allocation.costs.measured_costs`). "bytes": what it takes in the adapter that is saved, by
+            costs given likewise (`peftkernels.allocation.costs.byte_costs`)
     groups  by name, the layers with budgets of their own
 
     The budget at the start is what all ranks together cost; in between it falls along `CubicSchedule`.
@@ -120,7 +123,7 @@ def share_out(
 ) -> Shares:
     """Bind `budget` to layers, given as (r, N, K) by name.
 
-    costs: microseconds of one rank by layer, for a budget in microseconds. Raises ValueError for a group without
+    costs: what one rank costs by layer, for a budget in microseconds or bytes. Raises ValueError for a group without
     layers, a layer in no group where `budget.total` is None, a total that leaves nothing to prune, and costs that are
     missing or not positive.
     """
@@ -171,8 +174,8 @@ def _costs(unit: str, layers: Mapping[str, tuple[int, int, int]], costs: Mapping
         return [n + k + 1 for _, n, k in layers.values()]
     if costs is None:
         raise ValueError(
-            "costs: found None, expected microseconds by layer for a budget in microseconds; "
-            "peftkernels.allocation.costs.measured_costs(model) measures them"
+            f"costs: found None, expected {unit} by layer for a budget in {unit}, as "
+            f"peftkernels.allocation.costs.{GIVEN_COSTS[unit]}(model) gives them"
         )
     missing = [name for name in layers if name not in costs]
     if missing:

@@ -49,8 +49,8 @@ class BudgetAllocator:
         strategy         the rule that scores ranks: `peftkernels.allocation.strategies`
         total_step       optimizer steps of the whole run
         target_r         average rank per layer at the end, below every layer's initial rank; 8 without a budget
-        budget           in place of target_r: a `Budget` in ranks, parameters or microseconds, with groups
-        costs            microseconds of one rank by layer name, for a budget in microseconds
+        budget           in place of target_r: a `Budget` in ranks, parameters, microseconds or bytes, with groups
+        costs            cost of one rank by layer name, for a budget in microseconds or bytes
         tinit            steps before the first mask
         tfinal           steps at the end in which the ranks stay as they are
         deltaT           steps between two masks
@@ -433,6 +433,8 @@ class BudgetAllocator:
                 "optimizer.step(), before the gradients are cleared"
             )
         self.strategy.update(bus)
+        for details in self.strategy.moved():
+            self._notify("moved", details, step)
         missing = [name for name in bus.missing if name.rpartition(".")[0] not in self.masks.frozen]
         if missing:
             shown = ", ".join(missing[:6]) + (" and others" if len(missing) > 6 else "")

@@ -22,7 +22,7 @@ class Observer(Protocol):
             settings   its settings by name; numbers, strings, booleans, None, and lists and mappings of them
             modules    one mapping for each layer, in the order of all later lists: name, rank (its initial rank),
                        in_features, out_features, group (str) and cost (float, of the budget, for one of its ranks)
-            unit       str, what the budget counts: "ranks", "parameters" or "microseconds"
+            unit       str, what the budget counts: "ranks", "parameters", "microseconds" or "bytes"
             step       int, optimizer steps taken so far: 0, or where a saved run goes on
             rollbacks  int, how often the run was rolled back before that; may be left out
         """

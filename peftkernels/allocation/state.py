@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peftkernels.allocation.budgets import GIVEN_COSTS
 from peftkernels.allocation.selection import Decision
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def _identity(allocator: BudgetAllocator) -> dict[str, Any]:
     settings = {**asdict(allocator.settings), **allocator.strategy.facts()}
     if allocator.settings.budget is None:
         del settings["budget"]
+    bus = allocator.statistics
+    if bus.shares.unit in GIVEN_COSTS:
+        settings["costs"] = dict(zip(bus.names, bus.shares.costs, strict=True))
     identity = {
         "format": _FORMAT,
         "strategy": allocator.strategy.name,

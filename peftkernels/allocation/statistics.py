@@ -163,6 +163,12 @@ class Statistics:
             thresholds.append(threshold)
         return keep, torch.stack(thresholds)
 
+    def share_budget(self, share: int, step: int) -> float | Tensor:
+        """What one of the shares may cost after `step`; on the device where the step is captured."""
+        if self.device_budgets is not None:
+            return self.device_budgets[share]
+        return self.shares.shares[share].schedule(step)[0]
+
     @property
     def share_ranks(self) -> list[Tensor]:
         """For each share, the positions of its ranks in a (Σ r,) vector, int64."""
@@ -178,9 +184,7 @@ class Statistics:
         ]
 
     def _select(self, scores: Tensor, ranks: Tensor | None, share: int, step: int) -> tuple[Tensor, Tensor]:
-        budget = (
-            self.shares.shares[share].schedule(step)[0] if self.device_budgets is None else self.device_budgets[share]
-        )
+        budget = self.share_budget(share, step)
         if self.shares.uniform:
             return self.kernels.select(scores, budget if isinstance(budget, Tensor) else int(budget), self._exact)
         costs = self.costs if ranks is None else self.costs[ranks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,6 +36,10 @@ class Strategy:
     def scores(self, bus: Statistics) -> Tensor:
         """One score per rank, (Σ r,); the higher ones stay."""
         raise NotImplementedError
+
+    def moved(self) -> Sequence[Mapping[str, Any]]:
+        """What was moved between groups in the last `update`, for the log; each move is given once."""
+        return ()
 
     def select(self, bus: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The ranks to keep (bool, (Σ r,)) and the threshold of each share (S,) under the budget after `step`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ class GateGradient(Strategy):
                      (Molchanov et al., arXiv 1906.10771)
         "gradient"   v ← β·v + (1-β)·|∂e|: also for gates that are zero, so masked ranks compete on equal terms
 
+    priorities: factors above 0 on the scores of the modules that a shell pattern matches, such as {"*.v_proj": 2.0};
+    where several do, their product.
+
     beta is between 0 and 1; the mean starts at zero without correction, which the order of scores does not see. Both
     are linear in the gradient before they are smoothed, so they are right under accumulation, clipping and data
     parallelism, where elementwise scores taken inside a backward pass would not be.
@@ -31,15 +36,33 @@ class GateGradient(Strategy):
     name = "gate"
     capturable = True
 
-    def __init__(self, rule: str = "product", beta: float = 0.85) -> None:
+    def __init__(
+        self, rule: str = "product", beta: float = 0.85, priorities: Mapping[str, float] | None = None
+    ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule: found {rule!r}, expected one of {', '.join(RULES)}")
         check_smoothing("beta", beta)
+        for pattern, priority in (priorities or {}).items():
+            if not (isinstance(priority, (int, float)) and math.isfinite(priority) and priority > 0):
+                raise ValueError(f"priorities[{pattern!r}]: found {priority!r}, expected a finite number above 0")
         self.rule = rule
         self.beta = beta
+        self.priorities = dict(priorities or {})
 
     def begin(self, bus: Statistics) -> None:
         self._average = torch.zeros(bus.total, dtype=bus.dtype, device=bus.device)
+        unmatched = [
+            pattern for pattern in self.priorities if not any(fnmatchcase(name, pattern) for name in bus.names)
+        ]
+        if unmatched:
+            raise ValueError(
+                f"priorities: found no module for {unmatched[0]!r}; modules: {', '.join(bus.names[:4])}, …"
+            )
+        factors = [
+            math.prod(factor for pattern, factor in self.priorities.items() if fnmatchcase(name, pattern))
+            for name in bus.names
+        ]
+        self._priorities = bus.spread(factors).to(bus.dtype) if self.priorities else None
 
     def update(self, bus: Statistics) -> None:
         gradients = bus.gate_gradients
@@ -47,10 +70,10 @@ class GateGradient(Strategy):
         bus.smooth_(self._average, value, self.beta)
 
     def scores(self, bus: Statistics) -> Tensor:
-        return self._average
+        return self._average if self._priorities is None else self._average * self._priorities
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {"average": self._average}
 
     def facts(self) -> dict[str, Any]:
-        return {"rule": self.rule, "beta": self.beta}
+        return {"rule": self.rule, "beta": self.beta, "priorities": self.priorities}

@@ -1,0 +1,84 @@
+"""Allocation that starts from what an earlier run found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkernels.allocation.priors import RankPrior, gated_shapes
+from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.strategies.composed import Composed
+from peftkernels.allocation.strategy import Strategy
+
+
+class Prior(Composed):
+    """Scores that move from those of an earlier run's pattern to those of `inner`:
+
+        score = (1 - w)·q(inner score) + w·q(p_k / place),    w = weight · 2^(-t/half_life) after t optimizer steps
+
+    with q the quantile among all ranks (equal ones have equal quantiles), p_k the part of the kept ranks that the prior
+    expects in layer k (`RankPrior.expected`), and place = 1, 2, … of the rank in its layer by inner score. With w = 1
+    the layers keep ranks in the prior's proportions (d'Hondt's method), whatever the budget, with w = 0 the inner
+    strategy decides. Early scores are made of few gradients: that is when a prior is worth most. The rule is this
+    package's own; start layers themselves with uneven ranks by `initial_ranks`.
+
+    weight in [0, 1], half_life in steps above 0. Raises TypeError or ValueError naming the argument.
+    """
+
+    name = "prior"
+
+    def __init__(self, inner: Strategy, prior: RankPrior, weight: float = 1.0, half_life: float = 100.0) -> None:
+        super().__init__(inner)
+        if not isinstance(prior, RankPrior):
+            raise TypeError(f"prior: found {type(prior).__name__}, expected a RankPrior")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight: found {weight}, expected a number from 0 to 1")
+        if not half_life > 0:
+            raise ValueError(f"half_life: found {half_life}, expected a number of steps above 0")
+        self.prior, self.weight, self.half_life = prior, weight, half_life
+
+    def begin(self, bus: Statistics) -> None:
+        super().begin(bus)
+        expected = self.prior.expected(gated_shapes(bus.names, bus.layers))
+        self._expected = bus.spread([expected[name] for name in bus.names])
+        # Made here, and kept by the bus: a captured step cannot make what the host has to say.
+        _ = bus.module_index
+        starts = [sum(bus.ranks[:layer]) for layer in range(len(bus.ranks))]
+        self._starts = bus.spread(starts).to(torch.int64)
+        self._weight = torch.full((), self.weight, dtype=torch.float64, device=bus.device)
+
+    def update(self, bus: Statistics) -> None:
+        super().update(bus)
+        slower = self._weight * 2 ** (-1 / self.half_life)
+        self._weight.copy_(slower if bus.skip is None else torch.where(bus.skip, self._weight, slower))
+
+    def scores(self, bus: Statistics) -> Tensor:
+        inner = super().scores(bus)
+        order = torch.sort(inner, descending=True, stable=True).indices
+        order = order[torch.sort(bus.module_index[order], stable=True).indices]
+        count = torch.arange(bus.total, device=inner.device)
+        place = torch.empty_like(count).scatter_(0, order, count - self._starts[order] + 1)
+        return (1 - self._weight) * quantiles(inner) + self._weight * quantiles(self._expected / place)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {**super().tensors(), "weight": self._weight}
+
+    def load(self, tensors: Mapping[str, Tensor], bus: Statistics) -> None:
+        super().load(tensors, bus)
+        self._weight.copy_(tensors["weight"])
+
+    def facts(self) -> dict[str, Any]:
+        modules = [asdict(module) for module in self.prior.modules]
+        return {"prior": modules, "weight": self.weight, "half_life": self.half_life, **super().facts()}
+
+
+def quantiles(values: Tensor) -> Tensor:
+    """For each value (n,) the part of all that is below it, those equal to it counted half; float64 in (0, 1)."""
+    ordered = torch.sort(values).values
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to).double() / (2 * values.numel())
