@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .report import ReportError, replace_between, replace_file
 
 Run = dict[str, Any]
 Setting = tuple[str, float, float, float, float]
-# Colours of Okabe and Ito; LoRA is black, learning rates go from dark to light.
+# Colours of Okabe and Ito, told apart with every kind of colour vision.
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 
 
@@ -91,6 +92,30 @@ def single_table(runs: Sequence[Run], seed: int = 0) -> str:
     return markdown(header, rows, left=1)
 
 
+def formula_table(runs: Sequence[Run], seed: int = 0) -> str:
+    """‖ΔW‖_F by the page's formulas from the factors' sizes, beside the measured one; early and at the end.
+
+    The formula is that of independent ranks in a square layer of width WIDTH: s·√r · √K·rms(A) · √N·rms(B) · rms(E),
+    with the rank at the start in the early step and the live ranks at the end; c is the rms of LoRA's B, or of the
+    gates, over the sum of the learning rates so far.
+    """
+    rows = []
+    for run in sorted((run for run in runs if run["point"]["seed"] == seed), key=_order):
+        cells = _cells(setting(run))
+        steps = [at["step"] for at in run["growth"]]
+        for at in (run["growth"][max(0, bisect_right(steps, run["steps"] // 8) - 1)], run["growth"][-1]):
+            rank = run["point"]["rank"] if at is not run["growth"][-1] else _final_rank(run)
+            moved = at["B"] if run["point"]["target"] is None else at["E"] / run["point"]["gate_lr"]
+            formula = run["point"]["scale"] * rank**0.5 * WIDTH * at["A"] * at["B"] * at.get("E", 1.0)
+            cells += [f"{moved / at['lr_sum']:.2f}", f"{formula:.3g}", f"{at['delta']:.3g}"]
+        rows.append(cells)
+    eighth = "after 1/8 of the steps"
+    columns = [f"{eighth}: c", "formula", "measured", "at the end: c", "formula", "measured"]
+    return markdown([*_HEADER, *columns], rows, left=1)
+
+
+# Outputs and inputs of most of MiniLM's layers.
+WIDTH = 384
 _HEADER = ("adapter", "learning rate", "scale", "orthogonality", "gates' rate")
 
 
@@ -133,36 +158,49 @@ def _with_error(values: Sequence[float], sign: bool = False) -> str:
     return text if error is None else f"{text} ± {error:.1f}"
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Growth of the adapters' share of the outputs, and accuracy against what the adapters grew to."""
-    figure, (growth, accuracy) = pyplot.subplots(1, 2, figsize=(12.0, 4.6), layout="constrained")
-    settings = by_setting(run for run in runs if run["point"]["gate_lr"] == 1)
-    shown = [seeds for seeds in settings.values() if len(seeds) > 1 and _final_rank(next(iter(seeds.values()))) > 2]
-    shown = shown or list(settings.values())
-    colours = iter(_COLOURS * len(shown))
-    for seeds in shown:
-        run = next(iter(seeds.values()))
-        is_lora = run["point"]["target"] is None
+def draw(runs: Sequence[Run], path: Path, seed: int = 0) -> None:
+    """Growth of the adapters' share of the outputs, and the cross-entropy against the rule's size of a step."""
+    figure, (growth, entropy) = pyplot.subplots(1, 2, figsize=(12.0, 5.4), layout="constrained")
+    shown = [run for run in runs if run["point"]["seed"] == seed and _final_rank(run) == max(map(_final_rank, runs))]
+    shown.sort(key=rule_step)
+    of_lora = [run for run in shown if run["point"]["target"] is None]
+    curves = of_lora + [run for run in shown if run["adapter"].startswith("AdaLoRA") and run["point"]["orth"] != 0]
+    for number, run in enumerate(curves):
         points = [(at["step"], 100 * at["outputs"]) for at in run["growth"]]
-        colour = "black" if is_lora else next(colours)
-        growth.plot(*zip(*points, strict=True), color=colour, linestyle="--" if is_lora else "-", label=_label(run))
+        if run in of_lora:
+            style = {"color": "black", "linestyle": ("--", ":")[of_lora.index(run) % 2]}
+        else:
+            style = {"color": matplotlib.colormaps["viridis"](0.95 * (1 - number / len(curves)))}
+        growth.plot(*zip(*points, strict=True), **style, label=_label(run))
     growth.set(xscale="log", yscale="log", xlabel="optimizer step", ylabel="‖ΔW·x‖ / ‖W·x‖, %")
-    growth.set_title("How fast the adapters grow", fontsize=10)
-    growth.legend(fontsize=7)
-    for name, marker in _MARKERS.items():
-        found = [run for run in runs if run["adapter"].split(" ")[0] == name]
-        x = [run["growth"][-1]["delta"] for run in found]
-        y = [100 * run["validation"]["accuracy"] for run in found]
-        colour = "black" if name == "LoRA" else "#0072B2" if name == "AdaLoRA" else "#E69F00"
-        accuracy.scatter(x, y, s=26, marker=marker, color=colour, label=name if found else None, alpha=0.8)
-    accuracy.set(xscale="log", xlabel="‖ΔW‖_F at the end, median over the layers", ylabel="validation accuracy, %")
-    accuracy.set_title("Accuracy follows the size reached", fontsize=10)
-    accuracy.legend(fontsize=8)
+    growth.set_title("What the adapters add to the layers' outputs", fontsize=10)
+    figure.legend(*growth.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    rates = sorted({run["point"]["lr"] for run in shown})
+    for run in shown:
+        kind = run["adapter"].split(" ")[0]
+        colour = _COLOURS[rates.index(run["point"]["lr"]) % len(_COLOURS)]
+        value = run["validation"]["cross_entropy"]
+        if value is not None:
+            entropy.scatter(rule_step(run), value, s=34, marker=_MARKERS[kind], color=colour)
+    for kind in dict.fromkeys(run["adapter"].split(" ")[0] for run in shown):
+        entropy.scatter([], [], marker=_MARKERS[kind], color="grey", label=kind)
+    for colour, rate in zip(_COLOURS, rates, strict=False):
+        entropy.scatter([], [], marker="s", color=colour, label=f"rate {rate:g}")
+    entropy.set(xscale="log", xlabel="‖ΔW‖_F of a step by the rule", ylabel="validation cross-entropy, nats")
+    entropy.set_title("Learning rate × scale decides", fontsize=10)
+    entropy.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
     pyplot.close(figure)
     os.replace(partial, path)
+
+
+def rule_step(run: Run) -> float:
+    """How far a step moves ‖ΔW‖_F by the rule: η·s·√(r·N/3) for LoRA, η·s·√r₀ for gates."""
+    point = run["point"]
+    size = point["lr"] * point["gate_lr"] * point["scale"]
+    return size * float(point["rank"] * (WIDTH / 3 if point["target"] is None else 1)) ** 0.5
 
 
 _MARKERS = {"LoRA": "D", "AdaLoRA": "o", "gated": "s"}
@@ -171,7 +209,8 @@ _MARKERS = {"LoRA": "D", "AdaLoRA": "o", "gated": "s"}
 def _label(run: Run) -> str:
     point = run["point"]
     term = "" if point["target"] is None else f", orthogonality {point['orth']:g}"
-    return f"{run['adapter']}: rate {point['lr']:g}, scale {point['scale']:.2g}{term}"
+    gates = "" if point["gate_lr"] == 1 else f", gates ×{point['gate_lr']:g}"
+    return f"{run['adapter']}: rate {point['lr']:g}, scale {point['scale']:.2g}{term}{gates}"
 
 
 def write(results: dict[str, Any], picture: Path, docs: Path) -> None:
@@ -182,6 +221,7 @@ def write(results: dict[str, Any], picture: Path, docs: Path) -> None:
     except OSError as error:
         raise ReportError(f"--docs: {docs}: {error.strerror}") from error
     text = replace_between(text, "repeated", repeated_table(runs))
+    text = replace_between(text, "formula", formula_table(runs))
     text = replace_between(text, "single", single_table(runs))
     draw(runs, picture)
     replace_file(docs, text)

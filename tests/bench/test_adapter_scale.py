@@ -156,7 +156,7 @@ def command(
     grid = [*repeated, Point(4, 2, 1e-2, 1.0, 0.1), *(replace(point, seed=1) for point in repeated)]
     monkeypatch.setattr(adapter_scale, "grid", lambda: grid)
     docs = tmp_path / "page.md"
-    docs.write_text("before\n<!-- repeated -->\n<!-- /repeated -->\n<!-- single -->\nold\n<!-- /single -->\nafter\n")
+    docs.write_text("".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("repeated", "formula", "single")))
     folders = [f"--{name}={tmp_path / name}" for name in ("runs", "results", "plots")]
     inputs = ["--steps=4", f"--model={paths[0]}", f"--data={paths[1]}"]
     return [*folders, f"--docs={docs}", *inputs], tmp_path, grid
@@ -188,7 +188,7 @@ def test_command_goes_on_where_it_was_and_tests_only_what_was_repeated(
     assert [run["point"]["scale"] for run in results["runs"] if "test" not in run] == [1.0]
     assert str(folder) not in path.read_text()
     page = (folder / "page.md").read_text()
-    assert page.count("| AdaLoRA 4→2 |") == 3 and page.count("| LoRA r=2 |") == 2 and "old" not in page
+    assert page.count("| AdaLoRA 4→2 |") == 5 and page.count("| LoRA r=2 |") == 3 and "old" not in page
     assert (folder / "plots" / "adapter-scale.png").read_bytes().startswith(b"\x89PNG")
     assert adapter_scale.main([*arguments, "--steps=5"]) == 2
     assert "--steps" in capsys.readouterr().err
@@ -221,3 +221,19 @@ def test_differences_are_paired_with_the_lora_that_validation_prefers() -> None:
     assert [row[0] for row in rows] == ["LoRA r=8", "LoRA r=8", "AdaLoRA 12→8"]
     assert [row[7] for row in rows] == ["55.0 ± 5.0", "75.0 ± 5.0", "78.0 ± 6.0"]
     assert [row[8] for row in rows] == ["-20.0 ± 0.0", "", "+3.0 ± 1.0"]
+
+
+def test_formula_is_the_norm_of_independent_ranks_in_a_square_layer(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The measured side of the table on a layer whose factors are independent draws, as the formula assumes."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(adapter_scale_report, "WIDTH", 200)
+    layer = AdaLoRALinear.from_linear(nn.Linear(200, 200), 8, 16)
+    nn.init.normal_(layer.lora_E, std=0.3)
+    A, B, gates = factors(layer)
+    sizes = {"A": A, "B": B, "E": gates}
+    at = {name: float(factor.square().mean().sqrt()) for name, factor in sizes.items() if factor is not None}
+    growth = [{"step": 8, "lr_sum": 0.5, "delta": delta_norm(layer), **at}]
+    run = {**_run(Point(8, 8, 1e-3, layer.scaling, 0.1), 0.5), "steps": 8, "growth": growth}
+    cells = [cell.strip() for cell in adapter_scale_report.formula_table([run]).splitlines()[2].split("|")[1:-1]]
+    assert float(cells[8]) == float(f"{at['E'] / 0.5:.2f}")
+    assert float(cells[9]) == pytest.approx(float(cells[10]), rel=0.1)
