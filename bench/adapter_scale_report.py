@@ -141,7 +141,7 @@ def _reference(settings: dict[Setting, dict[int, Run]], seeds: dict[int, Run]) -
     rivals = [
         runs
         for runs in settings.values()
-        if runs.keys() == seeds.keys()
+        if runs.keys() >= seeds.keys()
         and next(iter(runs.values()))["point"]["target"] is None
         and _final_rank(next(iter(runs.values()))) == rank
     ]
@@ -174,7 +174,7 @@ def draw(runs: Sequence[Run], path: Path, seed: int = 0) -> None:
         growth.plot(*zip(*points, strict=True), **style, label=_label(run))
     growth.set(xscale="log", yscale="log", xlabel="optimizer step", ylabel="‖ΔW·x‖ / ‖W·x‖, %")
     growth.set_title("What the adapters add to the layers' outputs", fontsize=10)
-    figure.legend(*growth.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*growth.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     rates = sorted({run["point"]["lr"] for run in shown})
     for run in shown:
         kind = run["adapter"].split(" ")[0]
