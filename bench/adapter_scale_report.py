@@ -167,6 +167,7 @@ def draw(runs: Sequence[Run], path: Path, seed: int = 0) -> None:
     curves = of_lora + [run for run in shown if run["adapter"].startswith("AdaLoRA") and run["point"]["orth"] != 0]
     for number, run in enumerate(curves):
         points = [(at["step"], 100 * at["outputs"]) for at in run["growth"]]
+        style: dict[str, Any]
         if run in of_lora:
             style = {"color": "black", "linestyle": ("--", ":")[of_lora.index(run) % 2]}
         else:
