@@ -7,8 +7,8 @@ from pathlib import Path
 
 from peftkernels.cli.demo.options import Options
 
-# As many steps as the demo: after 60 of them adapters are no better than a trained head alone, and there is nothing to
-# compare. Half its tokens: 60 % of its time, and a text's first words say most.
+# As many steps as the demo: with 60, fixed-rank LoRA reaches 64 % instead of 70 %. Half its tokens, since 48 of a text
+# say no more than 32 (64 % both, after 60 steps) and take 1.4 times as long.
 STEPS, QUICK_STEPS = 100, 12
 TOKENS, QUICK_TOKENS = 32, 16
 SEEDS, QUICK_SEEDS = 5, 2
