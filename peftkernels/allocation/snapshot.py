@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.protocol import FACTORS
+from peftkernels.allocation.sharding import own_parameter
 from peftkernels.allocation.state import check_state, unpack_state
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
     if not isinstance(token, Snapshot):
         raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
     check_state(allocator, token.state)
+    allocator.masks.check_writable()
     parameters = _parameters(allocator)
     torch._foreach_copy_(parameters, list(token.factors))
     optimizer = allocator.optimizer
@@ -55,7 +57,7 @@ def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
 
 
 def _parameters(allocator: BudgetAllocator) -> list[Tensor]:
-    return [getattr(layer, factor) for layer in allocator.masks.layers.values() for factor in FACTORS]
+    return [own_parameter(layer, factor) for layer in allocator.masks.layers.values() for factor in FACTORS]
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkernels.allocation.budgets import Shares
 from peftkernels.allocation.protocol import FACTORS, GatedLayer
 from peftkernels.allocation.selection import select_under_cost
+from peftkernels.allocation.sharding import own_parameter
 
 if TYPE_CHECKING:
     from peftkernels.allocation.kernels import AllocationKernels
@@ -67,7 +68,7 @@ class Statistics:
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].lora_E.device
+        return own_parameter(self.layers[0], "lora_E").device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +80,7 @@ class Statistics:
         dtype = torch.float32
         for layer in layers.values():
             for factor in FACTORS:
-                dtype = torch.promote_types(dtype, getattr(layer, factor).dtype)
+                dtype = torch.promote_types(dtype, own_parameter(layer, factor).dtype)
         return dtype
 
     @property
