@@ -23,7 +23,7 @@ from peftkernels.allocation.protocol import FACTORS, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
-from peftkernels.allocation.sharding import own_parameter, shard_aware
+from peftkernels.allocation.sharding import check_not_sharded_since, own_parameter, shard_aware
 from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_snapshot
 from peftkernels.allocation.state import pack_state, unpack_state
 from peftkernels.allocation.statistics import Statistics
@@ -153,11 +153,13 @@ class BudgetAllocator:
     def attach(self, optimizer: Optimizer) -> None:
         """Run after every `optimizer.step()` from now on, until `detach`.
 
-        Raises RuntimeError when attached already, TypeError for anything but an optimizer, and ValueError, naming
-        them, where lora_A, lora_B or lora_E of a layer are not among the optimizer's parameters.
+        Raises RuntimeError when attached already or when the layers were sharded since the allocator was made,
+        TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a layer
+        are not among the optimizer's parameters.
         """
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
+        check_not_sharded_since(self._layers)
         self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._layers)
 
     def detach(self) -> None:

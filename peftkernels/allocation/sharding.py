@@ -113,7 +113,7 @@ class ShardedFactors:
         for layer, gate in zip(self.layers.values(), self.whole("lora_E"), strict=True):
             parameter = layer.parameter("lora_E")
             if is_sharded(parameter):
-                parameter.to_local().copy_(_own_block(gate, parameter))
+                local_part(parameter).copy_(_own_block(gate, parameter))
 
     @torch.no_grad()
     def store_gradients(self, factor: str) -> None:
@@ -125,7 +125,7 @@ class ShardedFactors:
             if parameter.grad is None:
                 parameter.grad = _sharded_like(block.clone(), parameter)
             else:
-                parameter.grad.to_local().copy_(block)
+                local_part(parameter.grad).copy_(block)
 
     def check_writable(self) -> None:
         """Raise RuntimeError, naming one, where layers hold whole factors in the place of shards.
@@ -154,10 +154,28 @@ def shard_aware(layers: Mapping[str, GatedLayer]) -> tuple[dict[str, GatedLayer]
     return dict(factors.layers), factors
 
 
+def check_not_sharded_since(layers: Mapping[str, GatedLayer]) -> None:
+    """Raise RuntimeError, naming one, where layers that had whole factors have sharded ones now."""
+    for name, layer in layers.items():
+        if not isinstance(layer, ShardedLayer) and any(is_sharded(getattr(layer, factor)) for factor in FACTORS):
+            raise RuntimeError(
+                f"layers[{name!r}]: found factors that were sharded after the allocator was made; call fully_shard "
+                "first, then make the optimizer and the allocator"
+            )
+
+
 def own_parameter(layer: GatedLayer, factor: str) -> Tensor:
     """The parameter that the optimizer trains: the layer's factor, or its shard."""
     parameter: Tensor = layer.parameter(factor) if isinstance(layer, ShardedLayer) else getattr(layer, factor)
     return parameter
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its block of a sharded one, all of a plain one, sharing its memory."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -182,7 +200,7 @@ def gather(tensors: Sequence[Any]) -> list[Tensor]:
         processes = mesh.size(dimension)
         rows = [-(-tensors[index].shape[0] // processes) for index in indices]
         lengths = [count * tensors[index].shape[1] for count, index in zip(rows, indices, strict=True)]
-        blocks = [tensors[index].to_local() for index in indices]
+        blocks = [local_part(tensors[index]) for index in indices]
         packed = torch.zeros(sum(lengths), dtype=dtype, device=blocks[0].device)
         for part, block in zip(packed.split(lengths), blocks, strict=True):
             part[: block.numel()] = block.reshape(-1)
@@ -239,7 +257,7 @@ def _own_block(whole: Tensor, like: Any) -> Tensor:
     dimension = _shard_dimension(like)
     mesh = like.device_mesh
     start = mesh.get_local_rank(dimension) * -(-like.shape[0] // mesh.size(dimension))
-    return whole[start : start + like.to_local().shape[0]]
+    return whole[start : start + local_part(like).shape[0]]
 
 
 def _sharded_like(block: Tensor, like: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import time
 import traceback
@@ -75,12 +76,17 @@ class Processes:
             for connection in ready:
                 index = waiting.pop(connection)  # type: ignore[arg-type]
                 try:
-                    results[index], failure = connection.recv()  # type: ignore[union-attr]
+                    results[index], failure = _received(connection)
                 except EOFError:
                     failure = "it ended without an answer"
                 if failure is not None:
                     raise AssertionError(f"process {index}: {failure}")
         return results
+
+
+def _received(connection: Any) -> Any:
+    """What was sent, in memory of its own: tensors come in memory that both processes see."""
+    return copy.deepcopy(connection.recv())
 
 
 def _serve(process: int, count: int, meeting: str, connection: Connection) -> None:
@@ -94,7 +100,7 @@ def _serve(process: int, count: int, meeting: str, connection: Connection) -> No
     )
     while True:
         try:
-            function, arguments, keywords = connection.recv()
+            function, arguments, keywords = _received(connection)
         except EOFError:
             return
         try:

@@ -19,7 +19,7 @@ from peftkernels.distributed import LiveRanks, adapter_parameters, average_adapt
 from peftkernels.nn import AdaLoRALinear
 
 BATCH = 8
-STEPS = 16
+STEPS = 12
 LAYERS = ("first", "second", "third")
 # One rank leaves the second of two processes without a row of A and without a gate, 5 and 7 do not divide evenly.
 RANKS = (5, 7, 1)
@@ -82,7 +82,13 @@ def wrapped(model: Model, how: str) -> nn.Module:
 
 
 def allocator_for(model: nn.Module, strategy: str = "adalora", **settings: Any) -> BudgetAllocator:
-    settings = {"total_step": STEPS, "budget": Budget(TOTAL), "tinit": 2, "tfinal": 5, "orth_reg_weight": 0.1} | settings
+    settings = {
+        "total_step": STEPS,
+        "budget": Budget(TOTAL),
+        "tinit": 2,
+        "tfinal": 4,
+        "orth_reg_weight": 0.1,
+    } | settings
     if strategy == "adalora":
         return AdaLoraAllocator(model, **settings)
     return BudgetAllocator(model, STRATEGIES[strategy](), **settings)
