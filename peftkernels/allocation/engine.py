@@ -19,11 +19,11 @@ from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
-from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
-from peftkernels.allocation.sharding import check_not_sharded_since, own_parameter, shard_aware
+from peftkernels.allocation.sharding import check_not_sharded_since, find_shards
 from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_snapshot
 from peftkernels.allocation.state import pack_state, unpack_state
 from peftkernels.allocation.statistics import Statistics
@@ -123,17 +123,20 @@ class BudgetAllocator:
         self.settings = settings
         self.strategy = strategy
         self._impl = impl
-        self._layers, self._sharded = shard_aware(find_gated_layers(model))
+        found = find_gated_layers(model)
+        self._sharded = find_shards(found)
+        self._layers: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.layers
+        self._own: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.own
         if settings.capturable and self._sharded is not None:
             raise ValueError("capturable: found True for layers that are sharded over processes, expected False")
         shapes = {
             name: (layer.lora_E.shape[0], layer.lora_B.shape[0], layer.lora_A.shape[1])
-            for name, layer in self._layers.items()
+            for name, layer in self._own.items()
         }
         shares = settings.share_out(shapes, costs)
-        device = common_device(self._layers)
-        kernels = kernels_for(device, Statistics.dtype_of(self._layers), impl)
-        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget)
+        device = common_device(self._own)
+        kernels = kernels_for(device, Statistics.dtype_of(self._own), impl)
+        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget, sharded=self._sharded)
         self.masks = RankMasks(self._layers, kernels, self._sharded)
         strategy.begin(self.statistics)
         self._released = False
@@ -146,7 +149,7 @@ class BudgetAllocator:
         self._callbacks: list[Callable[[BudgetAllocator], None]] = []
         self._handle: RemovableHandle | None = None
         self._optimizer: Optimizer | None = None
-        self._watch = IdleWatch(self._layers)
+        self._watch = IdleWatch(self._own)
         self._warned: set[str] = set()
         self._forget_whole()
 
@@ -159,8 +162,9 @@ class BudgetAllocator:
         """
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
-        check_not_sharded_since(self._layers)
-        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._layers)
+        if self._sharded is None:
+            check_not_sharded_since(self._own)
+        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._own)
 
     def detach(self) -> None:
         """Undo `attach`; does nothing when not attached."""
@@ -452,8 +456,7 @@ class BudgetAllocator:
 
     def _update(self, step: int) -> None:
         bus = self.statistics
-        factors = (own_parameter(layer, factor) for layer in self._layers.values() for factor in FACTORS)
-        if not any(factor.grad is not None for factor in factors):
+        if not any(getattr(layer, factor).grad is not None for layer in self._own.values() for factor in FACTORS):
             raise RuntimeError(
                 "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
                 "optimizer.step(), before the gradients are cleared"
@@ -502,7 +505,7 @@ class BudgetAllocator:
 
     def _follow_device(self) -> None:
         """The layers may have been moved since the last step."""
-        device = common_device(self._layers)
+        device = common_device(self._own)
         if self.masks.device == device:
             return
         kernels = kernels_for(device, self.statistics.dtype, self._impl)

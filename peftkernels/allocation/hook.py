@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.protocol import FACTORS, GatedLayer
-from peftkernels.allocation.sharding import own_parameter
 
 
 def run_after_step(
@@ -33,7 +32,7 @@ def run_after_step(
         f"{name}.{factor}"
         for name, layer in layers.items()
         for factor in FACTORS
-        if id(own_parameter(layer, factor)) not in trained
+        if id(getattr(layer, factor)) not in trained
     ]
     if missing:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
@@ -82,4 +81,4 @@ class IdleWatch:
         return self._movements >= 3
 
     def _read(self) -> list[int]:
-        return [own_parameter(layer, "lora_E")._version for layer in self._layers]
+        return [layer.lora_E._version for layer in self._layers]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
 from peftkernels.allocation.protocol import FACTORS, GatedLayer
-from peftkernels.allocation.sharding import ShardedFactors, own_parameter
+from peftkernels.allocation.sharding import ShardedFactors
 from peftkernels.rank_plan import RankPlan, RankState
 
 
@@ -22,20 +22,22 @@ class RankMasks:
     changes     how often the states of ranks may have changed: who reads them from the device need not read again
                 while it stays the same (where the allocator is not captured in a graph)
 
-    sharded: what gathers the factors, where processes share them out.
+    layers      the layers, with whole factors
+    own         the same layers with the parameters that the optimizer trains: shards, where processes share them out
     """
 
     def __init__(
         self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels, sharded: ShardedFactors | None = None
     ) -> None:
         self.layers = dict(layers)
+        self.own: Mapping[str, GatedLayer] = self.layers if sharded is None else sharded.own
         self._sharded = sharded
-        self.ranks = {name: layer.lora_E.shape[0] for name, layer in layers.items()}
+        self.ranks = {name: layer.lora_E.shape[0] for name, layer in self.own.items()}
         self.layout = FactorLayout.of(
-            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in layers.values()]
+            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in self.own.values()]
         )
         self.kernels = kernels
-        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(layers))
+        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(self.own))
         self.frozen: tuple[str, ...] = ()
         self._frozen_ranks = torch.zeros_like(self.keep)
         self.changes = 0
@@ -111,11 +113,11 @@ class RankMasks:
     def freeze(self, names: Sequence[str]) -> None:
         """Make these layers the frozen ones: no factor of theirs requires grad. Layers that were frozen and are not
         among them train again."""
-        for name, layer in self.layers.items():
+        for name, layer in self.own.items():
             now = name in names
             if now != (name in self.frozen):
                 for factor in FACTORS:
-                    parameter = own_parameter(layer, factor)
+                    parameter = getattr(layer, factor)
                     parameter.requires_grad_(not now)
                     if now:
                         parameter.grad = None
@@ -162,7 +164,7 @@ class RankMasks:
 
 def common_device(layers: Mapping[str, GatedLayer]) -> torch.device:
     """The device of all layers; raises ValueError where they are on several."""
-    devices = {own_parameter(layer, "lora_E").device: name for name, layer in layers.items()}
+    devices = {layer.lora_E.device: name for name, layer in layers.items()}
     if len(devices) > 1:
         found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"layers: found {found}, expected all of them on one device")

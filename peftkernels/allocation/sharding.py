@@ -19,8 +19,48 @@ from peftkernels.allocation.protocol import FACTORS, GatedLayer
 from peftkernels.rank_plan import RankPlan
 
 
-class ShardedLayer:
-    """One layer of `ShardedFactors`: lora_A, lora_B and lora_E are whole tensors with whole gradients in `.grad`.
+class OwnLayer:
+    """A layer whose lora_A, lora_B and lora_E are the parameters that the optimizer trains: this process's shards.
+
+    FSDP puts whole factors in the place of their shards from a forward pass to the end of its backward pass, and after
+    a forward pass without one; the shards hold the values all the same, so they are remembered here.
+    """
+
+    def __init__(self, module: GatedLayer) -> None:
+        self._module = module
+        self._parameters: dict[str, Any] = {}
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.parameter("lora_A")
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.parameter("lora_B")
+
+    @property
+    def lora_E(self) -> Tensor:
+        return self.parameter("lora_E")
+
+    @property
+    def rank_plan(self) -> RankPlan:
+        """The layer's own: buffers are not sharded."""
+        return self._module.rank_plan
+
+    def parameter(self, factor: str) -> Any:
+        """A DTensor, or a plain parameter where `fully_shard` was told to ignore it."""
+        found = getattr(self._module, factor)
+        if is_sharded(found) or factor not in self._parameters:
+            self._parameters[factor] = found
+        return self._parameters[factor]
+
+    def gathered(self) -> bool:
+        """Whether FSDP has put whole factors in the place of shards at present."""
+        return any(getattr(self._module, factor) is not self.parameter(factor) for factor in FACTORS)
+
+
+class WholeLayer:
+    """A layer whose lora_A, lora_B and lora_E are whole tensors with whole gradients in `.grad`.
 
     They are copies, the same on every process; writing to them reaches the layer through `ShardedFactors.store_gates`
     and `store_gradients` only.
@@ -30,7 +70,6 @@ class ShardedLayer:
         self._factors = factors
         self._index = index
         self._module = module
-        self._shards: dict[str, Any] = {}
 
     @property
     def lora_A(self) -> Tensor:
@@ -49,33 +88,22 @@ class ShardedLayer:
         """The layer's own: buffers are not sharded."""
         return self._module.rank_plan
 
-    def parameter(self, factor: str) -> Any:
-        """The parameter the optimizer trains, sharded (or plain, where `fully_shard` was told to ignore it).
-
-        FSDP puts the whole factor in the place of its shard from a forward pass to the end of its backward pass, and
-        after a forward pass without one; the shard holds the values all the same, so it is remembered here.
-        """
-        found = getattr(self._module, factor)
-        if is_sharded(found) or factor not in self._shards:
-            self._shards[factor] = found
-        return self._shards[factor]
-
-    def gathered(self) -> bool:
-        """Whether FSDP has put whole factors in the place of shards at present."""
-        return any(getattr(self._module, factor) is not self.parameter(factor) for factor in FACTORS)
-
 
 class ShardedFactors:
     """The factors of layers and their gradients, gathered from all processes when they are looked at.
+
+    own     the layers with the parameters that the optimizer trains
+    layers  the layers with whole factors
 
     What was gathered is kept until `forget`. Every process must look at the same factors in the same order, which holds
     where all run the same allocator; A, B and E of all layers take one collective each.
     """
 
     def __init__(self, modules: Mapping[str, GatedLayer]) -> None:
-        self.layers = {name: ShardedLayer(self, index, module) for index, (name, module) in enumerate(modules.items())}
+        self.own = {name: OwnLayer(module) for name, module in modules.items()}
+        self.layers = {name: WholeLayer(self, index, module) for index, (name, module) in enumerate(modules.items())}
         self._whole: dict[str, list[Tensor]] = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.own.items():
             for factor in FACTORS:
                 parameter = layer.parameter(factor)
                 if is_sharded(parameter):
@@ -110,8 +138,7 @@ class ShardedFactors:
     @torch.no_grad()
     def store_gates(self) -> None:
         """Write the whole gates back into the layers: each process its own block."""
-        for layer, gate in zip(self.layers.values(), self.whole("lora_E"), strict=True):
-            parameter = layer.parameter("lora_E")
+        for parameter, gate in zip(self._parameters("lora_E"), self.whole("lora_E"), strict=True):
             if is_sharded(parameter):
                 local_part(parameter).copy_(_own_block(gate, parameter))
 
@@ -132,7 +159,7 @@ class ShardedFactors:
 
         Written to either, the other would win later.
         """
-        for name, layer in self.layers.items():
+        for name, layer in self.own.items():
             if layer.gathered():
                 raise RuntimeError(
                     f"layers[{name!r}]: found whole factors in the place of shards, as FSDP leaves them after a "
@@ -140,34 +167,26 @@ class ShardedFactors:
                 )
 
     def _parameters(self, factor: str) -> list[Any]:
-        return [layer.parameter(factor) for layer in self.layers.values()]
+        return [layer.parameter(factor) for layer in self.own.values()]
 
 
-def shard_aware(layers: Mapping[str, GatedLayer]) -> tuple[dict[str, GatedLayer], ShardedFactors | None]:
-    """The layers as they are where no factor is sharded; else views of them with whole factors, and what gathers them.
+def find_shards(layers: Mapping[str, GatedLayer]) -> ShardedFactors | None:
+    """What gathers the layers' factors where any is sharded, else None.
 
     Raises ValueError, naming the factor, where one is sharded in another way than `fully_shard` does it.
     """
-    if not any(is_sharded(getattr(layer, factor)) for layer in layers.values() for factor in FACTORS):
-        return dict(layers), None
-    factors = ShardedFactors(layers)
-    return dict(factors.layers), factors
+    sharded = any(is_sharded(getattr(layer, factor)) for layer in layers.values() for factor in FACTORS)
+    return ShardedFactors(layers) if sharded else None
 
 
 def check_not_sharded_since(layers: Mapping[str, GatedLayer]) -> None:
-    """Raise RuntimeError, naming one, where layers that had whole factors have sharded ones now."""
+    """Raise RuntimeError, naming one, where layers have sharded factors, which were whole when they were looked up."""
     for name, layer in layers.items():
-        if not isinstance(layer, ShardedLayer) and any(is_sharded(getattr(layer, factor)) for factor in FACTORS):
+        if any(is_sharded(getattr(layer, factor)) for factor in FACTORS):
             raise RuntimeError(
                 f"layers[{name!r}]: found factors that were sharded after the allocator was made; call fully_shard "
                 "first, then make the optimizer and the allocator"
             )
-
-
-def own_parameter(layer: GatedLayer, factor: str) -> Tensor:
-    """The parameter that the optimizer trains: the layer's factor, or its shard."""
-    parameter: Tensor = layer.parameter(factor) if isinstance(layer, ShardedLayer) else getattr(layer, factor)
-    return parameter
 
 
 def local_part(tensor: Tensor) -> Tensor:

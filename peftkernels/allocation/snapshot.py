@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.protocol import FACTORS
-from peftkernels.allocation.sharding import local_part, own_parameter
+from peftkernels.allocation.sharding import local_part
 from peftkernels.allocation.state import check_state, unpack_state
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
 
 
 def _parameters(allocator: BudgetAllocator) -> list[Tensor]:
-    return [own_parameter(layer, factor) for layer in allocator.masks.layers.values() for factor in FACTORS]
+    return [getattr(layer, factor) for layer in allocator.masks.own.values() for factor in FACTORS]
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:

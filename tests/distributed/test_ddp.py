@@ -23,7 +23,7 @@ from peftkernels.rank_plan import RankState
 def test_two_processes_decide_as_one(pair: Processes, settings: dict[str, object]) -> None:
     one = run_whole(0, "one", 1, **settings)
     first, second = pair.run(run_whole, "ddp", **settings)
-    assert len({tuple(mask) for mask in one.masks}) > 3, "the run decides nothing"
+    assert len({tuple(mask) for mask in one.masks}) > 2, "the run decides nothing"
     assert first.masks == second.masks == one.masks
     for name, expected in one.factors.items():
         assert torch.equal(first.factors[name], second.factors[name]), name
