@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 90.0
+SECONDS = 120.0
 
 
 class Processes:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peftkernels.allocation import AdaLoraAllocator, Budget, BudgetAllocator
@@ -18,7 +19,8 @@ from peftkernels.allocation.strategies import STRATEGIES
 from peftkernels.distributed import LiveRanks, adapter_parameters, average_adapter_gradients, live_rank_hook
 from peftkernels.nn import AdaLoRALinear
 
-BATCH = 8
+# Shared out evenly by two and by three processes: the mean of their losses is the batch's.
+BATCH = 12
 STEPS = 12
 LAYERS = ("first", "second", "third")
 # One rank leaves the second of two processes without a row of A and without a gate, 5 and 7 do not divide evenly.
@@ -70,15 +72,15 @@ class Record:
     sent: list[list[int]] = field(default_factory=list)
 
 
-def wrapped(model: Model, how: str) -> nn.Module:
+def wrapped(model: Model, how: str, **sharding: Any) -> nn.Module:
     if how == "one":
         return model
     if how in ("ddp", "hook"):
         return DistributedDataParallel(model)
     ignored = adapter_parameters(model) if how == "replicated" else set()
     for name in LAYERS:
-        fully_shard(getattr(model, name), ignored_params=ignored)
-    return fully_shard(model, ignored_params=ignored)
+        fully_shard(getattr(model, name), ignored_params=ignored, **sharding)
+    return fully_shard(model, ignored_params=ignored, **sharding)
 
 
 def allocator_for(model: nn.Module, strategy: str = "adalora", **settings: Any) -> BudgetAllocator:
@@ -107,12 +109,17 @@ class Training:
         closed_form: bool = False,
         clip: bool = True,
         strategy: str = "adalora",
+        mesh_shape: tuple[int, int] | None = None,
+        policy: MixedPrecisionPolicy | None = None,
         **settings: Any,
     ) -> None:
         self.how, self.process, self.processes = how, process, processes
         self.closed_form, self.clip = closed_form, clip
         self.inner = build(dtype)
-        self.model = wrapped(self.inner, how)
+        sharding: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
+        if mesh_shape is not None:
+            sharding["mesh"] = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("copies", "shards"))
+        self.model = wrapped(self.inner, how, **sharding)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.02)
         self.allocator = allocator_for(self.inner, strategy, **settings)
         self.allocator.attach(self.optimizer)

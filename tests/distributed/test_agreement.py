@@ -82,6 +82,28 @@ def test_processes_at_different_steps(pair: Processes) -> None:
         assert message == "the processes are not at the same step: found process 0 at step 1, process 1 at step 2"
 
 
+def one_of_three(process: int) -> str:
+    training = Training("one", process, 3)
+    if process == 1:
+        training.allocator.masks.keep[0] = False
+        with torch.no_grad():
+            training.inner.second.lora_E[3] += 1.0
+    try:
+        check_agreement(training.allocator)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_three_processes(three: Processes) -> None:
+    """Of three processes the one that differs from the two others is named, whichever it is."""
+    expected = (
+        "step 0: the processes have diverged: process 1 differs from most others in mask of 'first'; "
+        "process 1 differs from most others in gate of 'second'"
+    )
+    assert three.run(one_of_three) == [expected] * 3
+
+
 def mean_of_losses(process: int) -> float:
     return float(average_loss(torch.tensor(1.0 + process, requires_grad=True)))
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 
@@ -31,11 +31,12 @@ from peftkernels.rank_plan import RankState
     [
         pytest.param({}, id="term in the loss"),
         pytest.param({"closed_form": True, "deltaT": 3, "compact": True, "exact_budget": True}, id="in closed form"),
-        pytest.param({"strategy": "magnitude"}, id="by magnitude"),
+        pytest.param({"strategy": "magnitude", "mesh_shape": (1, 2)}, id="by magnitude, in one copy"),
+        pytest.param({"strategy": "gate", "mesh_shape": (2, 1)}, id="by the gates' gradients, in two copies"),
     ],
 )
 def test_sharded_runs_decide_as_one_process(pair: Processes, settings: dict[str, Any]) -> None:
-    one = run_whole(0, "one", 1, **settings)
+    one = run_whole(0, "one", 1, **{name: value for name, value in settings.items() if name != "mesh_shape"})
     first, second = pair.run(run_whole, "fsdp2", **settings)
     assert len({tuple(mask) for mask in one.masks}) > 2, "the run decides nothing"
     assert first.masks == second.masks == one.masks
@@ -45,10 +46,20 @@ def test_sharded_runs_decide_as_one_process(pair: Processes, settings: dict[str,
         torch.testing.assert_close(first.factors[name], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions(pair: Processes, dtype: torch.dtype) -> None:
-    """bfloat16: a frozen base beside factors in float32, as peft has it. Processes decide alike."""
-    first, second = pair.run(run_whole, "fsdp2", dtype=dtype)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"dtype": torch.float32}, id="float32"),
+        pytest.param({"dtype": torch.bfloat16}, id="a bfloat16 base beside factors in float32, as peft has it"),
+        pytest.param(
+            {"dtype": torch.float32, "policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+            id="float32 shards gathered in bfloat16",
+        ),
+    ],
+)
+def test_lower_precisions(pair: Processes, settings: dict[str, Any]) -> None:
+    """Rounding may decide otherwise than in one process; the processes decide alike."""
+    first, second = pair.run(run_whole, "fsdp2", **settings)
     assert first.masks == second.masks
     assert sum(state == RankState.ACTIVE for state in first.masks[-1]) == TOTAL
     for name, factor in first.factors.items():
