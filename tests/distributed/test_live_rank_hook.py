@@ -42,6 +42,34 @@ def test_results_are_those_of_plain_ddp_to_the_bit(pair: Processes, settings: di
         assert all(torch.equal(record.factors[name], expected) for name, expected in plain.factors.items())
 
 
+def gradients_of_a_step(process: int, how: str, last: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The states of the ranks after step `last`, and the gradients of the next step as the optimizer sees them."""
+    training = Training(how, process, 2, compact=True)
+    before = training.run(1, last).masks[-1]
+    found: dict[str, torch.Tensor] = {}
+
+    def take(step: int) -> None:
+        for name, parameter in training.inner.named_parameters():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.clone()
+
+    training.run(last + 1, last + 1, take)
+    return before, found
+
+
+@pytest.mark.parametrize(("last", "masked"), [(6, RankState.PROBE), (9, RankState.DEAD)])
+def test_gradients_are_those_of_plain_ddp_to_the_bit(pair: Processes, last: int, masked: RankState) -> None:
+    (states, plain), _ = pair.run(gradients_of_a_step, "ddp", last)
+    for own, found in pair.run(gradients_of_a_step, "hook", last):
+        assert own == states
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
+    gates = torch.cat([plain[f"{name}.lora_E"].flatten() for name in LAYERS])
+    of_masked = gates[torch.tensor(states) == int(masked)]
+    assert len(of_masked) > 3
+    assert bool((of_masked != 0).any()) == (masked == RankState.PROBE)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_only_live_ranks_are_sent(pair: Processes, compact: bool) -> None:
     model = build()
