@@ -393,7 +393,9 @@ class BudgetAllocator:
         elif overflow is not None and bool(overflow):
             self._skipped += 1
             self._watch.reset()
-            self._notify("skipped", {"why": "the gradient scaler found an overflow; the optimizer did not step"})
+            # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
+            why = "the gradient scaler found an overflow; the optimizer did not step"
+            self._notify("skipped", {"why": why}, self._step + 1)
         else:
             self._advance(None)
 
