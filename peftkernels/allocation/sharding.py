@@ -28,7 +28,7 @@ class OwnLayer:
 
     def __init__(self, module: GatedLayer) -> None:
         self._module = module
-        self._parameters: dict[str, Any] = {}
+        self._remembered: dict[str, Any] = {}
 
     @property
     def lora_A(self) -> Tensor:
@@ -50,9 +50,9 @@ class OwnLayer:
     def parameter(self, factor: str) -> Any:
         """A DTensor, or a plain parameter where `fully_shard` was told to ignore it."""
         found = getattr(self._module, factor)
-        if is_sharded(found) or factor not in self._parameters:
-            self._parameters[factor] = found
-        return self._parameters[factor]
+        if is_sharded(found) or factor not in self._remembered:
+            self._remembered[factor] = found
+        return self._remembered[factor]
 
     def gathered(self) -> bool:
         """Whether FSDP has put whole factors in the place of shards at present."""
