@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 120.0
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"]
 
 
 class Processes:
@@ -55,7 +56,11 @@ class Processes:
         self._running.clear()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Where there is a fork server it imports torch once for all processes.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
         self._started += 1
         meeting = str(self._folder / f"meeting{self._started}")
         for index in range(self.count):
