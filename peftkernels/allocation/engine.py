@@ -19,7 +19,7 @@ from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
-from peftkernels.allocation.protocol import FACTORS, GatedLayer, find_gated_layers
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
@@ -191,8 +191,8 @@ class BudgetAllocator:
             return torch.zeros((), device=self.masks.device)
         layers, sharded = self._layers.values(), self._sharded
         return orthogonality(
-            [layer.lora_A for layer in layers] if sharded is None else sharded.differentiable("lora_A"),
-            [layer.lora_B for layer in layers] if sharded is None else sharded.differentiable("lora_B"),
+            factors_of(layers, "lora_A") if sharded is None else sharded.differentiable("lora_A"),
+            factors_of(layers, "lora_B") if sharded is None else sharded.differentiable("lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             self._impl,
@@ -216,8 +216,8 @@ class BudgetAllocator:
             return torch.zeros((), device=self.masks.device)
         self._forget_whole()
         term = add_orthogonality_gradient(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             scale,
