@@ -6,7 +6,9 @@ from peftkernels.allocation.engine import BudgetAllocator
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.protocol import Allocator, GatedLayer
 from peftkernels.allocation.report import AllocationReport, ModuleAllocation
+from peftkernels.allocation.rollback import RollbackPolicy
 from peftkernels.allocation.snapshot import Snapshot
+from peftkernels.allocation.snapshot_ring import Snapshots
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategy import Strategy
 
@@ -20,7 +22,9 @@ __all__ = [
     "Group",
     "ModuleAllocation",
     "Observer",
+    "RollbackPolicy",
     "Snapshot",
+    "Snapshots",
     "Statistics",
     "Strategy",
 ]
