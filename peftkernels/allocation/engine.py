@@ -251,7 +251,7 @@ class BudgetAllocator:
         self.masks.freeze((*self.masks.frozen, name))
         if drop:
             self.masks.drop(name)
-        self._write_states(mask=not self.masks.all_active)
+        self._write_states(mask=not self.all_active)
         self.statistics.forget()
         self.tell("frozen", {"module": name})
 
@@ -295,6 +295,11 @@ class BudgetAllocator:
     def released(self) -> bool:
         """Whether the last allocation is done and the strategy's state is gone."""
         return self._released
+
+    @property
+    def all_active(self) -> bool:
+        """Whether every rank trains, as before the first mask and between two; reads the device where `capturable`."""
+        return self.masks.all_active if self._on_device is None else not bool(self._on_device.masks())
 
     @property
     def steps(self) -> int:

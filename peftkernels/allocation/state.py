@@ -30,7 +30,7 @@ def pack_state(allocator: BudgetAllocator) -> dict[str, Tensor]:
         "skipped_steps": allocator.skipped_steps,
         "rollbacks": allocator.rollbacks,
         "released": allocator.released,
-        "all_active": allocator.masks.all_active,
+        "all_active": allocator.all_active,
         "frozen": list(allocator.frozen),
         "decision": None if decision is None else {"step": decision.step, "budget": decision.budget},
     }
