@@ -88,6 +88,8 @@ def _why(
         return "the allocator has not been stepped"
     if decision is None:
         return f"no mask before step {settings.tinit + 1}"
+    if not kept:
+        return "it has no ranks"
     if any(math.isnan(score) for score in scores):
         return "its scores are not numbers: the mask before them stays"
     keeping = [score for score, keep in zip(scores, kept, strict=True) if keep]
