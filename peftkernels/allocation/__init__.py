@@ -2,15 +2,19 @@
 
 from peftkernels.allocation.adalora import AdaLoraAllocator
 from peftkernels.allocation.budgets import Budget, Group
+from peftkernels.allocation.card import adapter_card
+from peftkernels.allocation.decision_log import DecisionLog
 from peftkernels.allocation.engine import BudgetAllocator
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.protocol import Allocator, GatedLayer
 from peftkernels.allocation.report import AllocationReport, ModuleAllocation
 from peftkernels.allocation.rollback import RollbackPolicy
+from peftkernels.allocation.run_log import RunLog, read_log
 from peftkernels.allocation.snapshot import Snapshot
 from peftkernels.allocation.snapshot_ring import Snapshots
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.tensorboard import TensorBoardScalars
 
 __all__ = [
     "AdaLoraAllocator",
@@ -18,13 +22,18 @@ __all__ = [
     "Allocator",
     "Budget",
     "BudgetAllocator",
+    "DecisionLog",
     "GatedLayer",
     "Group",
     "ModuleAllocation",
     "Observer",
     "RollbackPolicy",
+    "RunLog",
     "Snapshot",
     "Snapshots",
     "Statistics",
     "Strategy",
+    "TensorBoardScalars",
+    "adapter_card",
+    "read_log",
 ]

@@ -401,7 +401,9 @@ class BudgetAllocator:
             self._skipped += 1
             self._watch.reset()
             self.statistics.begin_step()
-            self.tell("skipped", {"why": "the gradient scaler found an overflow; the optimizer did not step"})
+            # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
+            why = "the gradient scaler found an overflow; the optimizer did not step"
+            self._watchers.tell(self._step + 1, "skipped", {"why": why})
         else:
             self._advance(None)
 

@@ -24,7 +24,7 @@ class Observer(Protocol):
                        in_features, out_features, group (str) and cost (float, of the budget, for one of its ranks)
             unit       str, what the budget counts: "ranks", "parameters" or "microseconds"
             step       int, optimizer steps taken so far: 0, or where a saved run goes on
-            rollbacks  int, how often the run was rolled back before that, 0 where it is left out
+            rollbacks  int, how often the run was rolled back before that; may be left out
         """
         ...
 

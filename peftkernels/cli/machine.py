@@ -12,6 +12,7 @@ import torch
 
 import peftkernels
 
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "matplotlib")
 # Names in torch.cpu.get_capabilities() and here: the instruction sets that matrix products can use.
 _FEATURES = {"avx2": "avx2", "avx512_f": "avx512", "avx512_bf16": "avx512_bf16", "amx_tile": "amx"}
 

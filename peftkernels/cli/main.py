@@ -1,4 +1,4 @@
-"""Command line: ``peftkernels doctor``, ``demo`` and ``bench``. Arguments only; the work is elsewhere."""
+"""Command line: ``peftkernels doctor``, ``demo``, ``report`` and ``bench``. Arguments only; the work is elsewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from peftkernels import __version__
 from peftkernels.cli import bench
 from peftkernels.cli.demo.options import DEFAULT_OUT, QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options, parse_runs
 from peftkernels.cli.demo.recipe import RUN_NAMES
+from peftkernels.cli.report import command as report
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from peftkernels.cli.doctor import run_doctor
 
         return run_doctor(as_json=chosen.json)
+    if chosen.command == "report":
+        return report.run_report(chosen.directory, chosen.out, as_json=chosen.json)
     if chosen.command == "bench":
         values = {**vars(chosen), "cases": tuple(chosen.cases)}
         del values["command"]
@@ -55,6 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_DEMO_EPILOG,
         )
     )
+    _add_report(
+        commands.add_parser(
+            "report",
+            help="show what an allocator decided in a run, and why",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=report.DESCRIPTION,
+            epilog=report.EPILOG,
+        )
+    )
     bench.add_arguments(
         commands.add_parser(
             "bench",
@@ -82,8 +94,10 @@ written to --out:
   results.json            every figure, with versions, machine, seeds and loss curves
   live-ranks.png          live ranks by layer and projection over time
   adapters/lora, adapters/adalora
-                          adapters that HF peft loads onto the encoder, with head and labels beside them
+                          adapters that HF peft loads onto the encoder, with head, labels and a card beside them
   runs/NAME.pt            final weights and masks of each training
+  runs/NAME/decisions.jsonl
+                          what was decided about ranks: peftkernels report DIR shows it
   training.pt             checkpoint of the training in progress
 
 exit codes: 0 done, 1 peftkernels and peft do not agree, 2 wrong input, 130 interrupted (continue with --resume)
@@ -117,6 +131,12 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--resume", action="store_true", help="continue the demo in --out that was interrupted or killed")
     demo.add_argument("--threads", type=_at_least(1), metavar="N", help="processor threads (default: PyTorch's choice)")
     demo.add_argument("--json", action="store_true", help="print the content of results.json instead of the table")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", type=Path, metavar="RUN_DIR", help="the --out of a demo, or a log's directory")
+    command.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: RUN_DIR/{report.REPORT})")
+    command.add_argument("--json", action="store_true", help="print the content of report.json instead of file names")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -9,7 +9,8 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from peftkernels.cli.demo.checkpoint import ARGUMENTS, RESULTS, TRAINING, Store, write_atomically, write_json
+from peftkernels._files import write_atomically
+from peftkernels.cli.demo.checkpoint import ARGUMENTS, RESULTS, TRAINING, Store, write_json
 from peftkernels.cli.demo.errors import InputError
 
 GIVEN = {"--seed": 0, "--steps": 30, "recipe": {"lora_rank": 8}}
@@ -58,11 +59,13 @@ def test_finished_demo_is_replaced(tmp_path: Path) -> None:
     store.open(resume=False)
     store.save_finished("lora", {"accuracy": 0.5})
     write_json(tmp_path / RESULTS, {})
+    write_atomically(store.decisions("adalora"), lambda file: file.write(b"{}"))
     note = Store(tmp_path, {**GIVEN, "--seed": 1}).open(resume=False)
     assert note is not None
     assert "replacing" in note
     assert not (tmp_path / RESULTS).exists()
     assert store.load_finished("lora") is None
+    assert not store.decisions("adalora").exists()
     assert json.loads((tmp_path / ARGUMENTS).read_text())["--seed"] == 1
 
 

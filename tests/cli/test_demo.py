@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from peftkernels.allocation import read_log
 from peftkernels.cli.demo import data, requirements
 from peftkernels.cli.demo import model as demo_model
 from peftkernels.cli.demo import prepare as demo_prepare
@@ -171,6 +172,31 @@ def test_adapter_is_loaded_by_peft(finished: Finished, tiny_model: Path, kind: s
     difference = {Path(entry["directory"]).name: entry for entry in finished.results["adapters"]}[kind]
     assert difference["holds"]
     assert difference["difference"] <= 1e-4 * difference["largest_logit"]
+
+
+def test_cards_lie_beside_the_adapters(finished: Finished) -> None:
+    for kind in ("lora", "adalora"):
+        card = (finished.out / "adapters" / kind / "README.md").read_text()
+        assert "library_name: peft" in card
+        assert finished.results["arguments"]["--data"] in card
+        for name, mask in finished.weights(kind)["masks"].items():
+            digits = "".join(str(int(keep)) for keep in mask)
+            assert f"| `{name}` | {sum(mask)}/{len(mask)} | `{digits}` |" in card
+
+
+def test_decisions_are_logged_and_can_be_reported_on(finished: Finished, tmp_path: Path) -> None:
+    assert [path.parent.name for path in finished.out.glob("runs/*/decisions.jsonl")] == ["adalora"]
+    log = read_log(finished.out / "runs" / "adalora" / "decisions.jsonl")
+    live = np.array(finished.results["runs"]["adalora"]["live_ranks_by_step"])
+    for decision in log.decisions:
+        own = [int(decision.kept[log.part(index)].sum()) for index in range(len(log.modules))]
+        assert own == live[decision.step - 1].tolist()
+    assert [module.name for module in log.modules] == finished.results["runs"]["adalora"]["modules"]
+    assert main(["report", str(finished.out), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert f"{finished.results['runs']['adalora']['accuracy']:.3f}" in page
+    assert finished.results["arguments"]["--data"] in page
+    assert f"peftkernels report {finished.out}" in "".join(finished.printed.split("\n"))
 
 
 def test_real_encoder_trains_like_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

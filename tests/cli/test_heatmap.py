@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from peftkernels.cli.demo.heatmap import RankHistory, layers_and_projections, write_heatmap
+from peftkernels.cli.report.heatmap import RankHistory, layers_and_projections, write_heatmap
 
 MODULES = [
     "encoder.layer.0.query",

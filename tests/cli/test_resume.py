@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from peftkernels.allocation import read_log
+
 STEPS = 24
 RUNS = "lora,adalora,peft-adalora"
 # Trains as the command does, and kills itself without warning at the n-th call of the function named.
 KILLED = """
 import os, signal, sys
-from peftkernels.cli.demo import checkpoint, runs
+from peftkernels.cli.demo import runs
 from peftkernels.cli.main import main
 
 where, calls = sys.argv[1], int(sys.argv[2])
-owner, name = {"step": (runs.Run, "step"), "replace": (checkpoint.os, "replace")}[where]
+owner, name = {"step": (runs.Run, "step"), "replace": (os, "replace")}[where]
 original = getattr(owner, name)
 
 def counted(*arguments, **options):
@@ -98,12 +100,19 @@ def test_killed_again_and_again_at_random_steps(uninterrupted: Path, options: li
     for name, record in records(tmp_path).items():
         for part in ("weights", "masks", "losses", "total_losses", "live_ranks", "accuracy", "halfway"):
             assert_same_bits(record[part], expected[name][part], f"{name}.{part}, killed at {kills}")
+    log = Path("runs", "adalora", "decisions.jsonl")
+    assert (tmp_path / log).read_bytes() == (uninterrupted / log).read_bytes(), kills
     assert not (tmp_path / "training.pt").exists()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_every_training_moved_its_weights(uninterrupted: Path) -> None:
-    """Equal bits would prove nothing if nothing had been trained or masked."""
+    """Equal bits would prove nothing if nothing had been trained, masked or logged."""
+    log = read_log(uninterrupted / "runs" / "adalora" / "decisions.jsonl")
+    assert len(log.decisions) > 5
+    assert log.rank_pattern() == records(uninterrupted)["adalora"]["masks"]
+    losses = [event.details["value"] for event in log.events if event.kind == "loss"]
+    assert losses == records(uninterrupted)["adalora"]["losses"]
     for name, record in records(uninterrupted).items():
         assert sum(record["losses"][-5:]) < 0.9 * sum(record["losses"][:5]), name
         if name != "lora":

@@ -3,41 +3,27 @@
 arguments.json     what the demo was started with; ``--resume`` refuses others
 training.pt        the training in progress
 runs/<name>.pt     a finished training: final weights, masks, loss curve, accuracy
+runs/<name>/decisions.jsonl
+                   what was decided about ranks, where something was
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from peftkernels._files import PARTIAL, write_atomically
 from peftkernels.cli.demo.errors import InputError
 
 ARGUMENTS = "arguments.json"
 TRAINING = "training.pt"
 RUNS = "runs"
 RESULTS = "results.json"
-_PARTIAL = ".partial"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with a file beside ``path`` and move it to ``path`` once it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+DECISIONS = "decisions.jsonl"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -110,13 +96,19 @@ class Store:
                 )
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.directory.rglob(f".*{_PARTIAL}"):
+        for leftover in self.directory.rglob(f".*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        for path in [self.directory / RESULTS, self.directory / TRAINING, *(self.directory / RUNS).glob("*.pt")]:
+        runs = self.directory / RUNS
+        logs = runs.glob(f"*/{DECISIONS}")
+        for path in [self.directory / RESULTS, self.directory / TRAINING, *runs.glob("*.pt"), *logs]:
             path.unlink(missing_ok=True)
         self._remove_leftovers()
+
+    def decisions(self, name: str) -> Path:
+        """Where the training ``name`` logs its decisions."""
+        return self.directory / RUNS / name / DECISIONS
 
     def save_training(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint of the training in progress."""

@@ -12,13 +12,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from peftkernels._files import write_atomically
+from peftkernels.allocation import RunLog, adapter_card, read_log
+from peftkernels.allocation.card import write_card
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.builders import build
-from peftkernels.cli.demo.checkpoint import write_atomically
+from peftkernels.cli.demo.checkpoint import Store
 from peftkernels.cli.demo.model import TextClassifier, load_encoder, mean_pool
 from peftkernels.cli.demo.prepare import Prepared
 from peftkernels.cli.demo.requirements import has_peft
 from peftkernels.cli.demo.train import Record
+from peftkernels.cli.machine import PACKAGES, versions
+from peftkernels.integrations._adapter_save import CONFIG_NAME
 from peftkernels.integrations.peft import save_adapter
 
 EXPORTED_RUNS = ("lora", "adalora")
@@ -69,6 +74,16 @@ def _export(name: str, prepared: Prepared, record: Record, batch: Batch, out: Pa
         task_type="FEATURE_EXTRACTION",
         rank_pattern=record.masks if name == "adalora" else None,
     )
+    card = adapter_card(
+        _log(prepared, out, name),
+        config=json.loads((directory / CONFIG_NAME).read_text()),
+        seeds={"split, batches, head and adapters": prepared.start.seed},
+        data_fingerprint=prepared.arguments["--data"],
+        pattern=record.masks,
+        versions=versions(PACKAGES),
+        results={} if record.accuracy is None else {"test accuracy": round(record.accuracy, 4)},
+    )
+    write_card(directory, card)
     head = {name: value.contiguous() for name, value in classifier.head.state_dict().items()}
     write_atomically(directory / HEAD, lambda file: file.write(save(head)))
     _write_labels(directory / LABELS, prepared.labels)
@@ -77,6 +92,12 @@ def _export(name: str, prepared: Prepared, record: Record, batch: Batch, out: Pa
     ours = classifier(batch.input_ids, batch.attention_mask).logits
     theirs = _logits_on_peft(prepared, directory, classifier, batch)
     return Export(name, directory, float((ours - theirs).abs().max()), float(ours.abs().max()))
+
+
+def _log(prepared: Prepared, out: Path, name: str) -> RunLog | None:
+    """What was decided in the training; None where nothing was."""
+    path = Store(out, prepared.arguments).decisions(name)
+    return read_log(path) if path.is_file() else None
 
 
 def _logits_on_peft(prepared: Prepared, directory: Path, classifier: TextClassifier, batch: Batch) -> Tensor:

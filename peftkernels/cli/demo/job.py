@@ -14,7 +14,6 @@ from peftkernels.cli.demo.batches import collate, evaluation_order
 from peftkernels.cli.demo.builders import build
 from peftkernels.cli.demo.checkpoint import RESULTS, Store, write_json
 from peftkernels.cli.demo.export import export_adapters
-from peftkernels.cli.demo.heatmap import write_heatmap
 from peftkernels.cli.demo.measure import QUICK_ROUNDS, ROUNDS, measure
 from peftkernels.cli.demo.options import Options
 from peftkernels.cli.demo.prepare import MINILM, Prepared, choose_runs, prepare
@@ -23,6 +22,7 @@ from peftkernels.cli.demo.recipe import ADAPTIVE_RUNS, TITLES
 from peftkernels.cli.demo.results import Outcome, print_outcome, results
 from peftkernels.cli.demo.runs import AdaLoraRun, build_adalora
 from peftkernels.cli.demo.train import Record, train
+from peftkernels.cli.report.heatmap import write_heatmap
 
 HEATMAP = "live-ranks.png"
 # A timing round takes about as long as this many training steps.

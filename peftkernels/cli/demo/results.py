@@ -11,17 +11,16 @@ import torch
 from rich.console import Console
 
 from peftkernels.cli.demo import report
-from peftkernels.cli.demo.checkpoint import RESULTS
+from peftkernels.cli.demo.checkpoint import DECISIONS, RESULTS, RUNS
 from peftkernels.cli.demo.export import Export
 from peftkernels.cli.demo.prepare import Prepared
 from peftkernels.cli.demo.report import Agreement, RunFigures
 from peftkernels.cli.demo.timing import Timing
 from peftkernels.cli.demo.train import Record
-from peftkernels.cli.machine import machine, versions
+from peftkernels.cli.machine import PACKAGES, machine, versions
 from peftkernels.dispatch import backend_status
 
 WIDTH_WITHOUT_TERMINAL = 120
-_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def results(outcome: Outcome) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": outcome.seconds,
-        "versions": versions(_PACKAGES),
+        "versions": versions(PACKAGES),
         "machine": machine(),
         "arguments": prepared.arguments,
         "data": {
@@ -109,6 +108,8 @@ def print_outcome(outcome: Outcome, out: Path) -> None:
         notes.append(
             f"Packed copies of the frozen weights, shared by the runs on peftkernels: {packed['bytes'] / 1e6:.0f} MB."
         )
+    if any((out / RUNS).glob(f"*/{DECISIONS}")):
+        notes.append(f"What was decided about ranks, and why: peftkernels report {out}")
     files = [out / RESULTS] if outcome.heatmap is None else [out / RESULTS, outcome.heatmap]
     notes.append(f"Written: {', '.join(map(str, files))}. The demo took {outcome.seconds:.0f} s.")
     for note in notes:

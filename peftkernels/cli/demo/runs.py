@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftkernels.allocation import AdaLoraAllocator
+from peftkernels.allocation import AdaLoraAllocator, DecisionLog
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.model import ClassifierOutput, TextClassifier, share_frozen
 from peftkernels.cli.demo.recipe import Recipe
@@ -51,6 +52,7 @@ class Run:
             self.optimizer, lambda step: recipe.learning_rate_factor(step)
         )
         self.steps_done = 0
+        self.decisions: DecisionLog | None = None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns the cross-entropy and the loss that was differentiated, both 0-dim, detached."""
@@ -80,6 +82,9 @@ class Run:
     def ranks(self) -> dict[str, list[bool]]:
         """For every adapted module of the encoder by name: which of its ranks are live. Empty without adapters."""
         return {}
+
+    def log_decisions(self, path: Path) -> None:
+        """Log to ``path`` from here on what is decided about ranks; runs that decide nothing write nothing."""
 
     def trainable_parameters(self) -> int:
         """Number of trainable scalars, head included."""
@@ -151,7 +156,13 @@ class AdaLoraRun(Run):
         self.allocator.attach(self.optimizer)
 
     def add_regularization(self, loss: Tensor) -> Tensor:
+        if self.decisions is not None:
+            self.allocator.observe(loss)
         return loss + self.allocator.regularization()
+
+    def log_decisions(self, path: Path) -> None:
+        self.decisions = DecisionLog(path)
+        self.allocator.add_observer(self.decisions)
 
     def ranks(self) -> dict[str, list[bool]]:
         return self.allocator.rank_pattern()

@@ -64,6 +64,7 @@ def train(
         run.load_state_dict(checkpoint["run"])
         torch.set_rng_state(checkpoint["random"])
         advance(run.steps_done, record.losses[-1])
+    run.log_decisions(store.decisions(run.name))
     while run.steps_done < len(order):
         started = time.perf_counter()
         task_loss, total_loss = run.step(collate(training, order[run.steps_done]))
@@ -75,6 +76,8 @@ def train(
         if run.steps_done == max(1, len(order) // 2):
             record.halfway = copy.deepcopy(run.state_dict())
         if run.steps_done % STEPS_PER_CHECKPOINT == 0:
+            if run.decisions is not None:
+                run.decisions.sync()
             store.save_training(
                 {
                     "name": run.name,
@@ -87,6 +90,9 @@ def train(
     record.weights = {name: value.clone() for name, value in run.weights().items()}
     record.masks = run.ranks()
     record.accuracy = accuracy(run, test)
+    if run.decisions is not None:
+        run.decisions.sync()
+        run.decisions.close()
     store.save_finished(run.name, record.as_dict())
     return record
 

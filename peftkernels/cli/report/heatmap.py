@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from peftkernels.cli.demo.checkpoint import write_atomically
+from peftkernels._files import write_atomically
+from peftkernels.cli.report.look import LIGHT, Look, png
 
 COLUMNS = 3
+MOST_MAPS = 18
 MOST_ANNOTATED = 200
 _COLOURS = "viridis"
 
@@ -44,19 +46,28 @@ class RankHistory:
 
     Args:
         modules: names of the adapted modules.
-        live: live ranks, steps × modules.
+        live: live ranks, times × modules.
 
     Attributes:
-        projections: in order of first appearance.
-        layers: sorted layer numbers; modules outside numbered layers come last, as None.
+        projections: in order of first appearance; "all modules" alone where the names give more than 18 of them.
+        layers: sorted layer numbers; modules outside numbered layers come last, as None. Without projections, the
+            modules' own numbers, from 0.
     """
 
-    def __init__(self, modules: Sequence[str], live: Sequence[Sequence[int]]) -> None:
-        self.live = np.asarray(live, dtype=float)  # [steps, modules]
+    def __init__(self, modules: Sequence[str], live: Sequence[Sequence[int]] | np.ndarray) -> None:
+        self.live = np.asarray(live, dtype=float).reshape(-1, len(modules))  # [times, modules]
         places = layers_and_projections(modules)
+        # Two modules in one place would hide one another: nothing to arrange by.
+        if len({projection for _, projection in places}) > MOST_MAPS or len(set(places)) < len(places):
+            places = [(index, "all modules") for index in range(len(modules))]
         self.projections = list(dict.fromkeys(projection for _, projection in places))
         self.layers = sorted({layer for layer, _ in places}, key=lambda layer: (layer is None, layer or 0))
         self._column = {(projection, layer): i for i, (layer, projection) in enumerate(places)}
+
+    @property
+    def rows(self) -> str:
+        """What the rows of a map are."""
+        return "module" if self.projections == ["all modules"] else "layer"
 
     def over_time(self, projection: str) -> np.ndarray:
         """Layers × steps; NaN where a layer has no such projection."""
@@ -83,7 +94,7 @@ def write_heatmap(
     budget: Sequence[int],
     schedule: tuple[int, int],
 ) -> None:
-    """Draw live ranks as a PNG.
+    """Draw live ranks as a PNG: a map for each projection, the sum beside its budget, and the end.
 
     Args:
         modules: names in the order of computation, as in ``live`` (steps × modules).
@@ -92,16 +103,43 @@ def write_heatmap(
         schedule: the steps between which the budget falls.
     """
     history = RankHistory(modules, live)
+    span = (0.5, len(history.live) + 0.5)
+
+    def draw(look: Look) -> Figure:
+        figure, bottom = _draw_maps(history, most, title, span)
+        totals, final = bottom.subplots(1, 2, width_ratios=[1, 1.15])
+        _draw_totals(totals, history, budget, schedule, look)
+        _draw_final(final, history, most)
+        return figure
+
+    content = png(draw, LIGHT)
+    write_atomically(path, lambda file: file.write(content))
+
+
+def draw_heatmap(history: RankHistory, most: int, span: tuple[float, float]) -> Figure:
+    """A map of live ranks over time for each projection, and the end, without a title.
+
+    Args:
+        most: the top of the colour scale.
+        span: the steps at the left and right edge of the maps; times lie evenly between them.
+    """
+    figure, bottom = _draw_maps(history, most, None, span)
+    _draw_final(bottom.subplots(), history, most)
+    return figure
+
+
+def _draw_maps(history: RankHistory, most: int, title: str | None, span: tuple[float, float]) -> tuple[Figure, Any]:
+    """The maps, in the upper part of a new figure; returns it and its lower part."""
     columns = min(COLUMNS, len(history.projections))
     rows = math.ceil(len(history.projections) / columns)
-    map_height = max(1.5, 0.24 * len(history.layers) + 0.75)
+    map_height = min(12.0, max(1.5, 0.24 * len(history.layers) + 0.75))
     bottom_height = max(2.6, 0.36 * len(history.projections) + 1.1)
-    figure = Figure(figsize=(12.5, rows * map_height + bottom_height + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    head_height = 0.9 if title else 0.3
+    figure = Figure(figsize=(12.5, rows * map_height + bottom_height + head_height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=13)
     parts: Any = figure.subfigures(2, 1, height_ratios=[rows * map_height, bottom_height])
     top, bottom = parts
-    colours = {"vmin": 0, "vmax": most, "cmap": _COLOURS}
-
     axes = top.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for axis, projection in zip(axes.flat, history.projections, strict=False):
@@ -109,34 +147,31 @@ def write_heatmap(
             history.over_time(projection),
             aspect="auto",
             interpolation="nearest",
-            extent=(0.5, len(history.live) + 0.5, len(history.layers) - 0.5, -0.5),
-            **colours,
+            extent=(*span, len(history.layers) - 0.5, -0.5),
+            vmin=0,
+            vmax=most,
+            cmap=_COLOURS,
         )
         axis.set_title(projection, fontsize=10)
         _label_layers(axis, history.layers, vertical=True)
     for axis in list(axes.flat)[len(history.projections) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
-        axis.set_ylabel("layer")
+        axis.set_ylabel(history.rows)
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     assert image is not None
     bar = top.colorbar(image, ax=axes, label="live ranks", pad=0.01, aspect=30)
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
-
-    totals, final = bottom.subplots(1, 2, width_ratios=[1, 1.15])
-    _draw_totals(totals, history, budget, schedule)
-    _draw_final(final, history, colours)
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    write_atomically(path, lambda file: file.write(content.getvalue()))
+    return figure, bottom
 
 
-def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedule: tuple[int, int]) -> None:
+def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedule: tuple[int, int], look: Look) -> None:
     steps = np.arange(1, len(history.live) + 1)
-    axis.axvspan(*schedule, color="0.93", label="budget falls")
-    axis.plot(steps, history.totals(), color="tab:blue", linewidth=3.0, alpha=0.7, label="live")
-    axis.plot(steps, budget, color="black", linestyle="--", linewidth=1.0, label="budget")
+    axis.axvspan(*schedule, color=look.band, label="budget falls")
+    axis.plot(steps, history.totals(), color=look.live, linewidth=3.0, alpha=0.7, label="live")
+    axis.plot(steps, budget, color=look.budget, linestyle="--", linewidth=1.0, label="budget")
     axis.set_xlim(1, len(steps))
     axis.set_ylim(0, None)
     axis.set_title("live ranks altogether", fontsize=10)
@@ -145,17 +180,17 @@ def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedul
     axis.legend(loc="lower left", fontsize=9, frameon=False)
 
 
-def _draw_final(axis: Any, history: RankHistory, colours: dict[str, Any]) -> None:
+def _draw_final(axis: Any, history: RankHistory, most: int) -> None:
     final = history.final()
-    axis.imshow(final, aspect="auto", interpolation="nearest", **colours)
+    axis.imshow(final, aspect="auto", interpolation="nearest", vmin=0, vmax=most, cmap=_COLOURS)
     axis.set_title("live ranks at the end", fontsize=10)
     axis.set_yticks(range(len(history.projections)), history.projections, fontsize=9)
-    axis.set_xlabel("layer")
+    axis.set_xlabel(history.rows)
     _label_layers(axis, history.layers, vertical=False)
-    if final.size <= MOST_ANNOTATED:
+    if final.size <= MOST_ANNOTATED and len(history.layers) <= MOST_ANNOTATED // 4:
         for (row, column), ranks in np.ndenumerate(final):
             if not np.isnan(ranks):
-                colour = "white" if ranks < 0.6 * colours["vmax"] else "black"
+                colour = "white" if ranks < 0.6 * most else "black"
                 axis.text(column, row, f"{ranks:.0f}", ha="center", va="center", fontsize=9, color=colour)
 
 

@@ -1,0 +1,1 @@
+"""``peftkernels report``: what an allocator decided in a run, as one page and its pictures."""

@@ -1,0 +1,81 @@
+"""The logs of a run directory, and what the demo wrote beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftkernels.allocation.run_log import RunLog, read_log
+from peftkernels.cli.demo.checkpoint import ARGUMENTS, DECISIONS, RESULTS, RUNS
+
+
+class ReportError(Exception):
+    """A run directory that no report can be made of; the message says why."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was found.
+
+    logs        by name of the run; the log of the directory itself is named after the directory
+    arguments   what the demo was started with, empty where it did not say
+    results     the demo's results.json, empty where there is none (yet)
+    """
+
+    directory: Path
+    logs: Mapping[str, RunLog]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+    def outcome(self, run: str) -> dict[str, Any]:
+        """The demo's figures of a run, empty where it has none."""
+        found = self.results.get("runs", {}).get(run, {})
+        return dict(found) if isinstance(found, dict) else {}
+
+    def losses(self, run: str) -> tuple[Sequence[int], Sequence[float]]:
+        """Steps and losses by the demo's results."""
+        losses = [loss for loss in self.outcome(run).get("losses", []) if isinstance(loss, (int, float))]
+        return range(1, len(losses) + 1), losses
+
+
+def collect(directory: Path) -> Collected:
+    """Read DIRECTORY/decisions.jsonl, DIRECTORY/runs/*/decisions.jsonl, and the demo's results and arguments.
+
+    Raises:
+        ReportError: no log, or a file that cannot be read or is not what it should be, which is named.
+    """
+    if not directory.is_dir():
+        raise ReportError(f"{directory}: no such directory")
+    runs = {path.parent.name: path for path in sorted((directory / RUNS).glob(f"*/{DECISIONS}"))}
+    own = directory.resolve().name
+    paths = {f"{own}/" if own in runs else own: directory / DECISIONS, **runs}
+    paths = {name: path for name, path in paths.items() if path.is_file()}
+    if not paths:
+        raise ReportError(
+            f"{directory}: found neither {DECISIONS} nor {RUNS}/*/{DECISIONS}, expected the log of a run with an "
+            "adaptive rank budget"
+        )
+    logs = {}
+    for name, path in paths.items():
+        try:
+            logs[name] = read_log(path)
+        except OSError as error:
+            raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ReportError(str(error)) from None
+    return Collected(directory, logs, _read(directory / ARGUMENTS), _read(directory / RESULTS))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ReportError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content
