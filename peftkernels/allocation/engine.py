@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.budgets import Budget
-from peftkernels.allocation.device_schedule import DeviceSchedule
 from peftkernels.allocation.explain import explain_decision, run_facts
 from peftkernels.allocation.hook import IdleWatch, found_overflow, run_after_step
 from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
-from peftkernels.allocation.orthogonality import OrthogonalityTerm
+from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
+from peftkernels.allocation.progress import RunProgress
 from peftkernels.allocation.protocol import FACTORS, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
@@ -30,7 +30,7 @@ from peftkernels.allocation.watchers import Watchers
 from peftkernels.rank_plan import RankState
 
 
-class BudgetAllocator:
+class BudgetAllocator(RunProgress):
     """Rank budgets by any strategy: masks the ranks that score lowest while the budget falls.
 
         allocator = BudgetAllocator(model, Magnitude(), total_step=1000, target_r=8, tinit=100, tfinal=300)
@@ -138,18 +138,11 @@ class BudgetAllocator:
         kernels = kernels_for(device, Statistics.dtype_of(self._layers), impl)
         self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget)
         self.masks = RankMasks(self._layers, kernels)
-        self._orthogonality = OrthogonalityTerm(self._layers, settings.orth_reg_weight, impl)
         strategy.begin(self.statistics)
-        self._released = False
-        self._rollbacks = 0
-        self._decision: Decision | None = None
-        self._step = 0
-        self._skipped = 0
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self._on_device = DeviceSchedule(settings, shares, device) if settings.capturable else None
-        if self._on_device is not None:
+        if settings.capturable:
             self.statistics.prepare()
         self._watchers = Watchers()
+        self._begin(settings, shares, device)
         self._handle: RemovableHandle | None = None
         self._optimizer: Optimizer | None = None
         self._watch = IdleWatch(self._layers)
@@ -187,7 +180,13 @@ class BudgetAllocator:
         layers). `add_regularization_gradient` does the same for less.
         """
         self._warn_if_idle()
-        return self._orthogonality.value(self._living())
+        return orthogonality(
+            [layer.lora_A for layer in self._layers.values()],
+            [layer.lora_B for layer in self._layers.values()],
+            self.settings.orth_reg_weight,
+            self._living(),
+            self._impl,
+        )
 
     def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
         """Add `scale` times the gradient of `regularization()` to the factors' `.grad`; returns the term, 0-dim.
@@ -203,7 +202,14 @@ class BudgetAllocator:
         it is None, and factors that do not require a gradient are left alone.
         """
         self._warn_if_idle()
-        return self._orthogonality.add_gradient(self._living(), scale, self.statistics.kernels)
+        return add_orthogonality_gradient(
+            [layer.lora_A for layer in self._layers.values()],
+            [layer.lora_B for layer in self._layers.values()],
+            self.settings.orth_reg_weight,
+            self._living(),
+            scale,
+            self.statistics.kernels,
+        )
 
     def step(self, step: int | None = None) -> None:
         """Advance to optimizer step `step` (the next one when None), for loops without an optimizer hook.
@@ -292,48 +298,9 @@ class BudgetAllocator:
         return self._optimizer
 
     @property
-    def released(self) -> bool:
-        """Whether the last allocation is done and the strategy's state is gone."""
-        return self._released
-
-    @property
     def all_active(self) -> bool:
         """Whether every rank trains, as before the first mask and between two; reads the device where `capturable`."""
         return self.masks.all_active if self._on_device is None else not bool(self._on_device.masks())
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps so far; reads the device where `capturable` is True."""
-        return self._step if self._on_device is None else int(self._on_device.step)
-
-    @property
-    def decision(self) -> Decision | None:
-        """The last decision, None before the first; reads the device where `capturable` is True."""
-        if self._on_device is None:
-            return self._decision
-        return self._on_device.decision(self._decision, self.statistics.shares)
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """How many steps had gradients that were not finite and left the scores unchanged; reads the device."""
-        count = int(self._nonfinite)
-        if count:
-            self._watchers.warn_once(
-                "nonfinite",
-                "a step had gradients that are not finite; it leaves the allocator's score averages unchanged "
-                "(later ones are counted in nonfinite_steps without a warning)",
-            )
-        return count
-
-    @property
-    def skipped_steps(self) -> int:
-        """How often a GradScaler kept the optimizer from stepping although it was called; no steps of the allocator."""
-        return self._skipped if self._on_device is None else int(self._on_device.skipped)
-
-    @property
-    def rollbacks(self) -> int:
-        """How often the run was rolled back."""
-        return self._rollbacks
 
     def state_dict(self) -> dict[str, Tensor]:
         """The allocator's whole state, as copies: tensors by name, which safetensors and torch.save can write.

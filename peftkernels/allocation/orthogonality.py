@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import AllocationKernels, kernels_for
-from peftkernels.allocation.protocol import GatedLayer
 
 # Arguments of the function below before the factors.
 _OTHER_ARGUMENTS = 4
@@ -59,26 +58,6 @@ def add_orthogonality_gradient(
         own = factor.grad if factor.requires_grad else None
         targets.append(torch.zeros_like(factor) if own is None else own)
     return kernels.orthogonality(lora_A, lora_B, weight, keep, targets, scale)[0]
-
-
-class OrthogonalityTerm:
-    """The term of some layers with its weight; living: for each layer which ranks take part, None for all."""
-
-    def __init__(self, layers: Mapping[str, GatedLayer], weight: float, impl: str) -> None:
-        self._layers = list(layers.values())
-        self._weight = weight
-        self._impl = impl
-
-    def value(self, living: Sequence[Tensor] | None) -> Tensor:
-        """`orthogonality` of the layers."""
-        return orthogonality(*self._factors(), self._weight, living, self._impl)
-
-    def add_gradient(self, living: Sequence[Tensor] | None, scale: float, kernels: AllocationKernels) -> Tensor:
-        """`add_orthogonality_gradient` of the layers."""
-        return add_orthogonality_gradient(*self._factors(), self._weight, living, scale, kernels)
-
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [layer.lora_A for layer in self._layers], [layer.lora_B for layer in self._layers]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
