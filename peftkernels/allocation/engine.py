@@ -75,7 +75,9 @@ class BudgetAllocator(RunProgress):
     weights: the optimizer has run by then, and has written such gradients into weights and moments unless something
     before it did not let it, as `GradScaler` and `clip_grad_norm_(error_if_nonfinite=True)` do. `RollbackPolicy` takes
     the weights back too. A step that a GradScaler skips is no step here either: most optimizers are not called then;
-    fused ones are, and the call is counted in `skipped_steps`.
+    fused ones are, and the call is counted in `skipped_steps`; to know, the host reads the scaler's flag after each of
+    their steps, but where `capturable` is True. Besides that, and what observers and callbacks ask for, no step makes
+    the host wait for an accelerator before the last allocation.
 
     A factor without a gradient counts as one with gradient zero and is warned about once; if no factor has one, `step`
     raises RuntimeError. Raises TypeError or ValueError naming the argument found wrong.

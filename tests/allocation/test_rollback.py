@@ -15,7 +15,14 @@ from saved_runs import assert_same_bits
 from small_models import NAMES, Base, adapt, adapter_layers, draw_gradients, trainable
 from torch import Tensor, nn
 
-from peftkernels.allocation import AdaLoraAllocator, BudgetAllocator, RollbackPolicy, Snapshots, Strategy
+from peftkernels.allocation import (
+    AdaLoraAllocator,
+    BudgetAllocator,
+    DecisionLog,
+    RollbackPolicy,
+    Snapshots,
+    Strategy,
+)
 from peftkernels.allocation.band import Band
 from peftkernels.allocation.strategies import STRATEGIES
 
@@ -439,3 +446,35 @@ def test_a_loss_that_is_not_given_is_missed() -> None:
     draw_gradients(layers)
     with pytest.raises(RuntimeError, match=r"call allocator\.observe\(loss\)"):
         allocator.step()
+
+
+@pytest.mark.filterwarnings("ignore:a step had gradients", "ignore:the scores at step")
+@pytest.mark.parametrize("stop", [50, 63, 85])
+def test_the_log_of_a_resumed_run_tells_its_rollbacks(stop: int, tmp_path: Path) -> None:
+    """Killed some steps after its checkpoint, before, between and after two rollbacks: the same log to the byte."""
+    poison = {60: math.nan, 80: math.nan}
+    whole = _Run(1, {})
+    whole.allocator.add_observer(DecisionLog(tmp_path / "whole.jsonl"))
+    whole.advance(range(100), poison)
+    killed = _Run(1, {})
+    killed.allocator.add_observer(DecisionLog(tmp_path / "killed.jsonl"))
+    killed.advance(range(stop), poison)
+    saved = copy.deepcopy(killed.outcome())
+    assert killed.policy is not None
+    policy = killed.policy.state_dict()
+    killed.advance(range(stop, stop + 4), poison)
+    del killed
+
+    resumed = _Run(2, {})
+    resumed.model.load_state_dict(saved["model"])
+    resumed.head.data.copy_(saved["head"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.allocator.load_state_dict(saved["allocator"])
+    assert resumed.policy is not None
+    resumed.policy.load_state_dict(policy)
+    resumed.allocator.add_observer(DecisionLog(tmp_path / "killed.jsonl"))
+    resumed.advance(range(stop, 100), poison)
+    assert resumed.allocator.rollbacks == 2
+    log = (tmp_path / "whole.jsonl").read_bytes()
+    assert log.count(b'"event": "rollback"') + log.count(b'"event":"rollback"') == 2
+    assert (tmp_path / "killed.jsonl").read_bytes() == log
