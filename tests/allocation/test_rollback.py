@@ -259,6 +259,20 @@ def test_a_poisoned_batch_is_rolled_back_and_the_run_recovers(poison: float) -> 
     assert not plain.test_loss() < 3 * clean.test_loss()
 
 
+def test_what_the_bands_learned_goes_back_too() -> None:
+    watched, short = _Run(policy={"patience": 1}), _Run(policy={"patience": 1})
+    watched.advance(range(61), {60: 1e4})
+    short.advance(range(55))
+    assert watched.policy is not None and short.policy is not None
+    assert watched.allocator.steps == short.allocator.steps == 55
+    for name in ("loss", "churn"):
+        assert watched.policy._bands[name].state() == short.policy._bands[name].state()
+    # The decision that is compared with next is the one before the snapshot.
+    watched.advance(range(61, 63))
+    short.advance(range(61, 63))
+    assert watched.policy._bands["churn"].state() == short.policy._bands["churn"].state()
+
+
 def test_patience_lets_a_single_spike_pass() -> None:
     run = _Run(policy={"patience": 2, "loss_slack": 0.5})
     run.advance(range(60))
