@@ -18,7 +18,7 @@ from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
 from peftkernels.allocation.progress import RunProgress
-from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.protocol import FACTORS, factors_of, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
@@ -183,8 +183,8 @@ class BudgetAllocator(RunProgress):
         """
         self._warn_if_idle()
         return orthogonality(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             self._impl,
@@ -205,8 +205,8 @@ class BudgetAllocator(RunProgress):
         """
         self._warn_if_idle()
         return add_orthogonality_gradient(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             scale,

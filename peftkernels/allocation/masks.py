@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 from peftkernels.rank_plan import RankPlan, RankState
 
 
@@ -47,7 +47,7 @@ class RankMasks:
 
     def gates(self) -> list[Tensor]:
         """lora_E of every layer."""
-        return [layer.lora_E for layer in self.layers.values()]
+        return factors_of(self.layers.values(), "lora_E")
 
     def plans(self) -> list[RankPlan]:
         """The rank plan of every layer, over the layer's own tensors."""
@@ -116,6 +116,8 @@ class RankMasks:
         return self.keep.split(list(self.ranks.values()))
 
     def _write_frozen(self) -> None:
+        if not self.frozen:
+            return
         for (name, layer), keep in zip(self.layers.items(), self.by_layer(), strict=True):
             if name in self.frozen:
                 states = torch.where(keep, int(RankState.ACTIVE), int(RankState.DEAD)).to(torch.uint8)
@@ -126,7 +128,8 @@ class RankMasks:
 
 def common_device(layers: Mapping[str, GatedLayer]) -> torch.device:
     """The device of all layers; raises ValueError where they are on several."""
-    devices = {layer.lora_E.device: name for name, layer in layers.items()}
+    gates = factors_of(layers.values(), "lora_E")
+    devices = {gate.device: name for name, gate in zip(layers, gates, strict=True)}
     if len(devices) > 1:
         found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"layers: found {found}, expected all of them on one device")

@@ -233,4 +233,5 @@ class Statistics:
         return torch.cat([part.reshape(-1) for part in parts]).to(self.dtype)
 
     def _norms(self, factors: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat([torch.linalg.vector_norm(factor, dim=dim, dtype=self.dtype) for factor in factors])
+        dtype = self.dtype
+        return torch.cat([torch.linalg.vector_norm(factor, dim=dim, dtype=dtype) for factor in factors])
