@@ -9,8 +9,10 @@ from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.protocol import Allocator, GatedLayer
 from peftkernels.allocation.rates import AdaLoraRates, from_lora
 from peftkernels.allocation.report import AllocationReport, ModuleAllocation
+from peftkernels.allocation.rollback import RollbackPolicy
 from peftkernels.allocation.run_log import RunLog, read_log
 from peftkernels.allocation.snapshot import Snapshot
+from peftkernels.allocation.snapshot_ring import Snapshots
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategy import Strategy
 from peftkernels.allocation.tensorboard import TensorBoardScalars
@@ -27,8 +29,10 @@ __all__ = [
     "Group",
     "ModuleAllocation",
     "Observer",
+    "RollbackPolicy",
     "RunLog",
     "Snapshot",
+    "Snapshots",
     "Statistics",
     "Strategy",
     "TensorBoardScalars",

@@ -34,6 +34,7 @@ class Group:
             raise ValueError(f"modules: found {self.modules!r}, expected at least one pattern such as '*.attention.*'")
         object.__setattr__(self, "modules", patterns)
         _check_total(self.total)
+        object.__setattr__(self, "total", _plain(self.total))
 
     def has(self, name: str) -> bool:
         """Whether a module path matches one of the patterns."""
@@ -66,7 +67,14 @@ class Budget:
             raise ValueError("total: found None without groups, expected a number")
         if self.total is not None:
             _check_total(self.total)
+            object.__setattr__(self, "total", _plain(self.total))
+        if not isinstance(self.groups, Mapping):
+            raise TypeError(f"groups: found {type(self.groups).__name__}, expected a mapping of names to Groups")
+        # A copy of their own kind: what is given may change later, or be of a kind that is not saved.
+        object.__setattr__(self, "groups", dict(self.groups))
         for name, group in self.groups.items():
+            if not isinstance(name, str):
+                raise TypeError(f"groups: found the name {name!r}, expected a str")
             if not isinstance(group, Group):
                 raise TypeError(f"groups[{name!r}]: found {type(group).__name__}, expected a Group")
             if name == REST:
@@ -123,9 +131,10 @@ def share_out(
 ) -> Shares:
     """Bind `budget` to layers, given as (r, N, K) by name.
 
-    costs: what one rank costs by layer, for a budget in microseconds or bytes. Raises ValueError for a group without
-    layers, a layer in no group where `budget.total` is None, a total that leaves nothing to prune, and costs that are
-    missing or not positive.
+    costs: what one rank costs by layer, for a budget in microseconds or bytes. Ranks and parameters are counted in
+    whole numbers, and a fraction of a total is lost. Raises ValueError for a group without layers or with a pattern that
+    matches none, a layer in no group where `budget.total` is None, a total that leaves nothing to prune or does not
+    reach for one rank, and costs that are missing or not positive.
     """
     per_rank = _costs(budget.unit, layers, costs)
     members: dict[str, list[int]] = {name: [] for name in budget.groups}
@@ -133,9 +142,19 @@ def share_out(
     for index, name in enumerate(layers):
         own = next((group for group, rule in budget.groups.items() if rule.has(name)), None)
         (rest if own is None else members[own]).append(index)
+    for name, group in budget.groups.items():
+        unused = [pattern for pattern in group.modules if not any(fnmatchcase(layer, pattern) for layer in layers)]
+        if unused:
+            raise ValueError(
+                f"budget: found no layer for the pattern {unused[0]!r} of group {name!r}; "
+                f"layers: {_shown(list(layers))}"
+            )
     empty = [name for name, indices in members.items() if not indices]
     if empty:
-        raise ValueError(f"budget: found no layer for the groups {', '.join(empty)}; layers: {_shown(list(layers))}")
+        raise ValueError(
+            f"budget: found no layer for the groups {', '.join(empty)} that an earlier group does not have; "
+            f"layers: {_shown(list(layers))}"
+        )
     totals = {name: group.total for name, group in budget.groups.items()}
     if rest:
         if budget.total is None:
@@ -150,10 +169,15 @@ def share_out(
     shares = []
     for name, indices in members.items():
         initial = sum(ranks[index] * per_rank[index] for index in indices)
+        label = "budget" if name == REST and len(members) == 1 else f"budget of {name!r}"
         if totals[name] >= initial:
-            label = "budget" if name == REST and len(members) == 1 else f"budget of {name!r}"
             raise ValueError(
                 f"{label}: found {totals[name]:g} {budget.unit}, expected less than the {initial:g} of all ranks"
+            )
+        cheapest = min(per_rank[index] for index in indices if ranks[index])
+        if totals[name] < cheapest:
+            raise ValueError(
+                f"{label}: found {totals[name]:g} {budget.unit}, expected at least the {cheapest:g} of one rank"
             )
         schedule = CubicSchedule(
             int(initial) if whole else initial,
@@ -191,6 +215,11 @@ def _check_total(total: float) -> None:
         raise TypeError(f"total: found {total!r} ({type(total).__name__}), expected a number")
     if not (math.isfinite(total) and total > 0):
         raise ValueError(f"total: found {total}, expected a finite number above 0")
+
+
+def _plain(total: float) -> float:
+    """The number itself where it comes as a subclass, such as numpy's: states hold plain ones."""
+    return int(total) if isinstance(total, int) else float(total)
 
 
 def _shown(names: Sequence[str]) -> str:

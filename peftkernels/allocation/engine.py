@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.budgets import Budget
-from peftkernels.allocation.device_schedule import DeviceSchedule
 from peftkernels.allocation.explain import explain_decision, run_facts
 from peftkernels.allocation.hook import IdleWatch, found_overflow, run_after_step
 from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
+from peftkernels.allocation.progress import RunProgress
 from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
@@ -28,10 +27,11 @@ from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_sna
 from peftkernels.allocation.state import pack_state, unpack_state
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.watchers import Watchers
 from peftkernels.rank_plan import RankState
 
 
-class BudgetAllocator:
+class BudgetAllocator(RunProgress):
     """Rank budgets by any strategy: masks the ranks that score lowest while the budget falls.
 
         allocator = BudgetAllocator(model, Magnitude(), total_step=1000, target_r=8, tinit=100, tfinal=300)
@@ -71,9 +71,17 @@ class BudgetAllocator:
 
     A step whose gradients are not finite leaves the statistics unchanged, is counted and warned about once; on an
     accelerator the count is read back, and the warning given, only at the last allocation and when the state is saved
-    or explained. A step that a GradScaler skips is no step here either. A factor without a gradient counts as one with
-    gradient zero and is warned about once; if no factor has one, `step` raises RuntimeError. Raises TypeError or
-    ValueError naming the argument found wrong.
+    or explained. Judged are the gradients that the strategy looks at, those of the gates at least; a decision on scores
+    that are not numbers is not taken, and the mask before it stays. This guards what the allocator decides by, not the
+    weights: the optimizer has run by then, and has written such gradients into weights and moments unless something
+    before it did not let it, as `GradScaler` and `clip_grad_norm_(error_if_nonfinite=True)` do. `RollbackPolicy` takes
+    the weights back too. A step that a GradScaler skips is no step here either: most optimizers are not called then;
+    fused ones are, and the call is counted in `skipped_steps`; to know, the host reads the scaler's flag after each of
+    their steps, but where `capturable` is True. Besides that, and what observers and callbacks ask for, no step makes
+    the host wait for an accelerator before the last allocation.
+
+    A factor without a gradient counts as one with gradient zero and is warned about once; if no factor has one, `step`
+    raises RuntimeError. Raises TypeError or ValueError naming the argument found wrong.
     """
 
     def __init__(
@@ -139,18 +147,13 @@ class BudgetAllocator:
         self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget, sharded=self._sharded)
         self.masks = RankMasks(self._layers, kernels, self._sharded)
         strategy.begin(self.statistics)
-        self._released = False
-        self._decision: Decision | None = None
-        self._step = 0
-        self._skipped = 0
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        self._on_device = DeviceSchedule(settings, shares, device) if settings.capturable else None
-        self._observers: list[Observer] = []
-        self._callbacks: list[Callable[[BudgetAllocator], None]] = []
+        if settings.capturable:
+            self.statistics.prepare()
+        self._watchers = Watchers()
+        self._begin(settings, shares, device)
         self._handle: RemovableHandle | None = None
         self._optimizer: Optimizer | None = None
         self._watch = IdleWatch(self._own)
-        self._warned: set[str] = set()
         self._forget_whole()
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -158,13 +161,14 @@ class BudgetAllocator:
 
         Raises RuntimeError when attached already or when the layers were sharded since the allocator was made,
         TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a layer
-        are not among the optimizer's parameters.
+        that is not frozen are not among the optimizer's parameters.
         """
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
         if self._sharded is None:
             check_not_sharded_since(self._own)
-        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._own)
+        run = self._after_optimizer_step
+        self._handle, self._optimizer = run_after_step(optimizer, run, self._own, self.frozen)
 
     def detach(self) -> None:
         """Undo `attach`; does nothing when not attached."""
@@ -176,7 +180,8 @@ class BudgetAllocator:
         """Give the loss of the step that is being made, before `optimizer.step()`, to those who need it.
 
         Strategies that learn from the loss, rollback policies and logs do; AdaLoRA itself does not. Several calls
-        before one optimizer step, as with accumulated batches, count as their mean.
+        before one optimizer step, as with accumulated batches, count as their mean. Give the loss itself, not the one
+        that a GradScaler scaled. Losses of a step for which a scaler did not call the optimizer count with the next.
         """
         self.statistics.take_loss(loss)
 
@@ -234,6 +239,7 @@ class BudgetAllocator:
 
         Call it after `optimizer.step()` and before the gradients are cleared. Raises RuntimeError when attached,
         since the hook calls it then, and ValueError for a step that is not after the last one; steps count from 1.
+        Where `capturable` is True a step that is given is read by the host, and may not pass over the last allocation.
         """
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer, whose hook steps it; call detach() first")
@@ -253,12 +259,22 @@ class BudgetAllocator:
         """Take a layer out of the fine-tuning: its factors no longer require grad, and its ranks no longer change.
 
         drop=True keeps none of its ranks: all are DEAD, contribute nothing and cost nothing, and the budget belongs to
-        the other layers. drop=False keeps the ranks it has, with what they contribute. Frozen layers at the input of a
-        model end the backward pass early, since nothing before them requires a gradient. Only `rollback` and
-        `load_state_dict` undo it. Raises ValueError for an unknown layer; does nothing for one that is frozen.
+        the other layers. drop=False keeps the ranks of the last mask (all before the first), with what they contribute;
+        they go on counting against the budget, and the other layers get what remains of it. Frozen layers at the input
+        of a model end the backward pass early, since nothing before them requires a gradient. An optimizer leaves
+        frozen factors alone, weight decay included, since they have no gradient. Only `rollback` and `load_state_dict`
+        undo it.
+
+        Every process of a parallel run must freeze the same layers at the same step. DistributedDataParallel expects a
+        gradient of all that required one when it was made: freeze before that, or give it find_unused_parameters=True.
+        Where `capturable` is True, freeze before the step is captured, or capture it anew.
+
+        Raises ValueError for an unknown layer; does nothing for one that is frozen.
         """
         if name not in self._layers:
-            raise ValueError(f"name: found {name!r}, expected one of {', '.join(list(self._layers)[:6])}, …")
+            names = list(self._layers)
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            raise ValueError(f"name: found {name!r}, expected one of {shown}")
         if name in self.masks.frozen:
             return
         self.masks.check_writable()
@@ -266,8 +282,9 @@ class BudgetAllocator:
         self.masks.freeze((*self.masks.frozen, name))
         if drop:
             self.masks.drop(name)
-        self._write_states(mask=not self.masks.all_active)
-        self._notify("frozen", {"module": name})
+        self._write_states(mask=not self.all_active)
+        self.statistics.forget()
+        self.tell("frozen", {"module": name})
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -280,7 +297,7 @@ class BudgetAllocator:
         Reading a decision synchronises with the device; where `capturable` is True an observer is refused (ValueError).
         """
         self._refuse_if_captured("observer", "tells nothing to")
-        self._observers.append(observer)
+        self._watchers.observers.append(observer)
         observer.started(run_facts(self))
 
     def add_callback(self, callback: Callable[[BudgetAllocator], None]) -> None:
@@ -289,7 +306,11 @@ class BudgetAllocator:
         Refused (ValueError) where `capturable` is True.
         """
         self._refuse_if_captured("callback", "calls nothing on")
-        self._callbacks.append(callback)
+        self._watchers.callbacks.append(callback)
+
+    def tell(self, kind: str, details: Mapping[str, Any]) -> None:
+        """Tell the observers that something happened, for policies and strategies: `Observer.happened` says what."""
+        self._watchers.tell(self._step, kind, details)
 
     def explain(self) -> AllocationReport:
         """The last decision, layer by layer: ranks kept, scores, margin to the threshold, and why."""
@@ -307,38 +328,9 @@ class BudgetAllocator:
         return self._sharded is not None
 
     @property
-    def released(self) -> bool:
-        """Whether the last allocation is done and the strategy's state is gone."""
-        return self._released
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps so far; reads the device where `capturable` is True."""
-        return self._step if self._on_device is None else int(self._on_device.step)
-
-    @property
-    def decision(self) -> Decision | None:
-        """The last decision, None before the first; reads the device where `capturable` is True."""
-        if self._on_device is None:
-            return self._decision
-        return self._on_device.decision(self._decision, self.statistics.shares)
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """How many steps had gradients that were not finite and left the scores unchanged; reads the device."""
-        count = int(self._nonfinite)
-        if count:
-            self._warn_once(
-                "nonfinite",
-                "a step had gradients that are not finite; it leaves the allocator's score averages unchanged "
-                "(later ones are counted in nonfinite_steps without a warning)",
-            )
-        return count
-
-    @property
-    def skipped_steps(self) -> int:
-        """How often a GradScaler kept the optimizer from stepping although it was called; no steps of the allocator."""
-        return self._skipped if self._on_device is None else int(self._on_device.skipped)
+    def all_active(self) -> bool:
+        """Whether every rank trains, as before the first mask and between two; reads the device where `capturable`."""
+        return self.masks.all_active if self._on_device is None else not bool(self._on_device.masks())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The allocator's whole state, as copies: tensors by name, which safetensors and torch.save can write.
@@ -355,32 +347,44 @@ class BudgetAllocator:
         Raises ValueError, before any change, for a state of other settings, of another strategy or of other layers.
         """
         unpack_state(self, state)
-        for observer in self._observers:
-            observer.started(run_facts(self))
+        self._watchers.started(lambda: run_facts(self))
 
     def snapshot(self) -> Snapshot:
-        """A token that `rollback` returns to: allocator, factors, rank states and, while attached to an optimizer, the
-        optimizer's moments of the factors. It is a copy of all these."""
+        """A token that `rollback` returns to, a copy of all it holds: the allocator, its factors and rank states and,
+        while attached to an optimizer, all that it trains besides, with its moments. Learning rates are not in it."""
         return take_snapshot(self)
 
     def rollback(self, token: Snapshot, why: str = "asked for") -> None:
         """Return to the moment of the snapshot, in place; a token can be reused. `why` goes to the observers.
 
-        Raises TypeError for anything but a token of `snapshot`, ValueError for another allocator's.
+        Gradients stay as they are: clear them before the next backward(). Data, learning rates and their scheduler go
+        on from where they are. Raises TypeError for anything but a token of `snapshot`, ValueError for another
+        allocator's or optimizer's, before any change.
         """
-        before = self.steps
+        before, rollbacks = self.steps, self._rollbacks
         restore_snapshot(self, token)
-        self._notify("rollback", {"to": self.steps, "why": why}, before)
+        self._rollbacks = rollbacks + 1
+        self._watchers.tell(before, "rollback", {"to": self.steps, "why": why})
 
-    def take_over(self, facts: Mapping[str, Any], keep: Tensor, decision: Decision | None) -> None:
+    def take_over(self, facts: Mapping[str, Any], keep: Tensor, decision: Decision | None, losses: Tensor) -> None:
         """Become what a checked state says; `load_state_dict` and `rollback` do it, nobody else should."""
+        self._follow_device()
         self._released = facts["released"]
+        self._rollbacks = facts["rollbacks"]
+        self.statistics.forget()
+        self.statistics.pending_losses = losses
         self._nonfinite.fill_(facts["nonfinite_steps"])
         self._skipped = facts["skipped_steps"]
         self._step = facts["step"]
         if self._on_device is not None:
             self._on_device.set(facts["step"], facts["skipped_steps"], 0 if decision is None else decision.step)
-        self._decision = None if decision is None else decision.to(self.masks.device)
+            if decision is not None and self._decision is not None:
+                # A captured step goes on writing to these tensors.
+                self._decision.scores.copy_(decision.scores)
+                self._decision.thresholds.copy_(decision.thresholds)
+                decision = self._decision
+        if decision is not None or self._on_device is None:
+            self._decision = None if decision is None else decision.to(self.masks.device)
         self._forget_whole()
         self.masks.restore(keep, facts["frozen"])
         self._write_states(mask=not facts["all_active"])
@@ -393,20 +397,27 @@ class BudgetAllocator:
         elif overflow is not None and bool(overflow):
             self._skipped += 1
             self._watch.reset()
+            self.statistics.begin_step()
             # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
             why = "the gradient scaler found an overflow; the optimizer did not step"
-            self._notify("skipped", {"why": why}, self._step + 1)
+            self._watchers.tell(self._step + 1, "skipped", {"why": why})
         else:
             self._advance(None)
 
     def _advance(self, step: int | None) -> None:
+        if step is None and self._on_device is not None:
+            self._advance_on_device(None)
+            return
         if step is None:
-            step = self.steps + 1
+            step = self._step + 1
         elif not isinstance(step, int) or isinstance(step, bool):
             raise TypeError(f"step: found {step!r} ({type(step).__name__}), expected an int or None")
         elif step <= self.steps:
             raise ValueError(f"step: found {step}, expected more than the last step, {self.steps}; steps count from 1")
+        last = self.settings.last_allocation
         if self._on_device is not None:
+            if step > last > self.steps:
+                raise ValueError(f"step: found {step} after {self.steps}, expected at most {last} before the one after")
             self._on_device.step.fill_(step - 1)
             self._advance_on_device(None)
             return
@@ -414,7 +425,6 @@ class BudgetAllocator:
         self._forget_whole()
         self._follow_device()
         self.statistics.begin_step()
-        last = self.settings.last_allocation
         if step < last:
             self._update(step)
             if self.statistics.shares.due(step):
@@ -433,61 +443,79 @@ class BudgetAllocator:
         self._step = step
         self._watch.reset()
         self._forget_whole()
-        if self._observers and self.statistics.loss is not None:
-            self._notify("loss", {"value": float(self.statistics.loss)})
-        for callback in self._callbacks:
-            callback(self)
+        if self._watchers.observers and self.statistics.loss is not None:
+            self.tell("loss", {"value": float(self.statistics.loss)})
+        self._watchers.call(self)
 
     def _advance_on_device(self, overflow: Tensor | None) -> None:
         schedule, bus = self._on_device, self.statistics
         assert schedule is not None
+        if common_device(self._layers) != self.masks.device:
+            raise RuntimeError(
+                f"the layers moved from {self.masks.device} to {common_device(self._layers)}: with capturable=True "
+                "make the allocator where the layers are trained"
+            )
         bus.begin_step()
         schedule.advance(overflow)
         bus.skip = schedule.skips_update(overflow)
         bus.device_budgets = schedule.budgets()
-        self.strategy.update(bus)
-        if bus.finite is not None:
-            self._nonfinite += ~(bus.finite | bus.skip)
-        scores = self.masks.hold_frozen(self.strategy.scores(bus))
-        keep, thresholds = self.strategy.select(bus, scores, 0)
-        deciding = schedule.decides(overflow)
+        self._update_strategy()
+        assert bus.finite is not None
+        self._nonfinite += ~(bus.finite | bus.skip)
+        scores = self.strategy.scores(bus)
+        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), 0)
+        deciding = schedule.decides(overflow) & ~scores.isnan().any()
         self._decision = schedule.remember(self._decision, deciding, scores, thresholds)
-        self.masks.keep.copy_(torch.where(deciding, keep, self.masks.keep))
+        self.masks.take(torch.where(deciding, keep, self.masks.keep))
         self.masks.write_masked(RankState.PROBE, schedule.masks())
         self._watch.reset()
 
-    def _update(self, step: int) -> None:
+    def _update_strategy(self) -> None:
         bus = self.statistics
-        if not any(getattr(layer, factor).grad is not None for layer in self._own.values() for factor in FACTORS):
+        training = [layer for name, layer in self._own.items() if name not in self.masks.frozen]
+        if training and not any(getattr(layer, factor).grad is not None for layer in training for factor in FACTORS):
             raise RuntimeError(
                 "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
                 "optimizer.step(), before the gradients are cleared"
             )
         self.strategy.update(bus)
-        for details in self.strategy.moved():
-            self._notify("moved", details, step)
         missing = [name for name in bus.missing if name.rpartition(".")[0] not in self.masks.frozen]
         if missing:
             shown = ", ".join(missing[:6]) + (" and others" if len(missing) > 6 else "")
-            self._warn_once("missing", f"no gradient on {shown}: the scores count a missing gradient as zero")
+            message = f"no gradient on {shown}: the scores count a missing gradient as zero"
+            self._watchers.warn_once("missing", message)
         if bus.finite is None:
-            return
-        self._nonfinite += ~bus.finite
-        if self._nonfinite.device.type == "cpu" and not bus.finite:
-            self._notify("skipped", {"why": "gradients are not finite; the scores stay as they were"}, step)
+            bus.finite = bus.gates_finite()
+
+    def _update(self, step: int) -> None:
+        self._update_strategy()
+        for details in self.strategy.moved():
+            self._watchers.tell(step, "moved", details)
+        finite = self.statistics.finite
+        assert finite is not None
+        self._nonfinite += ~finite
+        if finite.device.type == "cpu" and not finite:
+            self._watchers.tell(step, "skipped", {"why": "gradients are not finite; the scores stay as they were"})
             _ = self.nonfinite_steps
 
     def _decide(self, step: int) -> None:
         bus = self.statistics
-        scores = self.masks.hold_frozen(self.strategy.scores(bus))
-        keep, thresholds = self.strategy.select(bus, scores, step)
-        self.masks.take(keep)
-        self._decision = Decision(step, self.budget(step), scores, thresholds)
+        # A copy: strategies may give the tensor that they go on averaging in.
+        scores = self.strategy.scores(bus).clone()
+        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), step)
+        numbers = ~scores.isnan().any()
+        self.masks.take(torch.where(numbers, keep, self.masks.keep))
         self._write_states(mask=True)
-        if self._observers:
+        if (numbers.device.type == "cpu" or self._watchers.observers) and not numbers:
+            why = f"the scores at step {step} are not numbers; the mask before stays"
+            self._watchers.warn_once("scores", why)
+            self._watchers.tell(step, "skipped", {"why": why})
+            return
+        self._decision = Decision(step, self.budget(step), scores, thresholds.clone())
+        if self._watchers.observers:
             own = [part.tolist() for part in bus.per_layer(scores)]
             kept = list(self.masks.pattern().values())
-            for observer in self._observers:
+            for observer in self._watchers.observers:
                 observer.decided(step, self.budget(step), bus.by_module(thresholds), own, kept)
 
     def _write_states(self, *, mask: bool) -> None:
@@ -529,27 +557,6 @@ class BudgetAllocator:
                 f"{argument}: a captured step {what} the host; expected an allocator with capturable=False"
             )
 
-    def _notify(self, kind: str, details: Mapping[str, Any], step: int | None = None) -> None:
-        for observer in self._observers:
-            observer.happened(self._step if step is None else step, kind, details)
-
     def _warn_if_idle(self) -> None:
-        if not self._watch.idle():
-            return
-        if self._handle is None:
-            self._warn_once(
-                "idle",
-                "the gates lora_E are being trained but the allocator is not stepped, so no rank is ever masked: call "
-                "attach(optimizer) once, or step() after every optimizer step",
-            )
-        else:
-            self._warn_once(
-                "idle",
-                "the gates lora_E are being trained but the optimizer the allocator is attached to is not stepped: "
-                "call detach() and attach the one that is",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=3)
+        if self._watch.idle():
+            self._watchers.warn_once("idle", self._watch.warning(self._handle is not None))

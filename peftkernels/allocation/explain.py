@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
         nonfinite_steps=allocator.nonfinite_steps,
         skipped_steps=allocator.skipped_steps,
         modules=tuple(modules),
+        rollbacks=allocator.rollbacks,
     )
 
 
@@ -65,6 +67,7 @@ def run_facts(allocator: BudgetAllocator) -> dict[str, Any]:
         ],
         "unit": bus.shares.unit,
         "step": allocator.steps,
+        "rollbacks": allocator.rollbacks,
     }
 
 
@@ -85,6 +88,10 @@ def _why(
         return "the allocator has not been stepped"
     if decision is None:
         return f"no mask before step {settings.tinit + 1}"
+    if not kept:
+        return "it has no ranks"
+    if any(math.isnan(score) for score in scores):
+        return "its scores are not numbers: the mask before them stays"
     keeping = [score for score, keep in zip(scores, kept, strict=True) if keep]
     masked = [score for score, keep in zip(scores, kept, strict=True) if not keep]
     if not masked:

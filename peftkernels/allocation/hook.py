@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +13,18 @@ from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 
 
 def run_after_step(
-    optimizer: Optimizer, run: Callable[[Optimizer], None], layers: Mapping[str, GatedLayer]
+    optimizer: Optimizer,
+    run: Callable[[Optimizer], None],
+    layers: Mapping[str, GatedLayer],
+    frozen: Collection[str] = (),
 ) -> tuple[RemovableHandle, Optimizer]:
     """Call `run(optimizer)` after every `optimizer.step()` until the returned handle is removed; the optimizer returned
     is the one that steps.
 
     A wrapper that never initialised itself as an Optimizer and keeps the one that steps in `.optimizer`, as
     accelerate's does, is looked through: a hook on the wrapper would never run. Raises TypeError for anything but an
-    optimizer, and ValueError where it does not train every adapter factor of the layers, naming those it misses.
+    optimizer, and ValueError where it does not train every adapter factor of the layers, naming those it misses; those
+    of frozen layers may be missing.
     """
     inner: Any = optimizer
     while isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" not in vars(inner):
@@ -31,6 +35,7 @@ def run_after_step(
     missing = [
         f"{name}.{factor}"
         for name, layer in layers.items()
+        if name not in frozen
         for factor in FACTORS
         if id(getattr(layer, factor)) not in trained
     ]
@@ -79,6 +84,18 @@ class IdleWatch:
             self._versions = versions
             self._movements += 1
         return self._movements >= 3
+
+    def warning(self, attached: bool) -> str:
+        """What to say when `idle`."""
+        if attached:
+            return (
+                "the gates lora_E are being trained but the optimizer the allocator is attached to is not stepped: "
+                "call detach() and attach the one that is"
+            )
+        return (
+            "the gates lora_E are being trained but the allocator is not stepped, so no rank is ever masked: call "
+            "attach(optimizer) once, or step() after every optimizer step"
+        )
 
     def _read(self) -> list[int]:
         return [gate._version for gate in factors_of(self._layers, "lora_E")]

@@ -42,6 +42,8 @@ class RankMasks:
         self._frozen_ranks = torch.zeros_like(self.keep)
         self.changes = 0
         self._masked: RankState | None = None
+        # Which factors were trained before their layer was frozen, to be trained again if it no longer is.
+        self._trained: dict[str, list[str]] = {}
         # Layers may come with states of an earlier run.
         self.write_all_active()
 
@@ -83,7 +85,7 @@ class RankMasks:
 
     def take(self, keep: Tensor) -> None:
         """The ranks that a decision keeps; those of frozen layers stay as they are."""
-        self.keep = torch.where(self._frozen_ranks, self.keep, keep) if self.frozen else keep
+        self.keep.copy_(torch.where(self._frozen_ranks, self.keep, keep) if self.frozen else keep)
         self.changes += 1
 
     def restore(self, keep: Tensor, frozen: Sequence[str]) -> None:
@@ -114,23 +116,24 @@ class RankMasks:
         """Make these layers the frozen ones: no factor of theirs requires grad. Layers that were frozen and are not
         among them train again."""
         for name, layer in self.own.items():
-            now = name in names
-            if now != (name in self.frozen):
-                for factor in FACTORS:
+            if name in names and name not in self.frozen:
+                self._trained[name] = [factor for factor in FACTORS if getattr(layer, factor).requires_grad]
+                for factor in self._trained[name]:
                     parameter = getattr(layer, factor)
-                    parameter.requires_grad_(not now)
-                    if now:
-                        parameter.grad = None
+                    parameter.requires_grad_(False)
+                    # An optimizer leaves a parameter without a gradient alone: no weight decay, no momentum.
+                    parameter.grad = None
+            elif name in self.frozen and name not in names:
+                for factor in self._trained.pop(name):
+                    getattr(layer, factor).requires_grad_(True)
         self.frozen = tuple(names)
         self.changes += 1
         parts = [torch.full((rank,), name in names) for name, rank in self.ranks.items()]
-        self._frozen_ranks = torch.cat(parts).to(self.device)
+        self._frozen_ranks.copy_(torch.cat(parts))
 
     def drop(self, name: str) -> None:
         """Keep no rank of a layer."""
-        parts = self.keep.split(list(self.ranks.values()))
-        own = zip(self.ranks, parts, strict=True)
-        self.keep = torch.cat([torch.zeros_like(part) if layer == name else part for layer, part in own])
+        self.by_layer()[list(self.ranks).index(name)].zero_()
         self.changes += 1
 
     def living(self, *, dead: bool) -> tuple[Tensor, ...]:

@@ -54,6 +54,7 @@ class Observer(Protocol):
             skipped   why (the scores were left as they were)
             rollback  to (the step returned to; later steps count on from there), why
             frozen    module
+            alarm     why (a rollback policy saw a reason to go back and could not)
             moved     what moved between groups, as the strategy says it
 
         A strategy may have kinds of its own; "start" and "ranks" are taken.

@@ -48,6 +48,7 @@ class AllocationReport:
                       `modules` has the one of each
     nonfinite_steps   steps whose gradients were not finite and left the score averages unchanged
     skipped_steps     calls of the optimizer that a GradScaler kept from stepping
+    rollbacks         how often the run was rolled back
     """
 
     step: int
@@ -59,6 +60,7 @@ class AllocationReport:
     nonfinite_steps: int
     skipped_steps: int
     modules: tuple[ModuleAllocation, ...] = field(repr=False)
+    rollbacks: int = 0
 
     @property
     def n_kept(self) -> int:
@@ -81,6 +83,8 @@ class AllocationReport:
             lines.append(
                 f"{self.nonfinite_steps} steps had gradients that were not finite and left the scores as they were"
             )
+        if self.rollbacks:
+            lines.append(f"the run was rolled back {self.rollbacks} times")
         rows = [("module", "kept", "score", "margin", "why")]
         for module in self.modules:
             kept = f"{module.n_kept}/{len(module.kept)}"

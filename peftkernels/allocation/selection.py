@@ -69,37 +69,44 @@ def select_under_cost(
     The threshold is the lowest score at which, masking from the lowest score upwards, what remains costs no more than
     the budget; ranks at or below it go, ties included. `exact=True` breaks ties: in the order of falling score, earlier
     ranks first, ranks stay while their costs together are within the budget, and of those after the first that is too
-    dear, the ones that still fit the remainder are added in the same order, one cost after the other. Costs that are
-    all 1 give what `select_ranks` gives.
+    dear, the ones that still fit the remainder are added, the dearest first, equal costs in the same order. Costs that
+    are all 1 give what `select_ranks` gives. What is kept costs no more than the budget, but for the rounding of a sum
+    (1e-12 of it), and never less than what a lower budget keeps.
     """
+    everything = scores.new_full((1,), -torch.inf)
     if not exact:
-        ordered, ranks = torch.sort(scores)
-        remains = costs.sum() - torch.cumsum(costs[ranks], 0)
-        # What all cost together is a sum too: compare with a margin for its rounding.
-        fits = torch.cat([costs.sum().reshape(1), remains]) <= budget * (1 + 1e-12)
-        masked = fits.to(torch.int64).argmax()
-        candidates = torch.cat([scores.new_full((1,), -torch.inf), ordered])
-        threshold = candidates.gather(0, masked.reshape(1)).reshape(())
+        ordered, ranks = torch.sort(scores, descending=True, stable=True)
+        # kept[i] is what the i highest cost; nothing costs exactly nothing, so that one of them always fits.
+        kept = torch.cat([costs.new_zeros(1), torch.cumsum(costs[ranks], 0)])
+        stay = (kept <= _with_margin(budget)).sum() - 1
+        candidates = torch.cat([ordered, everything])
+        threshold = candidates.gather(0, stay.reshape(1)).reshape(())
         return ~(scores <= threshold), threshold
     ranks = torch.sort(scores, descending=True, stable=True).indices
     keep = fill_in_order(ranks, costs, prices, budget)
-    return keep, torch.where(keep, -torch.inf, scores).amax()
+    return keep, torch.cat([torch.where(keep, -torch.inf, scores), everything]).amax()
 
 
 def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor) -> Tensor:
     """Which items a budget buys when they are taken in `order`: all up to the first that is too dear, then, price after
     price from the dearest down, those that still fit, in the same order. Without synchronising with the host.
 
-    order: int64 (n,), a permutation. costs: (n,) above 0; prices: their different values. Returns bool (n,), by item.
+    order: int64 (n,), a permutation. costs: (n,) above 0, infinite for items that are not to be had; prices: their
+    different finite values. Returns bool (n,), by item.
     """
-    limit = budget * (1 + 1e-12)
+    limit = _with_margin(budget)
     ordered = costs[order]
     taken = torch.cumsum(ordered, 0) <= limit
-    spent = (ordered * taken).sum()
+    spent = torch.where(taken, ordered, 0.0).sum()
     for price in sorted(prices, reverse=True):
         # One pass for each price: a dearer item that does not fit must not keep out a cheaper one behind it.
         offered = ~taken & (ordered == price)
-        fits = offered & (spent + torch.cumsum(ordered * offered, 0) <= limit)
+        fits = offered & (spent + torch.cumsum(torch.where(offered, ordered, 0.0), 0) <= limit)
         taken = taken | fits
-        spent = spent + (ordered * fits).sum()
+        spent = spent + torch.where(fits, ordered, 0.0).sum()
     return torch.zeros_like(taken).scatter_(0, order, taken)
+
+
+def _with_margin(budget: float | Tensor) -> float | Tensor:
+    """A budget to compare sums of costs with, which are rounded."""
+    return budget * (1 + 1e-12)

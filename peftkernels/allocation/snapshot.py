@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,50 +19,80 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A moment of an allocator, the adapters it decides on and the optimizer's moments of them; all copies.
+    """A moment of an allocator, of the parameters that are trained and of the optimizer's moments of them; all copies.
 
-    step     optimizer steps made until then
-    factors  of every layer in order; where they are sharded over processes, each process's own part
-    moments  for every factor in order its optimizer state by name; None where no optimizer was attached
+    step        optimizer steps made until then
+    state       what `BudgetAllocator.state_dict` gave
+    parameters  the adapters' factors, and after them what else the attached optimizer trains, in its order; where they
+                are sharded over processes, each process's own part
+    moments     for every parameter its optimizer state by name; None where no optimizer was attached
     """
 
     step: int
     state: dict[str, Tensor]
-    factors: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...]
     moments: tuple[dict[str, Any], ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        moments = [value for own in self.moments or () for value in own.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in (*self.state.values(), *self.parameters, *moments))
 
 
 def take_snapshot(allocator: BudgetAllocator) -> Snapshot:
     """What `BudgetAllocator.snapshot` returns."""
-    parameters = _parameters(allocator)
+    parameters = trained_parameters(allocator)
     optimizer = allocator.optimizer
     moments = None if optimizer is None else tuple(_copied(optimizer.state.get(p, {})) for p in parameters)
-    factors = tuple(local_part(parameter).clone() for parameter in parameters)
-    return Snapshot(allocator.steps, allocator.state_dict(), factors, moments)
+    copies = tuple(local_part(parameter).clone() for parameter in parameters)
+    return Snapshot(allocator.steps, allocator.state_dict(), copies, moments)
 
 
 @torch.no_grad()
 def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
     """What `BudgetAllocator.rollback` does. Everything is checked before the first change."""
-    if not isinstance(token, Snapshot):
-        raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
-    check_state(allocator, token.state)
+    parameters = check_snapshot(allocator, token)
     allocator.masks.check_writable()
-    parameters = _parameters(allocator)
-    torch._foreach_copy_([local_part(parameter) for parameter in parameters], list(token.factors))
     optimizer = allocator.optimizer
     if optimizer is not None and token.moments is not None:
-        for parameter, moments in zip(parameters, token.moments, strict=True):
+        for parameter, moments in zip(parameters, token.moments, strict=False):
             _write_back(optimizer.state, parameter, moments)
+    torch._foreach_copy_([local_part(own) for own in parameters], list(token.parameters[: len(parameters)]))
     unpack_state(allocator, token.state)
 
 
-def _parameters(allocator: BudgetAllocator) -> list[Tensor]:
-    return [getattr(layer, factor) for layer in allocator.masks.own.values() for factor in FACTORS]
+def check_snapshot(allocator: BudgetAllocator, token: Snapshot) -> list[Tensor]:
+    """The parameters that a token of this allocator is about; raises TypeError or ValueError for any other token."""
+    if not isinstance(token, Snapshot):
+        raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
+    check_state(allocator, token.state)
+    parameters = trained_parameters(allocator)
+    # A token from before `attach`, or one used after `detach`, is about the factors alone.
+    pairs = list(zip(parameters, token.parameters, strict=False))
+    factors = len(allocator.masks.layers) * len(FACTORS)
+    attached = allocator.optimizer is not None and token.moments is not None
+    different = [index for index, (own, kept) in enumerate(pairs) if local_part(own).shape != kept.shape]
+    if different or (attached and len(parameters) != len(token.parameters)):
+        found = f"{len(token.parameters)} parameters" if not different else tuple(pairs[different[0]][1].shape)
+        expected = f"{len(parameters)}" if not different else f"{tuple(local_part(pairs[different[0]][0]).shape)}"
+        raise ValueError(f"token: found {found}, expected {expected} as the allocator's optimizer trains now")
+    return parameters[: len(pairs) if attached else factors]
+
+
+def trained_parameters(allocator: BudgetAllocator) -> list[Tensor]:
+    """The adapters' factors, and after them what else the attached optimizer trains."""
+    factors: list[Tensor] = [getattr(layer, factor) for layer in allocator.masks.own.values() for factor in FACTORS]
+    known = {id(factor) for factor in factors}
+    groups = [] if allocator.optimizer is None else allocator.optimizer.param_groups
+    return factors + [p for group in groups for p in group["params"] if id(p) not in known]
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in moments.items()}
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in moments.items()
+    }
 
 
 def _write_back(state: Any, parameter: Tensor, moments: dict[str, Any]) -> None:
@@ -72,8 +103,8 @@ def _write_back(state: Any, parameter: Tensor, moments: dict[str, Any]) -> None:
     own = state[parameter]
     for name in own.keys() - moments.keys():
         del own[name]
-    for name, value in moments.items():
+    for name, value in _copied(moments).items():
         if isinstance(value, Tensor) and isinstance(own.get(name), Tensor):
             own[name].copy_(value)
         else:
-            own[name] = value.clone() if isinstance(value, Tensor) else value
+            own[name] = value

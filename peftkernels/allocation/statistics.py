@@ -30,7 +30,8 @@ class Statistics:
     module_index   (Σ r,) int64, the layer of each rank
     loss           the mean of the losses given to the allocator for this step, 0-dim, detached; None without any
     skip           None, or a 0-dim bool tensor: True asks every statistic to stay as it is
-    finite         None, or a 0-dim bool tensor: whether the step's statistics were finite, set by `smooth_`
+    finite         None, or a 0-dim bool tensor: whether the step's gradients were finite. A strategy that looks at more
+                   of them than the gates' sets it in `update`, as `smooth_` does; otherwise the gates' are judged
 
     Where factors are sharded over processes, `layers` have whole ones, gathered when they are looked at: strategies
     need not know.
@@ -64,18 +65,45 @@ class Statistics:
 
     def begin_step(self) -> None:
         """Forget what was computed from the factors and gradients of the step before, and take the step's losses."""
-        self._kept.clear()
+        self.forget()
         self.finite = None
         self.missing = ()
-        self.loss = torch.stack(self._losses).mean() if self._losses else None
+        self.loss = self.pending_losses.mean() if self._losses else None
         self._losses.clear()
+
+    def prepare(self) -> None:
+        """Compute now what does not change, so that a captured step copies nothing to the device."""
+        _ = self.costs, self.module_index, self.share_ranks
+
+    def forget(self) -> None:
+        """The factors have been written to: compute anew what is asked for."""
+        self._kept.clear()
 
     def take_loss(self, loss: Tensor | float) -> None:
         """A loss of the step that is being made; several count as their mean."""
-        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        if isinstance(loss, Tensor):
+            value = loss.detach().to(device=self.device, dtype=torch.promote_types(loss.dtype, torch.float32))
+        else:
+            value = torch.tensor(loss, dtype=torch.float64, device=self.device)
         if value.numel() != 1:
             raise ValueError(f"loss: found shape {tuple(value.shape)}, expected one number")
         self._losses.append(value.reshape(()).clone())
+
+    @property
+    def pending_losses(self) -> Tensor:
+        """The losses given since the last step, (n,)."""
+        return torch.stack(self._losses) if self._losses else torch.zeros(0, device=self.device)
+
+    @pending_losses.setter
+    def pending_losses(self, losses: Tensor) -> None:
+        self._losses = [loss.clone() for loss in losses.to(self.device).unbind()]
+
+    def gates_finite(self) -> Tensor:
+        """Whether every gradient of a gate is finite, 0-dim bool; those that are missing are."""
+        gradients = [layer.lora_E.grad for layer in self.layers if layer.lora_E.grad is not None]
+        if not gradients:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        return torch.isfinite(self._join(gradients)).all()
 
     @property
     def device(self) -> torch.device:
@@ -185,10 +213,11 @@ class Statistics:
     def share_ranks(self) -> list[Tensor]:
         """For each share, the positions of its ranks in a (Σ r,) vector, int64."""
 
+        starts = [sum(self.ranks[:index]) for index in range(len(self.ranks))]
+
         def positions(members: Sequence[int]) -> Tensor:
-            chosen = torch.zeros(len(self.ranks), dtype=torch.bool, device=self.device)
-            chosen[list(members)] = True
-            return torch.nonzero(chosen[self.module_index]).flatten()
+            own = [starts[member] + rank for member in members for rank in range(self.ranks[member])]
+            return torch.tensor(own, dtype=torch.int64, device=self.device)
 
         return [
             self._constant(f"share {index}", lambda share=share: positions(share.members))  # type: ignore[misc]
@@ -200,6 +229,8 @@ class Statistics:
         if self.shares.uniform:
             return self.kernels.select(scores, budget if isinstance(budget, Tensor) else int(budget), self._exact)
         costs = self.costs if ranks is None else self.costs[ranks]
+        # What is never kept, as in a layer that was dropped, takes nothing from the budget.
+        costs = torch.where(scores == -torch.inf, torch.inf, costs)
         return select_under_cost(scores, costs, self.shares.prices(share), budget, exact=self._exact)
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftkernels.allocation.settings import AdaLoraSettings
+from peftkernels.allocation.settings import AdaLoraSettings, AllocatorSettings
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 from peftkernels.rank_plan import RankState
 
@@ -46,7 +46,7 @@ def save_adapter(
     rank_pattern: Mapping[str, Sequence[bool]] | None = None,
     modules_to_save: Sequence[str] = (),
     as_lora: bool = False,
-    settings: AdaLoraSettings | None = None,
+    settings: AllocatorSettings | None = None,
 ) -> None:
     """Write the adapters of `model` to `directory`, for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
@@ -59,8 +59,10 @@ def save_adapter(
                              every module whose path ends with such a name is written as a whole
     as_lora                  write AdaLoRA layers as plain LoRA, with the gates inside A: A' = E ⊙ A, B' = B on the kept
                              ranks, a rank and an alpha per layer. Layers without kept ranks are left out
-    settings                 an allocator's settings for the configuration of an AdaLoRA adapter; None writes a
-                             schedule that is over, since the ranks are decided
+    settings                 an allocator's settings for the configuration of an AdaLoRA adapter, whatever its strategy;
+                             where they have a budget in place of target_r, the rounded average of the kept ranks
+                             stands for it, and AdaLoRA's defaults for what another strategy does not have. None writes
+                             a schedule that is over, since the ranks are decided
 
     Merged layers are written like unmerged ones. Both files are written beside their targets first and renamed when
     complete, so an interrupted call leaves the old ones. Raises TypeError or ValueError, naming what was found and
@@ -211,17 +213,20 @@ def _lora_files(adapters: Mapping[str, _PlainAdapter]) -> tuple[dict[str, Any], 
 
 
 def _adalora_files(
-    layers: Mapping[str, AdaLoRALinear], kept: Mapping[str, Tensor], settings: AdaLoraSettings | None
+    layers: Mapping[str, AdaLoRALinear], kept: Mapping[str, Tensor], settings: AllocatorSettings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     r = _one_value(layers, "r")
+    total = sum(int(keep.sum()) for keep in kept.values())
+    average = max(1, round(total / len(kept)))
     if settings is None:
-        total = sum(int(keep.sum()) for keep in kept.values())
         # AdaLoraConfig wants a schedule; peft reads it only when it goes on training.
-        schedule = {"target_r": max(1, round(total / len(kept))), "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
-        smoothing = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
+        schedule = {"target_r": average, "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+        smoothing: dict[str, Any] = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
     else:
-        schedule = {name: getattr(settings, name) for name in ("target_r", "total_step", "tinit", "tfinal", "deltaT")}
-        smoothing = {name: getattr(settings, name) for name in ("beta1", "beta2", "orth_reg_weight")}
+        schedule = {name: getattr(settings, name) for name in ("total_step", "tinit", "tfinal", "deltaT")}
+        schedule["target_r"] = average if settings.target_r is None else settings.target_r
+        smoothing = {name: getattr(settings, name, getattr(AdaLoraSettings, name)) for name in ("beta1", "beta2")}
+        smoothing["orth_reg_weight"] = settings.orth_reg_weight
     pruned = not all(bool(keep.all()) for keep in kept.values())
     config = {
         "peft_type": "ADALORA",

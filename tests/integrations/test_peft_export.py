@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftkernels import RankState
-from peftkernels.allocation import AdaLoraAllocator
+from peftkernels.allocation import AdaLoraAllocator, Budget, BudgetAllocator
+from peftkernels.allocation.strategies import Magnitude
 from peftkernels.integrations import _adapter_save
 from peftkernels.integrations.peft import load_adapter, save_adapter
 from peftkernels.nn import AdaLoRALinear, LoRALinear
@@ -258,6 +259,39 @@ def test_after_training_with_the_allocator(tmp_path: Path, x: Tensor) -> None:
     assert sum(map(sum, config["rank_pattern"].values())) == 8
     assert (config["total_step"], config["target_r"], config["tfinal"]) == (12, 2, 3)
     torch.testing.assert_close(_through_peft(tmp_path)(x), model(x), **CLOSE)
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_settings_with_a_budget_write_the_average_rank(tmp_path: Path, x: Tensor, unit: str) -> None:
+    peft = pytest.importorskip("peft", reason="reading the adapter with HF peft needs peft installed")
+    model = _adapt(AdaLoRALinear).train()
+    layers = {path: model.get_submodule(path) for path in PATHS}
+    if unit == "ranks":
+        total = 10
+    else:
+        total = 10 * min(layer.lora_A.shape[1] + layer.lora_B.shape[0] + 1 for layer in layers.values())
+    allocator = BudgetAllocator(
+        model, Magnitude(), budget=Budget(total, unit), total_step=12, tfinal=3, exact_budget=True, orth_reg_weight=0.2
+    )
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora_" in name], lr=1e-2)
+    allocator.attach(optimizer)
+    for _ in range(14):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    pattern = allocator.rank_pattern()
+    save_adapter(model, tmp_path, rank_pattern=pattern, settings=allocator.settings)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, peft.AdaLoraConfig)
+    kept = sum(map(sum, pattern.values()))
+    assert config.target_r == round(kept / len(PATHS)) >= 1
+    assert (config.beta1, config.beta2, config.orth_reg_weight, config.tfinal) == (0.85, 0.85, 0.2, 3)
+    torch.testing.assert_close(_through_peft(tmp_path)(x), model(x), **CLOSE)
+    loaded = _base()
+    load_adapter(loaded, tmp_path)
+    loaded.eval()
+    torch.testing.assert_close(loaded(x), model(x), **CLOSE)
 
 
 # Names
