@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-LAYER, ALLOCATOR, TRAINING = "layer", "allocator", "training"
+LAYER, ALLOCATOR, STRATEGIES, TRAINING = "layer", "allocator", "strategies", "training"
 FORWARD, BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, BACKWARD)
+# What an allocator's step is timed together with.
+ORTHOGONALITY = "orthogonality"
 PROBE, DEAD = "PROBE", "DEAD"
 CALLS, GRAPH, ENQUEUE = "", "graph", "enqueue"
 # x, weight and bias in the first dtype, the adapter's factors and its gate in the second.
@@ -41,6 +43,7 @@ GROWTH_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GROWTH_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 LIVE_SHARES = (100, 75, 50, 25, 0)
 ALLOCATOR_MODULES = (36, 56, 72, 224)
+REGULARIZED_MODULES = (56, 72, 224)
 MINILM_MODULES, LLAMA_MODULES = 36, 56
 
 
@@ -48,9 +51,10 @@ MINILM_MODULES, LLAMA_MODULES = 36, 56
 class Case:
     """One measurement.
 
-    operator   LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; TRAINING: one
-               whole training step of `model`
-    direction  of a layer: FORWARD without gradients, or BACKWARD: forward, then ∂x and every adapter gradient
+    operator   LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; STRATEGIES:
+               one step by each strategy; TRAINING: one whole training step of `model`
+    direction  of a layer: FORWARD without gradients, or BACKWARD: forward, then ∂x and every adapter gradient; of the
+               allocator: "", or ORTHOGONALITY: the value of the orthogonality term and its gradient besides
     K, N, M    inputs and outputs of the layer, rows of x; M is the tokens of a training step's batch
     r          ranks of the adapter
     masking    "": a LoRA layer, no gate. PROBE or DEAD: an AdaLoRA layer with a gate, of whose ranks `live` percent are
@@ -81,8 +85,9 @@ class Case:
     @property
     def id(self) -> str:
         """A stable name: `forward/768x3072/M512/r16/fp32`, with what departs from the usual behind it."""
-        if self.operator == ALLOCATOR:
-            return f"allocator/{self.modules}-modules/{self.K}x{self.N}/r{self.r}"
+        if self.operator in (ALLOCATOR, STRATEGIES):
+            name = "+".join(filter(None, (self.operator, self.direction)))
+            return f"{name}/{self.modules}-modules/{self.K}x{self.N}/r{self.r}"
         if self.operator == TRAINING:
             return f"training/{self.model}/M{self.M}/{self.modules}-modules"
         parts = [self.direction, f"{self.K}x{self.N}", f"M{self.M}", f"r{self.r}", self.dtype]
@@ -163,6 +168,10 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "dropout": tuple(_layers((*MIDDLES, (2048, 2048)), TRAINING_TOKENS, dropout=0.1)),
     "bias": tuple(_layers(bias=False)),
     "allocator": tuple(Case(ALLOCATOR, K=768, N=768, r=12, modules=modules) for modules in ALLOCATOR_MODULES),
+    "allocator+orthogonality": tuple(
+        Case(ALLOCATOR, ORTHOGONALITY, K=768, N=768, r=12, modules=modules) for modules in REGULARIZED_MODULES
+    ),
+    "strategies": (Case(STRATEGIES, K=768, N=768, r=12, modules=MINILM_MODULES),),
     "training": (
         training_case("minilm", 1024, MINILM_MODULES),
         training_case("minilm", 2048, MINILM_MODULES),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import ALLOCATOR, DEAD, MIDDLES, TRAINING, TRAINING_TOKENS, Case
+from peftkernels.allocation.strategies import STRATEGIES as ALLOCATION_STRATEGIES
+
+from .cases import ALLOCATOR, DEAD, MIDDLES, STRATEGIES, TRAINING, TRAINING_TOKENS, Case
 
 OURS = "peftkernels"
 FROZEN = "frozen"
@@ -22,6 +24,8 @@ HALF_RANK = "peftkernels, half the rank"
 NO_DROPOUT = "peftkernels, no dropout"
 OURS_LORA, OURS_ADALORA = "peftkernels LoRA", "peftkernels AdaLoRA"
 PEFT_ALLOCATOR = "peft RankAllocator"
+# Strategies go by their own names; the others are compared with this one.
+ADALORA_STRATEGY = "adalora"
 
 
 # Multiply-adds of a layer's product from which on a call takes so long that only the main contestants take part.
@@ -30,6 +34,8 @@ HEAVY = 30e9
 
 def ours(case: Case) -> str:
     """The contestant that the others are compared with."""
+    if case.operator == STRATEGIES:
+        return ADALORA_STRATEGY
     return OURS_ADALORA if case.operator == TRAINING else OURS
 
 
@@ -54,7 +60,7 @@ USUAL, BRIEF, FULL = Extent(), Extent(compiled=NOWHERE), Extent(compiled=EVERYWH
 
 def compiles(case: Case, extent: Extent = USUAL) -> bool:
     """Whether peft under torch.compile takes part."""
-    if case.operator in (ALLOCATOR, TRAINING) or case.masking:
+    if case.operator in (ALLOCATOR, STRATEGIES, TRAINING) or case.masking:
         return False
     usual = case.dtype == "fp32" and case.r == 16 and not case.dropout and case.bias
     middle = usual and (case.K, case.N) in MIDDLES and case.M in TRAINING_TOKENS
@@ -65,6 +71,8 @@ def contestants(case: Case, extent: Extent = USUAL) -> tuple[str, ...]:
     """Names of everyone in the case, the baseline first and ours last."""
     if case.operator == ALLOCATOR:
         return PEFT_ALLOCATOR, OURS
+    if case.operator == STRATEGIES:
+        return PEFT_ALLOCATOR, *ALLOCATION_STRATEGIES
     if case.operator == TRAINING:
         return FROZEN, OURS_LORA, OURS_ADALORA, PEFT_LORA, PEFT_ADALORA
     names = [FROZEN, FLOOR]

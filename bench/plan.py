@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import data, lineup
-from .cases import ALLOCATOR, TRAINING, Case
+from .cases import ALLOCATOR, ORTHOGONALITY, STRATEGIES, TRAINING, Case
 from .roofline import ASSUMED, Peaks, work
 from .timing import TURN_SECONDS, WINDOW_SECONDS, Effort
 
@@ -43,7 +43,7 @@ _PEER_CALL = 60e-6
 # One step of the whole models by each contestant together, and building them, as seen on two cores.
 _TRAINING_ROUND = {"minilm": 1.7e-3, "llama": 4.0e-3}
 _TRAINING_SETUP_ROUNDS, _TRAINING_SETUP_SECONDS = 9, 6.0
-_ALLOCATOR_STEP = 120e-6
+_ALLOCATOR_STEP = {"": 120e-6, ORTHOGONALITY: 400e-6}
 # Share of the seconds that were asked for, and rounds, from what is wanted down to what must do.
 _ATTEMPTS = ((1.0, ROUNDS), (0.75, ROUNDS), (0.5, ROUNDS), (0.5, 4), (0.5, FEWEST_ROUNDS), (0.15, FEWEST_ROUNDS))
 
@@ -64,7 +64,10 @@ class Estimate:
 def estimate(case: Case, extent: lineup.Extent = lineup.USUAL, peaks: Peaks = ASSUMED) -> Estimate:
     """What measuring the case will take."""
     if case.operator == ALLOCATOR:
-        return Estimate(0.02 * case.modules, 2 * max(TURN_SECONDS, 3 * _ALLOCATOR_STEP * case.modules))
+        return Estimate(0.02 * case.modules, 2 * max(TURN_SECONDS, 3 * _ALLOCATOR_STEP[case.direction] * case.modules))
+    if case.operator == STRATEGIES:
+        count = len(lineup.contestants(case))
+        return Estimate(0.02 * case.modules, count * max(TURN_SECONDS, 2 * _ALLOCATOR_STEP[""] * case.modules))
     if case.operator == TRAINING:
         once = _TRAINING_ROUND[case.model] * case.M
         return Estimate(_TRAINING_SETUP_SECONDS + _TRAINING_SETUP_ROUNDS * once, once)

@@ -116,7 +116,7 @@ def _layer_table(figures: Figures, dtype: str, direction: str, beside: str) -> s
 def training(figures: Figures) -> str:
     """Whole training steps and the allocator's."""
     lines = []
-    for case in (*GROUPS["training"], *GROUPS["allocator"]):
+    for case in (*GROUPS["training"], *GROUPS["allocator"], *GROUPS["allocator+orthogonality"]):
         names = lineup.contestants(case)
         rows = [figures.row(case, name) for name in names]
         for row in rows:
@@ -132,7 +132,8 @@ def _training_line(case: Case, row: Row) -> list[str]:
     if case.model:
         place = f"{'MiniLM' if case.model == 'minilm' else 'small Llama'}, {case.M} tokens, {case.modules} modules"
     else:
-        place = f"rank allocation over {case.modules} modules"
+        term = " and orthogonality term" if case.direction else ""
+        place = f"rank allocation{term} over {case.modules} modules"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_p25:.2f}–{row.ratio_p75:.2f})"
     saved = "" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f} MB"
     return [

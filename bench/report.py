@@ -1,8 +1,10 @@
 """Writes the README's tables and the plots from the files under `bench/results/`.
 
-    python -m bench.report [--demo peftkernels-demo/results.json] [--results DIR] [--readme FILE] [--plots DIR]
+    python -m bench.report [--demo peftkernels-demo/results.json] [--comparison peftkernels-comparison/comparison.json]
+                           [--results DIR] [--readme FILE] [--plots DIR]
 
-`--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`.
+`--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`; `--comparison` those of
+a comparison of strategies, as `bench/results/allocators-<machine>.json`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import readme_tables, results
+from peftkernels.cli.demo.compare.plot import write_plot
+
+from . import readme_allocators, readme_tables, results
 from .goals import judge
 from .gpu import plots as gpu_plots
 from .gpu import readme as gpu_readme
@@ -61,6 +65,17 @@ def keep_demo(source: Path, folder: Path) -> None:
     replace_file(folder / f"demo-{name}.json", json.dumps(kept, indent=1) + "\n")
 
 
+def keep_comparison(source: Path, folder: Path) -> None:
+    """Keep a comparison's comparison.json, once its tables can be made from it."""
+    try:
+        kept = readme_allocators.kept(readme_allocators.load(source))
+        readme_allocators.page(kept, "")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"--comparison: {source}: cannot be read as a comparison.json: {error!r}") from error
+    name = Path(results.file_name()).stem
+    replace_file(folder / f"allocators-{name}.json", json.dumps(kept, indent=1) + "\n")
+
+
 def load(folder: Path) -> dict[Path, list[Row]]:
     """Rows by results file; raises ReportError without any of a CPU."""
     files = {path: results.read(path) for path in sorted(folder.glob("*.csv"))}
@@ -102,6 +117,18 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
             found = gpu_plots.draw_all(rows, plots, prefix=f"{path.stem}-")
             drawn += [plot.path for plot in found]
             pages["gpu"].append(gpu_readme.page(rows, [_link(plot, readme) for plot in found]))
+    pages["allocators"] = []
+    comparisons = sorted(folder.glob("allocators-*.json"))
+    for path in comparisons:
+        comparison = readme_allocators.load(path)
+        picture = plots / f"{path.stem if len(comparisons) > 1 else 'allocators'}.png"
+        write_plot(picture, comparison)
+        drawn.append(picture)
+        link = _link(Plot(picture, "Test accuracy of rank-allocation strategies at equal budget"), readme)
+        pages["allocators"].append(readme_allocators.page(comparison, link))
+    if not comparisons:
+        pages["allocators"] = [readme_allocators.NOTHING]
+    pages["allocators"] += [part for part in map(readme_allocators.steps, files.values()) if part is not None]
     for marker, parts in pages.items():
         text = replace_between(text, marker, "\n\n".join(parts))
     replace_file(readme, text)
@@ -118,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.report", description="Write README.md's tables and bench/plots/ from bench/results/."
     )
     parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
+    parser.add_argument("--comparison", type=Path, metavar="FILE", help="comparison.json to keep first")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: README.md")
     parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
@@ -125,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.demo is not None:
             keep_demo(options.demo, options.results)
+        if options.comparison is not None:
+            keep_comparison(options.comparison, options.results)
         for path in write_report(options.results, options.readme, options.plots):
             print(f"written: {path}")
     except (ReportError, ResultsError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import lineup, results, roofline
-from .cases import ALLOCATOR, TRAINING, Case
+from .cases import ALLOCATOR, STRATEGIES, TRAINING, Case
 from .plan import FEWEST_ROUNDS, ROUNDS, Planned
 from .results import Origin, Row
 from .timing import Bench, Effort, Samples, interleave, spread
@@ -39,6 +39,12 @@ def build_and_verify(case: Case, extent: lineup.Extent = lineup.USUAL) -> CaseBe
         allocators = AllocatorBench(case)
         allocators.verify()
         return allocators
+    if case.operator == STRATEGIES:
+        from .strategies import StrategyBench
+
+        strategies = StrategyBench(case)
+        strategies.verify()
+        return strategies
     if case.operator == TRAINING:
         from .training import TrainingBench
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/allocation.h"
 #include "cpu/lora_linear.h"
 #include "cpu/memory.h"
 #include "cpu/pack_cache.h"
@@ -18,10 +19,14 @@
 namespace py = pybind11;
 using namespace peftkernels;
 
-// The schemas are declared in peftkernels/_ops.py, which is imported first.
+// The schemas are declared in peftkernels/_ops.py and _allocation_ops.py, the first of which is imported first.
 TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
   m.impl("lora_linear_fwd.cpu", cpu::lora_linear_forward);
   m.impl("lora_linear_bwd.cpu", cpu::lora_linear_backward);
+  m.impl("allocation_averages.cpu", cpu::update_averages);
+  m.impl("allocation_scores.cpu", cpu::rank_scores);
+  m.impl("allocation_mask.cpu", cpu::apply_mask);
+  m.impl("allocation_orthogonality.cpu", cpu::orthogonality);
 }
 
 namespace {

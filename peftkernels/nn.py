@@ -17,6 +17,9 @@ from peftkernels.functional import lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# AdaLoRALinear's scale where no lora_alpha is given: docs/learning-rate-and-scale.md has the reason and what it was
+# measured on. HF peft's default alpha of 8 makes it 8/r.
+DEFAULT_ADALORA_SCALE = 4
 
 
 class _AdapterLinear(nn.Module):
@@ -185,7 +188,8 @@ class AdaLoRALinear(_AdapterLinear):
     lora_B       (N, r)  drawn from N(0, 0.02²)
     lora_E       (r, 1)  gate of each rank, zero at first
     rank_state   (r,)    uint8, one `RankState` per rank; `rank_plan` joins it with the order kernels walk
-    scaling      s = σ/(r + 1e-5) with σ = lora_alpha where that is positive, else r; pruning does not change it
+    scaling      s = σ/(r + 1e-5) with σ = lora_alpha where that is positive, else r; pruning does not change it.
+                 Without a lora_alpha it is 4·r, so that s is 4 at any rank
 
     An allocator (`peftkernels.allocation`) writes the states in place; their shapes never change, so nothing is
     compiled anew. The factors have the base weight's dtype, or float32 where that is bfloat16 or float16, as in peft.
@@ -201,9 +205,17 @@ class AdaLoRALinear(_AdapterLinear):
     rank_counts: Tensor
 
     def __init__(
-        self, linear: nn.Linear, r: int, lora_alpha: float = 8, lora_dropout: float = 0.0, *, impl: str = "auto"
+        self,
+        linear: nn.Linear,
+        r: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        *,
+        impl: str = "auto",
     ) -> None:
-        _check_arguments(linear, r, 0, lora_alpha, lora_dropout, impl)
+        _check_arguments(linear, r, 0, 0 if lora_alpha is None else lora_alpha, lora_dropout, impl)
+        if lora_alpha is None:
+            lora_alpha = DEFAULT_ADALORA_SCALE * r
         super().__init__(linear, r, lora_alpha, lora_dropout, impl)
         self.scaling = (lora_alpha if lora_alpha > 0 else float(r)) / (r + 1e-5)
         device, dtype = linear.weight.device, _factor_dtype(linear)
@@ -218,12 +230,19 @@ class AdaLoRALinear(_AdapterLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, r: int, lora_alpha: float = 8, lora_dropout: float = 0.0, *, impl: str = "auto"
+        cls,
+        linear: nn.Linear,
+        r: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        *,
+        impl: str = "auto",
     ) -> Self:
         """Wrap `linear`, which is frozen and shared, not copied.
 
         r             rank at the start, at least 0
-        lora_alpha    the adapter is scaled by lora_alpha / (r + 1e-5), or by r / (r + 1e-5) where it is not positive
+        lora_alpha    the adapter is scaled by lora_alpha / (r + 1e-5), or by r / (r + 1e-5) where it is not positive;
+                      4·r when None. `peftkernels.allocation.from_lora` gives the one that belongs to LoRA's settings
         lora_dropout  probability in [0, 1] with which elements of the adapter's input are dropped while training
         impl          the implementation of `lora_linear`
 

@@ -86,7 +86,11 @@ def test_scaling() -> None:
     linear = nn.Linear(5, 3)
     assert LoRALinear.from_linear(linear, 4, 6).scaling == 1.5
     assert AdaLoRALinear.from_linear(linear, 4, 6).scaling == 6 / (4 + 1e-5)
-    assert AdaLoRALinear.from_linear(linear, 4).scaling == 8 / (4 + 1e-5)
+    for r in (4, 12):
+        layer = AdaLoRALinear.from_linear(linear, r)
+        assert layer.lora_alpha == 4 * r
+        assert layer.scaling == 4 * r / (r + 1e-5)
+    assert AdaLoRALinear.from_linear(linear, 12, 8).scaling == 8 / (12 + 1e-5)
     assert AdaLoRALinear.from_linear(linear, 4, 0).scaling == 4 / (4 + 1e-5)
     assert AdaLoRALinear.from_linear(linear, 4, -3).scaling == 4 / (4 + 1e-5)
 

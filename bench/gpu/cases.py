@@ -8,7 +8,19 @@ from itertools import product
 from typing import Any
 
 from .. import lineup
-from ..cases import BACKWARD, DEAD, ENQUEUE, FORWARD, GRAPH, PASSES, PROBE, RANK, Case
+from ..cases import (
+    ALLOCATOR,
+    BACKWARD,
+    DEAD,
+    ENQUEUE,
+    FORWARD,
+    GRAPH,
+    ORTHOGONALITY,
+    PASSES,
+    PROBE,
+    RANK,
+    Case,
+)
 
 # (K, N): an "11008x4096" weight has N = 11008 outputs and K = 4096 inputs.
 SHAPES = ((4096, 4096), (4096, 11008), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672), (4096, 1024))
@@ -25,6 +37,8 @@ LIVE_RANK = 64
 GRAPH_SHAPES, GRAPH_TOKENS = (MIDDLE, (4096, 1024)), (1, 16, 128, 512)
 # Small enough for the host to be what takes time.
 ENQUEUED = (4096, 1024)
+# Layers that an allocator decides on: of a small model, and of a large one.
+ALLOCATOR_MODULES, ALLOCATOR_RANK = (56, 224), 12
 _PEFT = (lineup.PEFT_LORA_BF16, lineup.PEFT_LORA_FP32)
 _PEFT_ADALORA = (lineup.PEFT_ADALORA_BF16, lineup.PEFT_ADALORA_FP32)
 
@@ -52,6 +66,12 @@ def _enqueued() -> Iterator[Case]:
         yield from (plain, replace(plain, dropout=0.1), replace(plain, masking=PROBE))
 
 
+def _allocators(shape: tuple[int, int], modules: Iterable[int]) -> Iterator[Case]:
+    """A step of AdaLoRA's allocator by itself, and with the orthogonality term."""
+    for count, term in product(modules, ("", ORTHOGONALITY)):
+        yield Case(ALLOCATOR, term, *shape, r=ALLOCATOR_RANK, modules=count)
+
+
 GROUPS: dict[str, tuple[Case, ...]] = {
     "gpu-grid": tuple(_layers(SHAPES, TOKENS)),
     "gpu-rank": tuple(case for r in RANKS if r != RANK for case in _layers(MIDDLES, MIDDLE_TOKENS, r=r)),
@@ -60,6 +80,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "gpu-mixed": tuple(_layers([MIDDLE], MIDDLE_TOKENS, dtype="mixed")),
     "gpu-graph": tuple(_layers(GRAPH_SHAPES, GRAPH_TOKENS, timing=GRAPH)),
     "gpu-enqueue": tuple(_enqueued()),
+    "gpu-allocator": tuple(_allocators(MIDDLE, ALLOCATOR_MODULES)),
 }
 SMOKE: dict[str, tuple[Case, ...]] = {
     "gpu-grid": tuple(_layers([(64, 48)], (1, 33))),
@@ -69,6 +90,7 @@ SMOKE: dict[str, tuple[Case, ...]] = {
     "gpu-mixed": tuple(_layers([(64, 48)], (33,), [FORWARD], dtype="mixed")),
     "gpu-graph": tuple(_layers([(64, 48)], (1,), [FORWARD], timing=GRAPH)),
     "gpu-enqueue": tuple(_layers([(64, 48)], (1,), [FORWARD], timing=ENQUEUE)),
+    "gpu-allocator": tuple(_allocators((64, 48), (2,))),
 }
 # Sizes that end inside every tile, and that kernels which read through descriptors serve or do not: verified without
 # being timed, by a memory checker too.
@@ -104,17 +126,21 @@ def full() -> dict[str, tuple[Case, ...]]:
 
 def compiles(case: Case) -> bool:
     """Whether peft under torch.compile takes part: where it has been compiled, more rows cost no second compilation."""
+    if case.operator == ALLOCATOR:
+        return False
     usual = case.dtype == "bf16" and not case.masking and not case.dropout and not case.timing and case.r == RANK
     return usual and (case.K, case.N) == MIDDLE and case.M in MIDDLE_TOKENS
 
 
 def contestants(case: Case, *, peft: bool = True, compiled: bool = False) -> tuple[str, ...]:
-    """Names of everyone in the case, the bare library product first and ours last.
+    """Names of everyone in the case, the bare library product first and ours last; an allocator has peft's beside it.
 
     Args:
         peft: whether HF peft is there.
         compiled: whether torch.compile may be called for cases that `compiles` names.
     """
+    if case.operator == ALLOCATOR:
+        return lineup.PEFT_ALLOCATOR, lineup.OURS
     theirs: tuple[str, ...] = ()
     if case.timing:
         theirs = (lineup.PEFT_ADALORA_BF16,) if case.masking else (lineup.PEFT_LORA_BF16,)
@@ -144,7 +170,7 @@ def in_order(groups: dict[str, tuple[Case, ...]]) -> list[tuple[str, Case]]:
             return 5
         if compiles(case):
             return 4
-        if case.timing:
+        if case.timing or case.operator == ALLOCATOR:
             return 1
         rows = case.M
         if rows in MIDDLE_TOKENS:

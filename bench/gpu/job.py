@@ -12,7 +12,7 @@ import torch
 from peftkernels import dispatch
 
 from .. import results, roofline
-from ..cases import CALLS, ENQUEUE, GRAPH, Case
+from ..cases import ALLOCATOR, CALLS, ENQUEUE, GRAPH, Case
 from ..results import Origin, Row
 from ..runner import Measured
 from ..timing import Effort, Samples, interleave, spread
@@ -76,6 +76,8 @@ def measure_case(
     turn_seconds: float = TURN_SECONDS,
 ) -> Outcome:
     """Verify and time one case."""
+    if case.operator == ALLOCATOR:
+        return _measure_allocator(case, group, effort, device, common, turn_seconds)
     bench = DeviceLayer(case, device, contestants(case, peft=lineup.peft, compiled=lineup.compiled), lineup.impl)
     verify(bench)
     if case.timing == GRAPH:
@@ -95,6 +97,19 @@ def measure_case(
         percent = {name: roofline.percent(case, name, spread(samples.times(name)).median, peaks) for name in saved}
     rows = results.rows_of(case, samples, percent, saved, common, group)
     return Outcome(Measured(case, samples, rows), served(bench), bench.left_out)
+
+
+def _measure_allocator(
+    case: Case, group: str, effort: Effort, device: Device, common: Origin, turn_seconds: float
+) -> Outcome:
+    # HF peft is a contestant, and may not be installed where only layers are measured.
+    from ..allocators import AllocatorBench
+
+    bench = AllocatorBench(case, device.place)
+    bench.verify()
+    samples = interleave(bench, effort, stopwatch=device.elapsed, turn_seconds=turn_seconds)
+    rows = results.rows_of(case, samples, {}, {}, common, group)
+    return Outcome(Measured(case, samples, rows), f"allocation: {bench.kernels}", {})
 
 
 def served(bench: DeviceLayer) -> str:
@@ -133,6 +148,10 @@ def run(
         left = [each for _, each in cases[number:]]
         effort = budget.effort(left)
         place = f"[{number + 1}/{len(cases)}]"
+        if case.operator == ALLOCATOR and not lineup.peft:
+            found.left_out[case.id] = "HF peft, beside which allocators are timed, is not there"
+            say(f"{place} {case.id}: left out, {found.left_out[case.id]}")
+            continue
         if effort is None:
             found.left_out[case.id] = "time ran out"
             say(f"{place} {case.id}: left out, time ran out")
@@ -171,6 +190,9 @@ def run(
 
 def line(item: Measured) -> str:
     """A case in one line, as it is done."""
-    ratios = "  ".join(f"{row.contestant} {row.ratio:.3f}" for row in item.rows[1:])
+    ratios = "  ".join(
+        f"{row.contestant} {row.median_us:.1f} µs" if row.ratio is None else f"{row.contestant} {row.ratio:.3f}"
+        for row in item.rows[1:]
+    )
     mark = ", DISTURBED" if item.samples.disturbed else ""
     return f"{item.case.id}: {item.rows[0].median_us:.1f} µs; {ratios}  ({len(item.samples.rounds)} rounds{mark})"

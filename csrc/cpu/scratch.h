@@ -26,6 +26,11 @@ enum class Scratch {
   GateRow, // S of one row in fp32
   DroppedShare, // the adapter's share of a tile of ∂x
   Kept, // bits of the elements that dropout keeps
+  Scores, // Ī·Ū of a factor
+  FactorElements, // a factor in the dtype of arithmetic, and its gradient in the same order
+  FactorRows, // a factor's ranks as rows
+  Gram, // products of a factor's ranks with each other
+  FactorGradient, // the gradient of the orthogonality term by a factor, ranks as rows
 };
 
 // `count` elements of the calling thread, aligned to cache lines; contents are undefined.

@@ -7,6 +7,7 @@ from peftkernels.allocation.decision_log import DecisionLog
 from peftkernels.allocation.engine import BudgetAllocator
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.protocol import Allocator, GatedLayer
+from peftkernels.allocation.rates import AdaLoraRates, from_lora
 from peftkernels.allocation.report import AllocationReport, ModuleAllocation
 from peftkernels.allocation.run_log import RunLog, read_log
 from peftkernels.allocation.snapshot import Snapshot
@@ -16,6 +17,7 @@ from peftkernels.allocation.tensorboard import TensorBoardScalars
 
 __all__ = [
     "AdaLoraAllocator",
+    "AdaLoraRates",
     "AllocationReport",
     "Allocator",
     "Budget",
@@ -31,5 +33,6 @@ __all__ = [
     "Strategy",
     "TensorBoardScalars",
     "adapter_card",
+    "from_lora",
     "read_log",
 ]

@@ -19,10 +19,11 @@ from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
-from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of, find_gated_layers
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
+from peftkernels.allocation.sharding import check_not_sharded_since, find_shards
 from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_snapshot
 from peftkernels.allocation.state import pack_state, unpack_state
 from peftkernels.allocation.statistics import Statistics
@@ -122,16 +123,21 @@ class BudgetAllocator:
         self.settings = settings
         self.strategy = strategy
         self._impl = impl
-        self._layers = find_gated_layers(model)
+        found = find_gated_layers(model)
+        self._sharded = find_shards(found)
+        self._layers: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.layers
+        self._own: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.own
+        if settings.capturable and self._sharded is not None:
+            raise ValueError("capturable: found True for layers that are sharded over processes, expected False")
         shapes = {
             name: (layer.lora_E.shape[0], layer.lora_B.shape[0], layer.lora_A.shape[1])
-            for name, layer in self._layers.items()
+            for name, layer in self._own.items()
         }
         shares = settings.share_out(shapes, costs)
-        device = common_device(self._layers)
-        kernels = kernels_for(device, Statistics.dtype_of(self._layers), impl)
-        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget)
-        self.masks = RankMasks(self._layers, kernels)
+        device = common_device(self._own)
+        kernels = kernels_for(device, Statistics.dtype_of(self._own), impl)
+        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget, sharded=self._sharded)
+        self.masks = RankMasks(self._layers, kernels, self._sharded)
         strategy.begin(self.statistics)
         self._released = False
         self._decision: Decision | None = None
@@ -143,18 +149,22 @@ class BudgetAllocator:
         self._callbacks: list[Callable[[BudgetAllocator], None]] = []
         self._handle: RemovableHandle | None = None
         self._optimizer: Optimizer | None = None
-        self._watch = IdleWatch(self._layers)
+        self._watch = IdleWatch(self._own)
         self._warned: set[str] = set()
+        self._forget_whole()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run after every `optimizer.step()` from now on, until `detach`.
 
-        Raises RuntimeError when attached already, TypeError for anything but an optimizer, and ValueError, naming
-        them, where lora_A, lora_B or lora_E of a layer are not among the optimizer's parameters.
+        Raises RuntimeError when attached already or when the layers were sharded since the allocator was made,
+        TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a layer
+        are not among the optimizer's parameters.
         """
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
-        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._layers)
+        if self._sharded is None:
+            check_not_sharded_since(self._own)
+        self._handle, self._optimizer = run_after_step(optimizer, self._after_optimizer_step, self._own)
 
     def detach(self) -> None:
         """Undo `attach`; does nothing when not attached."""
@@ -177,9 +187,12 @@ class BudgetAllocator:
         layers). `add_regularization_gradient` does the same for less.
         """
         self._warn_if_idle()
+        if self.settings.orth_reg_weight == 0:
+            return torch.zeros((), device=self.masks.device)
+        layers, sharded = self._layers.values(), self._sharded
         return orthogonality(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+            factors_of(layers, "lora_A") if sharded is None else sharded.differentiable("lora_A"),
+            factors_of(layers, "lora_B") if sharded is None else sharded.differentiable("lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             self._impl,
@@ -199,14 +212,22 @@ class BudgetAllocator:
         it is None, and factors that do not require a gradient are left alone.
         """
         self._warn_if_idle()
-        return add_orthogonality_gradient(
-            [layer.lora_A for layer in self._layers.values()],
-            [layer.lora_B for layer in self._layers.values()],
+        if self.settings.orth_reg_weight == 0:
+            return torch.zeros((), device=self.masks.device)
+        self._forget_whole()
+        term = add_orthogonality_gradient(
+            factors_of(self._layers.values(), "lora_A"),
+            factors_of(self._layers.values(), "lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
             scale,
             self.statistics.kernels,
         )
+        if self._sharded is not None:
+            self._sharded.store_gradients("lora_A")
+            self._sharded.store_gradients("lora_B")
+            self._forget_whole()
+        return term
 
     def step(self, step: int | None = None) -> None:
         """Advance to optimizer step `step` (the next one when None), for loops without an optimizer hook.
@@ -240,6 +261,8 @@ class BudgetAllocator:
             raise ValueError(f"name: found {name!r}, expected one of {', '.join(list(self._layers)[:6])}, …")
         if name in self.masks.frozen:
             return
+        self.masks.check_writable()
+        self._forget_whole()
         self.masks.freeze((*self.masks.frozen, name))
         if drop:
             self.masks.drop(name)
@@ -277,6 +300,11 @@ class BudgetAllocator:
     def optimizer(self) -> Optimizer | None:
         """The optimizer the allocator is attached to."""
         return self._optimizer
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the layers' factors are sharded over processes, as FSDP2 does it."""
+        return self._sharded is not None
 
     @property
     def released(self) -> bool:
@@ -353,8 +381,8 @@ class BudgetAllocator:
         if self._on_device is not None:
             self._on_device.set(facts["step"], facts["skipped_steps"], 0 if decision is None else decision.step)
         self._decision = None if decision is None else decision.to(self.masks.device)
-        self.masks.freeze(facts["frozen"])
-        self.masks.keep.copy_(keep)
+        self._forget_whole()
+        self.masks.restore(keep, facts["frozen"])
         self._write_states(mask=not facts["all_active"])
         self._watch.reset()
 
@@ -382,6 +410,8 @@ class BudgetAllocator:
             self._on_device.step.fill_(step - 1)
             self._advance_on_device(None)
             return
+        self.masks.check_writable()
+        self._forget_whole()
         self._follow_device()
         self.statistics.begin_step()
         last = self.settings.last_allocation
@@ -402,6 +432,7 @@ class BudgetAllocator:
             self._write_states(mask=True)
         self._step = step
         self._watch.reset()
+        self._forget_whole()
         if self._observers and self.statistics.loss is not None:
             self._notify("loss", {"value": float(self.statistics.loss)})
         for callback in self._callbacks:
@@ -427,7 +458,7 @@ class BudgetAllocator:
 
     def _update(self, step: int) -> None:
         bus = self.statistics
-        if not any(getattr(layer, factor).grad is not None for layer in self._layers.values() for factor in FACTORS):
+        if not any(getattr(layer, factor).grad is not None for layer in self._own.values() for factor in FACTORS):
             raise RuntimeError(
                 "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
                 "optimizer.step(), before the gradients are cleared"
@@ -471,9 +502,14 @@ class BudgetAllocator:
         compact = self._released and self.settings.compact
         return self.masks.living(dead=compact) if compact or self.masks.frozen else None
 
+    def _forget_whole(self) -> None:
+        """Factors that were gathered from shards may have changed since, or are not needed any more."""
+        if self._sharded is not None:
+            self._sharded.forget()
+
     def _follow_device(self) -> None:
         """The layers may have been moved since the last step."""
-        device = common_device(self._layers)
+        device = common_device(self._own)
         if self.masks.device == device:
             return
         kernels = kernels_for(device, self.statistics.dtype, self._impl)

@@ -61,7 +61,7 @@ def run_facts(allocator: BudgetAllocator) -> dict[str, Any]:
                 "group": group_of[index],
                 "cost": bus.shares.costs[index],
             }
-            for index, (name, layer) in enumerate(zip(bus.names, bus.layers, strict=True))
+            for index, (name, layer) in enumerate(allocator.masks.own.items())
         ],
         "unit": bus.shares.unit,
         "step": allocator.steps,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 
 
 def run_after_step(
@@ -81,4 +81,4 @@ class IdleWatch:
         return self._movements >= 3
 
     def _read(self) -> list[int]:
-        return [layer.lora_E._version for layer in self._layers]
+        return [gate._version for gate in factors_of(self._layers, "lora_E")]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
+from peftkernels.allocation.sharding import ShardedFactors
 from peftkernels.rank_plan import RankPlan, RankState
 
 
@@ -18,18 +19,29 @@ class RankMasks:
     keep        bool (Σ r,), layers in model order: the last mask
     frozen      names of the layers that no longer train
     all_active  whether the plans say ACTIVE everywhere (but in frozen layers), as between two masks
+    changes     how often the states of ranks may have changed: who reads them from the device need not read again
+                while it stays the same (where the allocator is not captured in a graph)
+
+    layers      the layers, with whole factors
+    own         the same layers with the parameters that the optimizer trains: shards, where processes share them out
     """
 
-    def __init__(self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels) -> None:
+    def __init__(
+        self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels, sharded: ShardedFactors | None = None
+    ) -> None:
         self.layers = dict(layers)
-        self.ranks = {name: layer.lora_E.shape[0] for name, layer in layers.items()}
+        self.own: Mapping[str, GatedLayer] = self.layers if sharded is None else sharded.own
+        self._sharded = sharded
+        self.ranks = {name: layer.lora_E.shape[0] for name, layer in self.own.items()}
         self.layout = FactorLayout.of(
-            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in layers.values()]
+            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in self.own.values()]
         )
         self.kernels = kernels
-        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(layers))
+        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(self.own))
         self.frozen: tuple[str, ...] = ()
         self._frozen_ranks = torch.zeros_like(self.keep)
+        self.changes = 0
+        self._masked: RankState | None = None
         # Layers may come with states of an earlier run.
         self.write_all_active()
 
@@ -45,7 +57,13 @@ class RankMasks:
 
     def gates(self) -> list[Tensor]:
         """lora_E of every layer."""
-        return [layer.lora_E for layer in self.layers.values()]
+        return factors_of(self.layers.values(), "lora_E")
+
+    def fresh_gates(self) -> list[Tensor]:
+        """lora_E of every layer as it is now; collective where the factors are sharded over processes."""
+        if self._sharded is not None:
+            self._sharded.forget()
+        return self.gates()
 
     def plans(self) -> list[RankPlan]:
         """The rank plan of every layer, over the layer's own tensors."""
@@ -66,24 +84,36 @@ class RankMasks:
     def take(self, keep: Tensor) -> None:
         """The ranks that a decision keeps; those of frozen layers stay as they are."""
         self.keep = torch.where(self._frozen_ranks, self.keep, keep) if self.frozen else keep
+        self.changes += 1
+
+    def restore(self, keep: Tensor, frozen: Sequence[str]) -> None:
+        """Take over a saved mask and the layers that were frozen."""
+        self.freeze(frozen)
+        self.keep.copy_(keep)
+        self.changes += 1
+
+    def check_writable(self) -> None:
+        """Raise RuntimeError where the layers' own gates cannot be written now: see `ShardedFactors`."""
+        if self._sharded is not None:
+            self._sharded.check_writable()
 
     def write_masked(self, masked: RankState, mask_now: Tensor | None = None) -> None:
         """Gates outside the mask become zero and their ranks `masked`; see `AllocationKernels.apply` for mask_now."""
         self.kernels.apply(self.layout, self.keep, self.gates(), self.plans(), int(masked), mask_now)
         self._write_frozen()
-        self.all_active = False
+        self._written(masked)
 
     def write_all_active(self) -> None:
         """Every rank becomes ACTIVE; gates stay as they are."""
         everything = torch.ones_like(self.keep)
         self.kernels.apply(self.layout, everything, self.gates(), self.plans(), int(RankState.PROBE))
         self._write_frozen()
-        self.all_active = True
+        self._written(None)
 
     def freeze(self, names: Sequence[str]) -> None:
         """Make these layers the frozen ones: no factor of theirs requires grad. Layers that were frozen and are not
         among them train again."""
-        for name, layer in self.layers.items():
+        for name, layer in self.own.items():
             now = name in names
             if now != (name in self.frozen):
                 for factor in FACTORS:
@@ -92,6 +122,7 @@ class RankMasks:
                     if now:
                         parameter.grad = None
         self.frozen = tuple(names)
+        self.changes += 1
         parts = [torch.full((rank,), name in names) for name, rank in self.ranks.items()]
         self._frozen_ranks = torch.cat(parts).to(self.device)
 
@@ -100,6 +131,7 @@ class RankMasks:
         parts = self.keep.split(list(self.ranks.values()))
         own = zip(self.ranks, parts, strict=True)
         self.keep = torch.cat([torch.zeros_like(part) if layer == name else part for layer, part in own])
+        self.changes += 1
 
     def living(self, *, dead: bool) -> tuple[Tensor, ...]:
         """For each layer which of its ranks are not DEAD, bool (r,); dead: whether every masked rank is."""
@@ -112,7 +144,18 @@ class RankMasks:
         """The mask of each layer, bool (r,)."""
         return self.keep.split(list(self.ranks.values()))
 
+    def _written(self, masked: RankState | None) -> None:
+        """States and gates of all layers are written; masked: None for all ranks ACTIVE."""
+        if self._sharded is not None:
+            self._sharded.store_gates()
+        if masked is not self._masked:
+            self._masked = masked
+            self.changes += 1
+        self.all_active = masked is None
+
     def _write_frozen(self) -> None:
+        if not self.frozen:
+            return
         for (name, layer), keep in zip(self.layers.items(), self.by_layer(), strict=True):
             if name in self.frozen:
                 states = torch.where(keep, int(RankState.ACTIVE), int(RankState.DEAD)).to(torch.uint8)
@@ -123,7 +166,8 @@ class RankMasks:
 
 def common_device(layers: Mapping[str, GatedLayer]) -> torch.device:
     """The device of all layers; raises ValueError where they are on several."""
-    devices = {layer.lora_E.device: name for name, layer in layers.items()}
+    gates = factors_of(layers.values(), "lora_E")
+    devices = {gate.device: name for name, gate in zip(layers, gates, strict=True)}
     if len(devices) > 1:
         found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"layers: found {found}, expected all of them on one device")

@@ -52,11 +52,13 @@ def add_orthogonality_gradient(
         return torch.zeros((), device=lora_A[0].device)
     targets = []
     for factor in (*lora_A, *lora_B):
-        if factor.requires_grad and factor.grad is None:
-            factor.grad = torch.zeros_like(factor)
-        # What is added to a factor that is not trained goes nowhere.
-        own = factor.grad if factor.requires_grad else None
-        targets.append(torch.zeros_like(factor) if own is None else own)
+        target = factor.grad
+        if not factor.requires_grad:
+            # What is added to a factor that is not trained goes nowhere.
+            target = torch.zeros_like(factor)
+        elif target is None:
+            factor.grad = target = torch.zeros_like(factor)
+        targets.append(target)
     return kernels.orthogonality(lora_A, lora_B, weight, keep, targets, scale)[0]
 
 
@@ -76,7 +78,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 class _OrthogonalityTerm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor) -> Tensor:
-        kernels = kernels_for(factors[0].device, factors[0].dtype, impl)
+        kernels = kernels_for(factors[0].device, torch.promote_types(factors[0].dtype, torch.float32), impl)
         needs = any(ctx.needs_input_grad[_OTHER_ARGUMENTS:])
         term, gradients = kernels.orthogonality(factors[:n], factors[n:], weight, keep, gradients=needs)
         ctx.save_for_backward(*(gradients or ()), *factors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import FactorLayout, kernels_for
-from peftkernels.allocation.protocol import FACTORS, GatedLayer
+from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ScoreAverages:
         self._uncertainty = torch.zeros_like(self._sensitivity)
 
     def _factors(self) -> list[Tensor]:
-        return [getattr(layer, factor) for layer in self._layers for factor in FACTORS]
+        return factors_of(self._layers, *FACTORS)
 
     def update(self, skip: Tensor | None = None) -> ScoreUpdate:
         """Take in the factors and their gradients as they are now; a missing gradient counts as zero.

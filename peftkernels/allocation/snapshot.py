@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.protocol import FACTORS
+from peftkernels.allocation.sharding import local_part
 from peftkernels.allocation.state import check_state, unpack_state
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Snapshot:
     """A moment of an allocator, the adapters it decides on and the optimizer's moments of them; all copies.
 
     step     optimizer steps made until then
+    factors  of every layer in order; where they are sharded over processes, each process's own part
     moments  for every factor in order its optimizer state by name; None where no optimizer was attached
     """
 
@@ -34,9 +36,8 @@ def take_snapshot(allocator: BudgetAllocator) -> Snapshot:
     parameters = _parameters(allocator)
     optimizer = allocator.optimizer
     moments = None if optimizer is None else tuple(_copied(optimizer.state.get(p, {})) for p in parameters)
-    return Snapshot(
-        allocator.steps, allocator.state_dict(), tuple(parameter.detach().clone() for parameter in parameters), moments
-    )
+    factors = tuple(local_part(parameter).clone() for parameter in parameters)
+    return Snapshot(allocator.steps, allocator.state_dict(), factors, moments)
 
 
 @torch.no_grad()
@@ -45,8 +46,9 @@ def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
     if not isinstance(token, Snapshot):
         raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
     check_state(allocator, token.state)
+    allocator.masks.check_writable()
     parameters = _parameters(allocator)
-    torch._foreach_copy_(parameters, list(token.factors))
+    torch._foreach_copy_([local_part(parameter) for parameter in parameters], list(token.factors))
     optimizer = allocator.optimizer
     if optimizer is not None and token.moments is not None:
         for parameter, moments in zip(parameters, token.moments, strict=True):
@@ -55,7 +57,7 @@ def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
 
 
 def _parameters(allocator: BudgetAllocator) -> list[Tensor]:
-    return [getattr(layer, factor) for layer in allocator.masks.layers.values() for factor in FACTORS]
+    return [getattr(layer, factor) for layer in allocator.masks.own.values() for factor in FACTORS]
 
 
 def _copied(moments: dict[str, Any]) -> dict[str, Any]:

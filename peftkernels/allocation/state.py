@@ -70,6 +70,7 @@ def unpack_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> Non
     """Write a state into the allocator and the layers' rank plans. Raises ValueError, before any change, where it
     belongs to another allocator."""
     facts = check_state(allocator, state)
+    allocator.masks.check_writable()
     strategy, bus = allocator.strategy, allocator.statistics
     tensors = {name.removeprefix(_STRATEGY): part for name, part in state.items() if name.startswith(_STRATEGY)}
     if not facts["released"]:

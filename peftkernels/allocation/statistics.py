@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkernels.allocation.budgets import Shares
 from peftkernels.allocation.protocol import FACTORS, GatedLayer
 from peftkernels.allocation.selection import select_under_cost
+from peftkernels.allocation.sharding import ShardedFactors
 
 if TYPE_CHECKING:
     from peftkernels.allocation.kernels import AllocationKernels
@@ -30,14 +31,25 @@ class Statistics:
     loss           the mean of the losses given to the allocator for this step, 0-dim, detached; None without any
     skip           None, or a 0-dim bool tensor: True asks every statistic to stay as it is
     finite         None, or a 0-dim bool tensor: whether the step's statistics were finite, set by `smooth_`
+
+    Where factors are sharded over processes, `layers` have whole ones, gathered when they are looked at: strategies
+    need not know.
     """
 
     def __init__(
-        self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels, shares: Shares, *, exact: bool
+        self,
+        layers: Mapping[str, GatedLayer],
+        kernels: AllocationKernels,
+        shares: Shares,
+        *,
+        exact: bool,
+        sharded: ShardedFactors | None = None,
     ) -> None:
+        # Asking a whole factor for its dtype would gather it.
+        self._own: Mapping[str, GatedLayer] = layers if sharded is None else sharded.own
         self.names = list(layers)
         self.layers = list(layers.values())
-        self.ranks = [layer.lora_E.shape[0] for layer in self.layers]
+        self.ranks = [layer.lora_E.shape[0] for layer in self._own.values()]
         self.kernels = kernels
         self.shares = shares
         self.loss: Tensor | None = None
@@ -67,11 +79,11 @@ class Statistics:
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].lora_E.device
+        return next(iter(self._own.values())).lora_E.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dtype_of(dict(zip(self.names, self.layers, strict=True)))
+        return self.dtype_of(self._own)
 
     @staticmethod
     def dtype_of(layers: Mapping[str, GatedLayer]) -> torch.dtype:
@@ -206,4 +218,5 @@ class Statistics:
         return torch.cat([part.reshape(-1) for part in parts]).to(self.dtype)
 
     def _norms(self, factors: Sequence[Tensor], dim: int) -> Tensor:
-        return torch.cat([torch.linalg.vector_norm(factor, dim=dim, dtype=self.dtype) for factor in factors])
+        dtype = self.dtype
+        return torch.cat([torch.linalg.vector_norm(factor, dim=dim, dtype=dtype) for factor in factors])

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from peftkernels import __version__
 from peftkernels.cli import bench
+from peftkernels.cli.demo.compare import options as comparison
+from peftkernels.cli.demo.compare.options import ComparisonOptions
 from peftkernels.cli.demo.options import DEFAULT_OUT, QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options, parse_runs
 from peftkernels.cli.demo.recipe import RUN_NAMES
 from peftkernels.cli.report import command as report
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+_NOT_OF_THE_DEMO = ("command", "allocators", "seeds", "jobs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,16 +103,29 @@ written to --out:
                           what was decided about ranks: peftkernels report DIR shows it
   training.pt             checkpoint of the training in progress
 
+by --allocators:
+  comparison.json, comparison.png
+                          every figure; accuracies with intervals, and accuracy against live ranks
+  runs/TRAINING.json      each training of tuning, comparison and sensitivity: --resume repeats none of them
+
 exit codes: 0 done, 1 peftkernels and peft do not agree, 2 wrong input, 130 interrupted (continue with --resume)
 """
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of {QUICK_TOKENS} tokens, few timings")
-    demo.add_argument("--steps", type=_at_least(2), metavar="N", help=f"optimizer steps a run (default {STEPS})")
+    demo.add_argument(
+        "--steps",
+        type=_at_least(2),
+        metavar="N",
+        help=f"optimizer steps a run (default {STEPS}; in a comparison {comparison.STEPS})",
+    )
     demo.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="texts a step (default 32)")
     demo.add_argument(
-        "--max-tokens", type=_at_least(4), metavar="N", help=f"tokens kept of each text (default {TOKENS})"
+        "--max-tokens",
+        type=_at_least(4),
+        metavar="N",
+        help=f"tokens kept of each text (default {TOKENS}; in a comparison {comparison.TOKENS})",
     )
     demo.add_argument(
         "--seed", type=_at_least(0), default=0, metavar="N", help="draws split, batches and initial weights (default 0)"
@@ -127,10 +143,36 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--data", type=Path, metavar="FILE", help='texts of yours: JSON Lines of {"text": "...", "label": "..."}'
     )
-    demo.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"output (default ./{DEFAULT_OUT})")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"output (default ./{DEFAULT_OUT}; of a comparison ./{comparison.DEFAULT_OUT})",
+    )
     demo.add_argument("--resume", action="store_true", help="continue the demo in --out that was interrupted or killed")
-    demo.add_argument("--threads", type=_at_least(1), metavar="N", help="processor threads (default: PyTorch's choice)")
-    demo.add_argument("--json", action="store_true", help="print the content of results.json instead of the table")
+    demo.add_argument(
+        "--threads",
+        type=_at_least(1),
+        metavar="N",
+        help=f"processor threads (default: PyTorch's choice; in a comparison {comparison.THREADS} for each training)",
+    )
+    demo.add_argument("--json", action="store_true", help="print the content of the results file instead of the table")
+    compare = demo.add_argument_group("comparison of rank-allocation strategies")
+    compare.add_argument(
+        "--allocators",
+        type=_names,
+        metavar="LIST",
+        help="instead of the demo: compare these strategies, or all, with fixed-rank LoRA at equal budget",
+    )
+    compare.add_argument(
+        "--seeds",
+        type=_at_least(1),
+        metavar="N",
+        help=f"seeds of the comparison, from --seed on (default {comparison.SEEDS})",
+    )
+    compare.add_argument(
+        "--jobs", type=_at_least(1), metavar="K", help="trainings side by side (default: processors by --threads)"
+    )
 
 
 def _add_report(command: argparse.ArgumentParser) -> None:
@@ -159,15 +201,59 @@ def _runs(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _demo_options(chosen: argparse.Namespace) -> Options:
+    """What a demo and a comparison both need, with the defaults of the one that was asked for."""
+    if chosen.allocators is None:
+        (steps, tokens), out = ((QUICK_STEPS, QUICK_TOKENS) if chosen.quick else (STEPS, TOKENS)), DEFAULT_OUT
+    else:
+        usual = (comparison.QUICK_STEPS, comparison.QUICK_TOKENS), (comparison.STEPS, comparison.TOKENS)
+        (steps, tokens), out = usual[0 if chosen.quick else 1], comparison.DEFAULT_OUT
+    values = {name: value for name, value in vars(chosen).items() if name not in _NOT_OF_THE_DEMO}
+    return Options(
+        **{
+            **values,
+            "steps": chosen.steps or steps,
+            "max_tokens": chosen.max_tokens or tokens,
+            "out": chosen.out or out,
+        }
+    )
+
+
+def _comparison_options(chosen: argparse.Namespace, demo: Options) -> ComparisonOptions:
+    threads = chosen.threads or comparison.THREADS
+    return ComparisonOptions(
+        allocators=chosen.allocators,
+        demo=demo,
+        seeds=chosen.seeds or (comparison.QUICK_SEEDS if chosen.quick else comparison.SEEDS),
+        jobs=chosen.jobs or max(1, (os.cpu_count() or 1) // threads),
+        threads=threads,
+    )
+
+
+def _misplaced(chosen: argparse.Namespace) -> str | None:
+    """An option that means nothing beside the others, None without one."""
+    if chosen.allocators is None:
+        given = next((name for name in ("seeds", "jobs") if getattr(chosen, name) is not None), None)
+        return None if given is None else f"--{given}: belongs to a comparison; expected --allocators beside it"
+    if chosen.runs is not None or chosen.no_peft:
+        given = "--runs" if chosen.runs is not None else "--no-peft"
+        return f"{given}: belongs to the demo; expected it without --allocators"
+    return None
+
+
 def _demo(chosen: argparse.Namespace) -> int:
     from peftkernels.cli.demo.errors import InputError
     from peftkernels.cli.demo.requirements import missing_packages
 
-    steps = chosen.steps or (QUICK_STEPS if chosen.quick else STEPS)
-    max_tokens = chosen.max_tokens or (QUICK_TOKENS if chosen.quick else TOKENS)
-    values = {**vars(chosen), "steps": steps, "max_tokens": max_tokens}
-    del values["command"]
-    options = Options(**values)
+    misplaced = _misplaced(chosen)
+    if misplaced is not None:
+        print(f"peftkernels demo: error: {misplaced}", file=sys.stderr)
+        return EXIT_USAGE
+    options = _demo_options(chosen)
     missing = missing_packages(options)
     if missing:
         print(
@@ -178,14 +264,18 @@ def _demo(chosen: argparse.Namespace) -> int:
         return EXIT_USAGE
     # Before the first import of transformers: nothing may be looked up on the network, nothing drawn over the bars.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    from peftkernels.cli.demo.job import run_demo
-
     try:
+        if chosen.allocators is not None:
+            from peftkernels.cli.demo.compare.job import run_comparison
+
+            return run_comparison(_comparison_options(chosen, options))
+        from peftkernels.cli.demo.job import run_demo
+
         return run_demo(options)
     except InputError as error:
         print(f"peftkernels demo: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        again = "" if options.out == DEFAULT_OUT else f" --out {options.out}"
+        again = "" if chosen.out is None else f" --out {options.out}"
         print(f"\ninterrupted; continue with the same options and --resume{again}", file=sys.stderr)
         return EXIT_INTERRUPTED

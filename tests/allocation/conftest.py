@@ -1,5 +1,8 @@
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU, served
+
+from peftkernels.allocation.kernels import AllocationKernels
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +12,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[name for name in ON_THE_CPU if name != "plain"])
+def kernels(request: pytest.FixtureRequest) -> AllocationKernels:
+    """Every implementation but the one that the others must equal."""
+    return served(request.param)

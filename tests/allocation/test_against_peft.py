@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_problems import ON_THE_CPU
 from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora, trainable
 
 from peftkernels.allocation import AdaLoraAllocator
+from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.schedule import CubicSchedule
 
 CONFIGS = {
@@ -33,17 +35,29 @@ def _record_scores(rank_allocator: Any) -> list[torch.Tensor]:
     return scores
 
 
+def _refusal(impl: str) -> str | None:
+    try:
+        kernels_for(torch.device("cpu"), torch.float32, impl)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool) -> None:
+def test_200_steps_equal_peft_to_the_bit(name: str, ties: bool, impl: str) -> None:
     """From identical parameters and gradients, masks, gates, scores and averages are identical after every step."""
+    if (reason := _refusal(impl)) is not None:
+        pytest.skip(reason)
     config = CONFIGS[name]
     torch.manual_seed(list(CONFIGS).index(name))
     model = adapt(Base(), r=6)
     layers = {layer: model.get_submodule(layer) for layer in NAMES}
     reference = peft_adalora(Base(), init_r=6, **config)
     copy_factors(layers, reference)
-    allocator = AdaLoraAllocator(model, **config)
+    allocator = AdaLoraAllocator(model, impl=impl, **config)
+    assert allocator.statistics.kernels.name == allocator.masks.kernels.name == impl
     theirs = reference.base_model.rankallocator
     their_scores = _record_scores(theirs)
     decisions = 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import adapter_layers
+from kernel_problems import ON_THE_CPU
+from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.backends import cpu_allocation
 
 SHAPES_A = ((4, 9), (4, 9), (3, 7), (1, 5), (0, 6), (5, 3))
 
@@ -151,3 +153,67 @@ def test_allocator_term_has_weight_and_zero_weight_is_free() -> None:
     assert zero.shape == ()
     assert zero.item() == 0
     assert not zero.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_added_gradient_equals_the_one_autograd_gives(dtype: torch.dtype) -> None:
+    """On top of what is there, and where there is nothing; a factor that is not trained is left alone."""
+    torch.manual_seed(7)
+    layers = adapter_layers((8, 9), (10, 9), dtype=dtype)
+    factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B)]
+    allocator = AdaLoraAllocator(layers, total_step=10, target_r=2, orth_reg_weight=0.3)
+    layers["layer1"].lora_B.requires_grad_(False)
+    factors[0].grad = torch.randn_like(factors[0])
+    start = [None if factor.grad is None else factor.grad.clone() for factor in factors]
+    term = allocator.add_regularization_gradient(scale=8.0)
+    assert not term.requires_grad
+    added = [factor.grad for factor in factors]
+    for factor, gradient in zip(factors, start, strict=True):
+        factor.grad = gradient
+    through_autograd = allocator.regularization()
+    (8.0 * through_autograd).backward()
+    torch.testing.assert_close(term, through_autograd.detach())
+    for gradient, factor in zip(added, factors, strict=True):
+        assert (gradient is None) == (factor.grad is None) == (not factor.requires_grad)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, factor.grad)
+    assert all(layer.lora_E.grad is None for layer in layers.values())
+
+
+def test_added_gradient_with_weight_zero_touches_nothing() -> None:
+    layers = adapter_layers((8, 9))
+    allocator = AdaLoraAllocator(layers, total_step=10, target_r=2, orth_reg_weight=0)
+    assert allocator.add_regularization_gradient().item() == 0
+    assert layers["layer0"].lora_A.grad is None
+
+
+def test_added_gradient_leaves_dead_ranks_alone() -> None:
+    torch.manual_seed(8)
+    layers = adapter_layers((8, 9), (10, 9))
+    allocator = AdaLoraAllocator(layers, total_step=6, target_r=2, compact=True)
+    for _ in range(6):
+        draw_gradients(layers)
+        allocator.step()
+    pattern = allocator.rank_pattern()
+    for layer in layers.values():
+        layer.lora_A.grad = layer.lora_B.grad = None
+    torch.testing.assert_close(allocator.add_regularization_gradient(), allocator.regularization().detach())
+    for name, layer in layers.items():
+        kept = torch.tensor(pattern[name])
+        assert 0 < int(kept.sum()) < 6
+        assert not layer.lora_A.grad[~kept].any() and layer.lora_A.grad[kept].all()
+        assert not layer.lora_B.grad[:, ~kept].any() and layer.lora_B.grad[:, kept].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("impl", ON_THE_CPU)
+def test_a_named_implementation_serves_every_dtype(impl: str, dtype: torch.dtype) -> None:
+    if impl == "cpu" and (reason := cpu_allocation.refusal(torch.device("cpu"), torch.float32)) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(9)
+    lora_A, lora_B = _factors(dtype)
+    ours = orthogonality(lora_A, lora_B, 1.0, impl=impl)
+    ours.backward()
+    exact = _peft_formula([a.double() for a in lora_A], [b.double() for b in lora_B], 1.0)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
+    assert all(factor.grad is not None and factor.grad.dtype == dtype for factor in lora_A + lora_B)

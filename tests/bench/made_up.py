@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from peftkernels.bench import lineup, results
 from peftkernels.bench.cases import Case
@@ -26,3 +27,58 @@ def measured(case: Case, ours: float = 0.5, peers: float = 1.25, disturbed: bool
 def rows(cases: Iterable[Case], ours: float = 0.5) -> list[Row]:
     """The rows of `measured` for each case."""
     return [row for case in cases for row in measured(case, ours).rows]
+
+
+def comparison() -> dict[str, Any]:
+    """A comparison.json of the baseline, a strategy that is worse than it, and one that is not."""
+
+    def interval(mean: float, half: float) -> dict[str, Any]:
+        return {"mean": mean, "low": mean - half, "high": mean + half, "count": 2}
+
+    def row(accuracy: float, difference: dict[str, Any] | None) -> dict[str, Any]:
+        seeds = [{"seed": seed, "accuracy": accuracy + 0.01 * seed} for seed in (0, 1)]
+        step = {"step_milliseconds": 300.0, "step_ratio": 0.93, "step_ratio_p25": 0.92, "step_ratio_p75": 0.95}
+        ranks = {"live_ranks": 72, "total_ranks": 216, "live_parameters": 1000, "trainable_parameters": 3000}
+        return {
+            "chooses": difference is not None,
+            "accuracy": interval(accuracy, 0.02),
+            "difference": difference,
+            "difference_to_uniform": None,
+            "loss_level": 1.84,
+            "steps_to_level": 40.0,
+            "reached_level": 1,
+            "mean_loss": interval(1.5, 0.1),
+            "by_seed": seeds,
+            **ranks,
+            **step,
+        }
+
+    names = ("fixed", "lagging", "equal")
+    rows = (row(0.7, None), row(0.6, interval(-0.1, 0.02)), row(0.7, interval(0.0, 0.02)))
+    points = [
+        {"target_rank": rank, "delta_t": delta, "live_ranks": 36 * rank, "accuracy": 0.5 + 0.1 * rank}
+        for rank in (1, 2)
+        for delta in (1, 5)
+    ]
+    sensitivity = {"seeds": 1, "points": points, "range_over_target_rank": 0.1, "range_over_delta_t": 0.0}
+    tuned = {"trials": [{}] * 6, "chosen": {"learning_rate": 3e-3, "scale": 8.0}, "at_edge": []}
+    return {
+        "date": "2026-01-02T03:04:05",
+        "versions": {"torch": "2.13.0"},
+        "machine": {"processor": "a processor", "system": "kept out"},
+        "arguments": {"--steps": 100, "--batch-size": 32, "--max-tokens": 32, "--threads": 1},
+        "seeds": [0, 1],
+        "design": {"initial_rank": 6, "target_rank": 2, "delta_t": 1, "tuning_seeds": [1000]},
+        "data": {"labels": ["a", "b"], "training_texts": 80, "test_texts": 20},
+        "tuning": dict.fromkeys(names, tuned),
+        "contestants": dict(zip(names, rows, strict=True)),
+        "sensitivity": dict.fromkeys(names, sensitivity),
+        "timing": {
+            "contestants": {"frozen": {"milliseconds": 320.0}},
+            "rounds": 12,
+            "discarded": 1,
+            "disturbed": False,
+            "threads": 2,
+        },
+        "trainings": {"count": 20, "processor_seconds": 7200.0},
+    }

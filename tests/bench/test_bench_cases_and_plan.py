@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from peftkernels.bench import cases, lineup, plan, roofline
-from peftkernels.bench.cases import ALLOCATOR, BACKWARD, DEAD, FORWARD, GROUPS, PROBE, Case, all_cases, select
+from peftkernels.bench.cases import (
+    ALLOCATOR,
+    BACKWARD,
+    DEAD,
+    FORWARD,
+    GROUPS,
+    ORTHOGONALITY,
+    PROBE,
+    STRATEGIES,
+    Case,
+    all_cases,
+    select,
+)
 from peftkernels.bench.roofline import Peaks
 
 
@@ -29,6 +41,11 @@ def test_ids_are_unique() -> None:
         ),
         (cases.training_case("llama", 512, 56), "training/llama/M512/56-modules"),
         (Case(ALLOCATOR, K=768, N=768, r=12, modules=36), "allocator/36-modules/768x768/r12"),
+        (Case(STRATEGIES, K=768, N=768, r=12, modules=36), "strategies/36-modules/768x768/r12"),
+        (
+            Case(ALLOCATOR, ORTHOGONALITY, K=768, N=768, r=12, modules=56),
+            "allocator+orthogonality/56-modules/768x768/r12",
+        ),
     ],
 )
 def test_ids_are_stable(case: Case, expected: str) -> None:
@@ -50,6 +67,7 @@ def test_single_factors_cover_what_they_vary() -> None:
         (share, masking) for share in (50, 25, 0) for masking in (PROBE, DEAD)
     } | {(100, PROBE)}
     assert {c.modules for c in GROUPS["allocator"]} == {36, 56, 72, 224}
+    assert {c.modules for c in GROUPS["allocator+orthogonality"]} == {56, 72, 224}
     assert {c.model for c in GROUPS["training"]} == {"minilm", "llama"}
     assert all(lineup.HALF_RANK in lineup.contestants(c) for c in GROUPS["half-dead"])
     assert all(lineup.NO_DROPOUT in lineup.contestants(c) for c in GROUPS["dropout"])
@@ -60,7 +78,7 @@ def test_every_case_has_ours_its_baseline_and_a_peer(extent: lineup.Extent) -> N
     for case in all_cases():
         names = lineup.contestants(case, extent)
         assert lineup.ours(case) in names and len(names) == len(set(names)) >= 2
-        assert names[0] == (lineup.PEFT_ALLOCATOR if case.operator == ALLOCATOR else lineup.FROZEN)
+        assert names[0] == (lineup.PEFT_ALLOCATOR if case.operator in (ALLOCATOR, STRATEGIES) else lineup.FROZEN)
         assert any(name.startswith("peft ") for name in names), case.id
 
 

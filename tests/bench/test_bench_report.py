@@ -11,7 +11,7 @@ import pytest
 from peftkernels.bench import readme_tables, report, results
 from peftkernels.bench.cases import GROUPS, all_cases
 
-MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu")
+MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators")
 ROOT = Path(__file__).parents[2]
 DEMO = {
     "date": "2026-01-02T03:04:05",
@@ -78,6 +78,36 @@ def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFi
     before = [p.read_bytes() for p in pictures]
     assert report.main(_arguments(tmp_path)) == 0
     assert [p.read_bytes() for p in pictures] == before
+
+
+def test_a_comparison_of_strategies_is_kept_and_drawn(tmp_path: Path) -> None:
+    results.write(made_up.rows(all_cases(), ours=0.5), tmp_path / "results" / "machine.csv")
+    (tmp_path / "demo.json").write_text(json.dumps(DEMO))
+    (tmp_path / "comparison.json").write_text(json.dumps(made_up.comparison()))
+    demo, comparison = f"--demo={tmp_path / 'demo.json'}", f"--comparison={tmp_path / 'comparison.json'}"
+    assert report.main([*_arguments(tmp_path), demo]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "The comparison of strategies was not run yet." in text
+    assert "One step of rank allocation over 36 modules of 768×768, r = 12:" in text and "| adalora | 1.00 |" in text
+    assert report.main([*_arguments(tmp_path), comparison]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "not run yet" not in text.split("<!-- allocators -->")[1].split("<!-- /allocators -->")[0]
+    assert "| lagging | 0.600 (0.580–0.620) | −10.0 (−12.0 to −8.0) | 300 | 0.93 (0.92–0.95) | 72 / 216 |" in text
+    assert "None of the 2 adaptive strategies beats fixed rank at 72 live ranks." in text
+    assert "Worse than fixed rank at 72 live ranks: lagging −10.0 points (−12.0 to −8.0)." in text
+    assert "| equal | 0.600 | 0.600 | 0.700 | 0.700 | 10.0 | 0.0 |" in text
+    assert "](plots/allocators.png)" in text and "2.0 hours of processor time" in text
+    assert (tmp_path / "plots" / "allocators.png").read_bytes()[:4] == b"\x89PNG"
+    (kept,) = (tmp_path / "results").glob("allocators-*.json")
+    assert "kept out" not in kept.read_text()
+
+
+def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "comparison.json").write_text(json.dumps(DEMO))
+    assert report.main([*_arguments(tmp_path), f"--comparison={tmp_path / 'comparison.json'}"]) == 2
+    assert "cannot be read as a comparison.json" in capsys.readouterr().err
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_a_disturbed_cell_is_marked() -> None:

@@ -135,6 +135,40 @@ def test_allocators_take_the_same_decisions_and_a_difference_is_caught() -> None
         other.verify()
 
 
+def test_strategies_keep_their_budget_and_one_that_does_not_is_caught() -> None:
+    from peftkernels.bench.strategies import StrategyBench
+
+    case = Case("strategies", K=24, N=16, r=4, modules=3)
+    bench = StrategyBench(case)
+    assert list(bench.contestants) == list(lineup.contestants(case))
+    bench.verify()
+    for name in bench.contestants:
+        bench.turn(name, 0, 2)
+    bench._allocators["gate"].statistics.select = lambda scores, step: (scores >= 0, scores[:1])  # type: ignore[method-assign]
+    with pytest.raises(WrongResultError, match=r"gate keeps 12 ranks, expected 6; nothing was timed"):
+        bench.verify()
+
+
+def test_the_orthogonality_terms_agree_and_a_difference_is_caught() -> None:
+    from peftkernels.bench.allocators import AllocatorBench
+
+    case = Case("allocator", "orthogonality", K=24, N=16, r=4, modules=3)
+    bench = AllocatorBench(case)
+    gradient = bench._layers["layer0"].lora_A.grad
+    before = gradient.clone()
+    bench.verify()
+    assert torch.equal(gradient, before)
+    bench.turn(lineup.OURS, 0, 2)
+    assert not torch.equal(gradient, before)
+    theirs = bench._peft.model["layer0"].lora_A["default"].grad.clone()
+    bench.turn(lineup.PEFT_ALLOCATOR, 0, 2)
+    assert not torch.equal(bench._peft.model["layer0"].lora_A["default"].grad, theirs)
+    other = AllocatorBench(case)
+    other._peft.peft_config["default"].orth_reg_weight *= 1.01
+    with pytest.raises(WrongResultError, match="the orthogonality terms differ by"):
+        other.verify()
+
+
 def test_a_measured_case_has_a_row_for_each_contestant() -> None:
     from made_up import ORIGIN
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftkernels.bench import lineup
-from peftkernels.bench.cases import BACKWARD, DEAD, ENQUEUE, FORWARD, GRAPH, Case
+from peftkernels.bench.cases import ALLOCATOR, BACKWARD, DEAD, ENQUEUE, FORWARD, GRAPH, ORTHOGONALITY, Case
 from peftkernels.bench.gpu import budget, cases
 from peftkernels.bench.gpu.budget import Budget
 from peftkernels.bench.gpu.cases import GROUPS, SMOKE, compiles, contestants, full, in_order, select
@@ -81,11 +81,28 @@ def test_everyone_takes_part_where_they_can() -> None:
     compiled = [case for _, case in ORDERED if lineup.COMPILED in contestants(case, compiled=True)]
     assert {(c.K, c.N, c.M) for c in compiled} == {(4096, 4096, 2048), (4096, 4096, 8192)}
     for _, case in [*ORDERED, *in_order(SMOKE)]:
+        if case.operator == ALLOCATOR:
+            continue
         names = contestants(case, compiled=True)
         assert names[0] == lineup.FROZEN and names[-1] == lineup.OURS and len(set(names)) == len(names) >= 4
         # A layer with a gate is no LoRA layer, and bf16 factors are not those of a mixed case.
         assert not (case.masking and {lineup.PEFT_LORA_BF16, lineup.PEFT_LORA_FP32} & set(names))
         assert not (case.dtype == "mixed" and {lineup.PEFT_LORA_BF16, lineup.PEFT_ADALORA_BF16} & set(names))
+
+
+def test_allocators_are_timed_with_their_term_and_without_it() -> None:
+    groups = GROUPS["gpu-allocator"], SMOKE["gpu-allocator"]
+    for group in groups:
+        assert {case.operator for case in group} == {ALLOCATOR} and {case.direction for case in group} == {
+            "",
+            ORTHOGONALITY,
+        }
+        for case in group:
+            assert contestants(case) == (lineup.PEFT_ALLOCATOR, lineup.OURS) and not compiles(case)
+    assert {(case.modules, case.K, case.N, case.r) for case in groups[0]} == {
+        (56, 4096, 4096, 12),
+        (224, 4096, 4096, 12),
+    }
 
 
 def test_cases_are_selected_by_group_and_part() -> None:

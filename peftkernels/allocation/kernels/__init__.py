@@ -10,9 +10,11 @@ from torch import Tensor
 
 from peftkernels.allocation.kernels.layout import FactorLayout
 from peftkernels.allocation.kernels.plain import PlainKernels
+from peftkernels.backends import cpu_allocation
+from peftkernels.backends.triton import allocation as triton_allocation
 from peftkernels.rank_plan import RankPlan
 
-IMPLEMENTATIONS = ("plain",)
+IMPLEMENTATIONS = ("plain", "cpu", "triton")
 
 __all__ = ["IMPLEMENTATIONS", "AllocationKernels", "FactorLayout", "kernels_for"]
 
@@ -103,9 +105,20 @@ class AllocationKernels(Protocol):
 def kernels_for(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> AllocationKernels:
     """The implementation for averages of `dtype` (float32 or float64) on `device`.
 
-    impl: "auto" for the fastest there is, or a name of `IMPLEMENTATIONS`, which is served or refused. Raises ValueError
-    for another name.
+    impl: "auto" for the fastest that can serve, or a name of `IMPLEMENTATIONS`, which is served or refused. Raises
+    ValueError for another name, and RuntimeError where the one that was named cannot serve, saying why.
     """
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl: found {impl!r}, expected one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if impl in ("auto", "cpu"):
+        reason = cpu_allocation.refusal(device, dtype)
+        if reason is None:
+            return cpu_allocation.CpuKernels(PlainKernels().select)
+        if impl == "cpu":
+            raise RuntimeError(f"impl='cpu' cannot run: {reason}")
+    if impl == "triton" or (impl == "auto" and triton_allocation.disadvantage(device, dtype) is None):
+        reason = triton_allocation.refusal(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' cannot run: {reason}")
+        return triton_allocation.kernels()
     return PlainKernels()

@@ -132,6 +132,22 @@ class BudgetSpace:
             },
         )
 
+    def candidate(self, params: Mapping[str, Any]) -> Candidate:
+        """The candidate of a trial's parameters by name, as Optuna and other searchers keep them."""
+        return self.draw(_Fixed(params))
+
+
+class _Fixed:
+    """Suggests what was chosen before."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+
+    def suggest_int(self, name: str, *range_: Any, log: bool = False) -> Any:
+        return self._params[name]
+
+    suggest_float = suggest_categorical = suggest_int
+
 
 def _ends(value: float | Range) -> Range:
     return value if isinstance(value, tuple) else (value, value)

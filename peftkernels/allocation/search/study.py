@@ -204,19 +204,7 @@ class BudgetSearch:
         return made
 
     def _finished(self, trial: optuna.trial.FrozenTrial) -> Finished:
-        return Finished(trial.number, self.space.draw(_Fixed(trial.params)), tuple(trial.values))
-
-
-class _Fixed:
-    """Suggests what a finished trial was given."""
-
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self._params = params
-
-    def suggest_int(self, name: str, *range_: Any, log: bool = False) -> Any:
-        return self._params[name]
-
-    suggest_float = suggest_categorical = suggest_int
+        return Finished(trial.number, self.space.candidate(trial.params), tuple(trial.values))
 
 
 def cost_of_ranks(pattern: Mapping[str, list[bool]], costs: Mapping[str, float]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from peftkernels.backends.triton import columns, decode, dropout, expand, finish, gemm, shrink, single, tiles
+from peftkernels.backends.triton.allocation import shipped as allocation
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant
 from peftkernels.backends.triton.tiles import TMA, Blocks, Tile, blocks_for
@@ -42,6 +43,7 @@ def variants(capability: tuple[int, int]) -> Iterator[Variant]:
         pdl=capability >= (9, 0),
     )  # fmt: skip
     yield from _others(ragged, ragged, blocks_for(ragged.x, False), brief=True)
+    yield from allocation.variants()
 
 
 def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> Iterator[Variant]:

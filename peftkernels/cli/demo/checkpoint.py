@@ -40,6 +40,10 @@ class Store:
         arguments: argument name to JSON value, the ones that decide the bits of the result.
     """
 
+    # The file that says that all is done, and what messages call it all.
+    finished_mark = RESULTS
+    what = "demo"
+
     def __init__(self, directory: Path, arguments: dict[str, Any]) -> None:
         self.directory = directory
         self.arguments = arguments
@@ -66,14 +70,14 @@ class Store:
             self._compare()
             self._remove_leftovers()
             return None
-        if not (directory / RESULTS).is_file():
+        if not (directory / self.finished_mark).is_file():
             raise InputError(
-                f"--out: {directory}: holds an unfinished demo; continue it with --resume, name another directory, "
-                "or delete this one"
+                f"--out: {directory}: holds an unfinished {self.what}; continue it with --resume, name another "
+                "directory, or delete this one"
             )
         self._clear()
         self._start()
-        return f"replacing the finished demo in {directory}"
+        return f"replacing the finished {self.what} in {directory}"
 
     def _start(self) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from peftkernels.cli.demo.builders import build
 from peftkernels.cli.demo.checkpoint import RESULTS, Store, write_json
 from peftkernels.cli.demo.export import export_adapters
 from peftkernels.cli.demo.measure import QUICK_ROUNDS, ROUNDS, measure
+from peftkernels.cli.demo.model import quiet_transformers
 from peftkernels.cli.demo.options import Options
 from peftkernels.cli.demo.prepare import MINILM, Prepared, choose_runs, prepare
 from peftkernels.cli.demo.progress import DemoProgress
@@ -37,7 +37,7 @@ def run_demo(options: Options) -> int:
     """
     began = time.monotonic()
     console = Console(stderr=True)
-    _quiet_transformers()
+    quiet_transformers()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     runs, note = choose_runs(options)
@@ -74,14 +74,6 @@ def run_demo(options: Options) -> int:
 def _say(console: Console, note: str | None) -> None:
     if note is not None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _train_one(name: str, prepared: Prepared, store: Store, progress: DemoProgress) -> Record:

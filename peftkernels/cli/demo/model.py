@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ def model_directory(chosen: Path | None) -> Path:
         if not any(next(chosen.glob(pattern), None) for pattern in patterns):
             raise InputError(f"--model: {chosen}: has no {what}")
     return chosen
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from drawing bars and from saying which weights it left out."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+SPEED_PERIOD = 600.0
 
 
 class DemoProgress:
@@ -16,9 +17,10 @@ class DemoProgress:
 
     Args:
         total: size of the whole demo, in the units of ``begin``'s weight times size.
+        title: of the bar for all of it.
     """
 
-    def __init__(self, total: float, console: Console) -> None:
+    def __init__(self, total: float, console: Console, title: str = "whole demo") -> None:
         self._console = console
         self._live = console.is_terminal
         self._bars = Progress(
@@ -29,8 +31,10 @@ class DemoProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not self._live,
+            # One unit of a comparison, a whole training, takes longer than the half minute that is usual here.
+            speed_estimate_period=SPEED_PERIOD,
         )
-        self._whole = self._bars.add_task("whole demo", total=total, note="", visible=self._live)
+        self._whole = self._bars.add_task(title, total=total, note="", visible=self._live)
         self._task: TaskID | None = None
         self._title, self._size, self._weight = "", 0, 1.0
         self._before, self._first, self._done = 0.0, 0, 0

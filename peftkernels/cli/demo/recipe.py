@@ -31,10 +31,10 @@ class Recipe:
 
     steps: int
     lora_rank: int = 8
-    lora_alpha: int = 16
+    lora_alpha: float = 16
     init_rank: int = 12
     target_rank: int = 8
-    adalora_alpha: int = 32
+    adalora_alpha: float = 32
     delta_t: int = 1
     orthogonality_weight: float = 0.5
     adapter_learning_rate: float = 3e-3

@@ -1,0 +1,84 @@
+"""Schemas and fake implementations of the operators of rank allocation; `allocation.kernels` says what they mean.
+
+A table has one row (offset, rows, columns) for every factor, int64, on the CPU. The operators write to tensors in place
+and are not differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkernels._ops import library
+
+_SCHEMAS = {
+    "averages": "(Tensor[] parameters, Tensor?[] gradients, Tensor table, Tensor(a!) sensitivity, "
+    "Tensor(b!) uncertainty, float beta1, float beta2, Tensor? skip, bool with_scores) "
+    "-> (Tensor finite, Tensor scores)",
+    "scores": "(Tensor table, Tensor sensitivity, Tensor uncertainty) -> Tensor scores",
+    "mask": "(Tensor keep, Tensor? mask_now, Tensor(a!)[] gates, Tensor(b!)[] states, Tensor(c!)[] orders, "
+    "Tensor(d!)[] counts, int masked_state) -> ()",
+    "orthogonality": "(Tensor[] lora_A, Tensor[] lora_B, float weight, Tensor[] keep, Tensor(a!)[] add_to, "
+    "float scale, bool gradients) -> (Tensor term, Tensor[] gradients)",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    library.define(f"allocation_{_name}.cpu{_schema}")
+
+
+@torch.library.register_fake("peftkernels::allocation_averages.cpu", lib=library)
+def _averages(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    table: Tensor,
+    sensitivity: Tensor,
+    uncertainty: Tensor,
+    beta1: float,
+    beta2: float,
+    skip: Tensor | None,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor]:
+    # There are scores only where the averages were updated, which their values decide.
+    count = torch.library.get_ctx().new_dynamic_size() if with_scores else 0
+    return sensitivity.new_empty((), dtype=torch.bool), sensitivity.new_empty((count,))
+
+
+@torch.library.register_fake("peftkernels::allocation_scores.cpu", lib=library)
+def _scores(table: Tensor, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
+    # The table is data: how many ranks it has is known when the operator runs.
+    return sensitivity.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
+@torch.library.register_fake("peftkernels::allocation_mask.cpu", lib=library)
+def _mask(
+    keep: Tensor,
+    mask_now: Tensor | None,
+    gates: Sequence[Tensor],
+    states: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    masked_state: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("peftkernels::allocation_orthogonality.cpu", lib=library)
+def _orthogonality(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    weight: float,
+    keep: Sequence[Tensor],
+    add_to: Sequence[Tensor],
+    scale: float,
+    gradients: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    factors = [*lora_A, *lora_B]
+    in_double = any(factor.dtype is torch.float64 for factor in factors)
+    term = factors[0].new_empty((), dtype=torch.float64 if in_double else torch.float32)
+    if add_to or not gradients:
+        return term, []
+    return term, [
+        factor.new_empty(factor.shape, dtype=torch.promote_types(factor.dtype, torch.float32)) for factor in factors
+    ]

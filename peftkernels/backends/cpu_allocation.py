@@ -1,0 +1,121 @@
+"""The allocation kernels in C++ (csrc/cpu/allocation*.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftkernels import _allocation_ops  # noqa: F401  (declares the operators)
+from peftkernels.backends import cpu
+from peftkernels.rank_plan import RankPlan
+
+if TYPE_CHECKING:
+    from peftkernels.allocation.kernels.layout import FactorLayout
+
+_OPERATORS: Any = torch.ops.peftkernels
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the C++ kernels can serve averages of `dtype` on `device`, else why not."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, found {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"its averages are float32 or float64, found {dtype}"
+    return cpu.unavailable_reason()
+
+
+# Which table and averages scores belong to, and which version of them.
+_Stamp = tuple[int, ...]
+
+
+def _stamp(*tensors: Tensor) -> _Stamp:
+    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+
+
+class CpuKernels:
+    """`AllocationKernels` says what each function takes and returns; `select` is that of plain tensor code.
+
+    Where scores were asked for after the last update, the next one takes them along while the averages are in cache.
+    """
+
+    name = "cpu"
+
+    def __init__(self, select: Callable[[Tensor, int | Tensor, bool], tuple[Tensor, Tensor]]) -> None:
+        self.select = select
+        self._layout: FactorLayout | None = None
+        self._table = torch.empty(0, 3, dtype=torch.int64)
+        self._scores_wanted = False
+        self._scores: tuple[_Stamp, Tensor] | None = None
+
+    def _table_of(self, layout: FactorLayout) -> Tensor:
+        if self._layout is not layout:
+            rows = [(offset, *shape) for offset, shape in zip(layout.offsets, layout.shapes, strict=True)]
+            self._table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+            self._layout = layout
+        return self._table
+
+    @torch.no_grad()
+    def update_averages(
+        self,
+        layout: FactorLayout,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        sensitivity: Tensor,
+        uncertainty: Tensor,
+        beta1: float,
+        beta2: float,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        table = self._table_of(layout)
+        take_scores = self._scores_wanted and not sensitivity.is_inference()
+        finite, scores = _OPERATORS.allocation_averages.cpu(
+            parameters, gradients, table, sensitivity, uncertainty, beta1, beta2, skip, take_scores
+        )
+        self._scores_wanted = False
+        if scores.numel():
+            self._scores = _stamp(table, sensitivity, uncertainty), scores
+        return finite
+
+    @torch.no_grad()
+    def rank_scores(self, layout: FactorLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
+        table = self._table_of(layout)
+        self._scores_wanted = True
+        if self._scores is not None and not sensitivity.is_inference():
+            stamp, scores = self._scores
+            if stamp == _stamp(table, sensitivity, uncertainty):
+                return scores.clone()
+        return _OPERATORS.allocation_scores.cpu(table, sensitivity, uncertainty)
+
+    @torch.no_grad()
+    def apply(
+        self,
+        layout: FactorLayout,
+        keep: Tensor,
+        gates: Sequence[Tensor],
+        plans: Sequence[RankPlan],
+        masked_state: int,
+        mask_now: Tensor | None = None,
+    ) -> None:
+        states = [plan.state for plan in plans]
+        orders = [plan.order for plan in plans]
+        counts = [plan.counts for plan in plans]
+        _OPERATORS.allocation_mask.cpu(keep, mask_now, gates, states, orders, counts, int(masked_state))
+
+    @torch.no_grad()
+    def orthogonality(
+        self,
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        weight: float,
+        keep: Sequence[Tensor] | None = None,
+        add_to: Sequence[Tensor] | None = None,
+        scale: float = 1.0,
+        gradients: bool = True,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        term, computed = _OPERATORS.allocation_orthogonality.cpu(
+            lora_A, lora_B, weight, keep or (), add_to or (), scale, gradients and add_to is None
+        )
+        return term, computed if gradients and add_to is None else None

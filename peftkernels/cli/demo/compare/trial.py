@@ -1,0 +1,113 @@
+"""One training of the comparison, from its seed to its figures."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from peftkernels.cli.demo.batches import Encoded, collate, training_order
+from peftkernels.cli.demo.compare.contestants import CONTESTANTS
+from peftkernels.cli.demo.compare.settings import VALIDATION, Setting, Trial
+from peftkernels.cli.demo.model import quiet_transformers
+from peftkernels.cli.demo.options import Options
+from peftkernels.cli.demo.prepare import Prepared, prepare
+from peftkernels.cli.demo.recipe import Recipe
+from peftkernels.cli.demo.runs import Run, Start
+from peftkernels.cli.demo.train import accuracy
+
+VALIDATION_SHARE = 0.2
+
+
+@functools.lru_cache(maxsize=1)
+def prepared_for(options: Options) -> Prepared:
+    """Texts, model and batches of one seed; trials come seed by seed, so the last one is kept."""
+    quiet_transformers()
+    return prepare(options, ())
+
+
+def run_trial(trial: Trial, options: Options, initial_rank: int, orthogonality_weight: float) -> dict[str, Any]:
+    """Train, measure accuracy on the texts held out, and return all figures, for JSON.
+
+    Args:
+        options: the demo's; their seed is replaced by the trial's.
+
+    Raises:
+        RuntimeError: the training ended with other live ranks than the budget.
+    """
+    prepared = prepared_for(replace(options, seed=trial.seed))
+    start = start_for(prepared, trial.setting, initial_rank, orthogonality_weight)
+    training, held_out, order = prepared.training, prepared.test, prepared.order
+    if trial.held_out == VALIDATION:
+        training, held_out = carve(prepared.training, trial.seed)
+        order = training_order([len(ids) for ids in training.ids], options.batch_size, options.steps, trial.seed)
+    torch.manual_seed(trial.seed)
+    began = time.process_time()
+    run = CONTESTANTS[trial.contestant].build(start)
+    losses = [float(run.step(collate(training, batch))[0]) for batch in order]
+    trained = time.process_time()
+    reached = accuracy(run, held_out)
+    return {
+        "trial": trial.as_dict(),
+        "accuracy": reached,
+        "losses": losses,
+        **_ranks_and_parameters(trial, run, len(start.adaptable)),
+        "labels": len(prepared.labels),
+        "texts": {"training": len(training), "held_out": len(held_out)},
+        "threads": torch.get_num_threads(),
+        "training_processor_seconds": trained - began,
+        "evaluation_processor_seconds": time.process_time() - trained,
+    }
+
+
+def start_for(prepared: Prepared, setting: Setting, initial_rank: int, orthogonality_weight: float) -> Start:
+    """The prepared start with the recipe of a setting."""
+    recipe: Recipe = replace(
+        prepared.start.recipe,
+        lora_rank=setting.target_rank,
+        lora_alpha=setting.scale * setting.target_rank,
+        init_rank=initial_rank,
+        target_rank=setting.target_rank,
+        adalora_alpha=setting.scale * initial_rank,
+        delta_t=setting.delta_t,
+        orthogonality_weight=orthogonality_weight,
+        adapter_learning_rate=setting.learning_rate,
+    )
+    return replace(prepared.start, recipe=recipe)
+
+
+def carve(training: Encoded, seed: int) -> tuple[Encoded, Encoded]:
+    """A fifth of the training texts, drawn with ``seed``, taken out as validation texts: (the rest, the fifth)."""
+    order = list(range(len(training)))
+    random.Random(seed).shuffle(order)
+    size = max(1, round(VALIDATION_SHARE * len(order)))
+    return _part(training, sorted(order[size:])), _part(training, sorted(order[:size]))
+
+
+def _part(data: Encoded, indices: Sequence[int]) -> Encoded:
+    return Encoded([data.ids[i] for i in indices], [data.classes[i] for i in indices], data.pad_id)
+
+
+def _ranks_and_parameters(trial: Trial, run: Run, modules: int) -> dict[str, Any]:
+    pattern = run.ranks()
+    live = {name: sum(kept) for name, kept in pattern.items()}
+    budget = trial.setting.target_rank * modules
+    if sum(live.values()) != budget:
+        raise RuntimeError(f"{trial.key}: ended with {sum(live.values())} live ranks, expected the budget, {budget}")
+    gate = 1 if CONTESTANTS[trial.contestant].budgeted else 0
+    parameters = sum(p.numel() for p in run.classifier.head.parameters())
+    for name, ranks in live.items():
+        outputs, inputs = run.classifier.encoder.get_submodule(f"{name}.base_layer").weight.shape  # type: ignore[misc]
+        parameters += ranks * (outputs + inputs + gate)
+    return {
+        "live_ranks": budget,
+        "total_ranks": sum(len(kept) for kept in pattern.values()),
+        "live_ranks_by_module": live,
+        "live_parameters": parameters,
+        "trainable_parameters": run.trainable_parameters(),
+    }
