@@ -14,6 +14,8 @@ from peftkernels.nn import AdaLoRALinear
 TRUE_RANKS = (0, 1, 3, 5)
 INITIAL_RANK = 6
 WIDTH = 24
+# Stated, so that the problem does not change with the layers' default; the learning rates below go with it.
+ALPHA = 8
 
 
 class Net(nn.Module):
@@ -57,7 +59,7 @@ class Planted:
                 teacher.weight.data += self.size * left @ right.T
                 taught.append(teacher)
             self.teacher = Net(taught).requires_grad_(False)
-            gated = [AdaLoRALinear.from_linear(linear, rank) for linear, rank in zip(frozen, ranks, strict=True)]
+            gated = [AdaLoRALinear.from_linear(linear, rank, ALPHA) for linear, rank in zip(frozen, ranks, strict=True)]
             self.student = Net(gated)
 
     @property
