@@ -132,9 +132,9 @@ def share_out(
     """Bind `budget` to layers, given as (r, N, K) by name.
 
     costs: what one rank costs by layer, for a budget in microseconds or bytes. Ranks and parameters are counted in
-    whole numbers, and a fraction of a total is lost. Raises ValueError for a group without layers or with a pattern that
-    matches none, a layer in no group where `budget.total` is None, a total that leaves nothing to prune or does not
-    reach for one rank, and costs that are missing or not positive.
+    whole numbers, and a fraction of a total is lost. Raises ValueError for a group without layers or with a pattern
+    that matches none, a layer in no group where `budget.total` is None, a total that leaves nothing to prune or does
+    not reach for one rank, and costs that are missing or not positive.
     """
     per_rank = _costs(budget.unit, layers, costs)
     members: dict[str, list[int]] = {name: [] for name in budget.groups}

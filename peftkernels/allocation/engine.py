@@ -424,7 +424,7 @@ class BudgetAllocator(RunProgress):
         self.masks.check_writable()
         self._forget_whole()
         self._follow_device()
-        self.statistics.begin_step()
+        self.statistics.begin_step(step)
         if step < last:
             self._update(step)
             if self.statistics.shares.due(step):

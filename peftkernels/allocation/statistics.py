@@ -29,6 +29,7 @@ class Statistics:
     costs          (Σ r,) what each rank costs in the budget's unit
     module_index   (Σ r,) int64, the layer of each rank
     loss           the mean of the losses given to the allocator for this step, 0-dim, detached; None without any
+    step           the optimizer step that is being made, from 1 on; 0 where a captured step cannot tell the host
     skip           None, or a 0-dim bool tensor: True asks every statistic to stay as it is
     finite         None, or a 0-dim bool tensor: whether the step's gradients were finite. A strategy that looks at more
                    of them than the gates' sets it in `update`, as `smooth_` does; otherwise the gates' are judged
@@ -55,6 +56,7 @@ class Statistics:
         self.shares = shares
         self.loss: Tensor | None = None
         self._losses: list[Tensor] = []
+        self.step = 0
         self.skip: Tensor | None = None
         self.finite: Tensor | None = None
         self.missing: tuple[str, ...] = ()
@@ -63,8 +65,9 @@ class Statistics:
         self._kept: dict[str, Tensor] = {}
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int = 0) -> None:
         """Forget what was computed from the factors and gradients of the step before, and take the step's losses."""
+        self.step = step
         self.forget()
         self.finite = None
         self.missing = ()

@@ -198,7 +198,7 @@ def test_budgets_that_do_not_fit_the_layers(budget: Budget, costs: Any, message:
     ("make", "error", "message"),
     [
         (lambda: Budget(), ValueError, "total: found None without groups"),
-        (lambda: Budget(3, "bytes"), ValueError, "unit: found 'bytes', expected one of ranks"),
+        (lambda: Budget(3, "layers"), ValueError, "unit: found 'layers', expected one of ranks"),
         (lambda: Budget(True), TypeError, "total: found True"),
         (lambda: Budget(math.nan), ValueError, "total: found nan"),
         (lambda: Budget(-1), ValueError, "total: found -1"),

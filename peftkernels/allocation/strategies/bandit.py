@@ -93,7 +93,6 @@ class Bandit(GroupShares):
             "arm": torch.zeros((), dtype=torch.int64),
             "probability": torch.ones((), dtype=torch.float64),
             "moved": torch.zeros((), dtype=torch.float64),
-            "step": torch.zeros((), dtype=torch.int64),
         }
 
     def update(self, bus: Statistics) -> None:
@@ -101,10 +100,10 @@ class Bandit(GroupShares):
         if bus.loss is None:
             raise RuntimeError("the bandit found no loss: call allocator.observe(loss) before optimizer.step()")
         state = self._state
-        state["step"] += 1
-        budget = bus.shares.budget(int(state["step"]))
+        budget = bus.shares.budget(bus.step)
         loss = float(bus.loss)
-        if budget >= self.full_cost or not math.isfinite(loss):
+        finite = bus.gates_finite() if bus.finite is None else bus.finite
+        if budget >= self.full_cost or not math.isfinite(loss) or not finite:
             return
         state["losses"][0] += loss
         state["losses"][1] += 1
