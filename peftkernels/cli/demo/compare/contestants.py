@@ -24,15 +24,17 @@ class Contestant:
     build     the training at its first step; the start's recipe has the contestant's setting
     budgeted  whether its budget falls during the training, so that delta_t means something to it
     chooses   whether it looks at the training to decide where ranks are: what the comparison is about
+    unit      what is equal at the end: "ranks", or "parameters" of the live ranks where costs are the point
     """
 
     name: str
     build: Callable[[Start], Run]
     budgeted: bool
     chooses: bool
+    unit: str = "ranks"
 
 
-def gated(name: str, strategy: Callable[[Start], Strategy], *, chooses: bool = True) -> Contestant:
+def gated(name: str, strategy: Callable[[Start], Strategy], *, chooses: bool = True, unit: str = "ranks") -> Contestant:
     """A strategy over layers with gates on every adaptable module, with the strategy's defaults."""
 
     def build(start: Start) -> Run:
@@ -40,9 +42,9 @@ def gated(name: str, strategy: Callable[[Start], Strategy], *, chooses: bool = T
         classifier = with_adapters(
             start, lambda linear: AdaLoRALinear.from_linear(linear, r=recipe.init_rank, lora_alpha=recipe.adalora_alpha)
         )
-        return BudgetRun(name, classifier, recipe, strategy(start))
+        return BudgetRun(name, classifier, recipe, strategy(start), unit)
 
-    return Contestant(name, build, budgeted=True, chooses=chooses)
+    return Contestant(name, build, budgeted=True, chooses=chooses, unit=unit)
 
 
 # What is not simply a strategy with its defaults.
@@ -50,14 +52,15 @@ _ROWS = (
     Contestant(BASELINE, build_lora, budgeted=False, chooses=False),
     gated(UNIFORM, lambda start: Uniform(), chooses=False),
     gated("random", lambda start: Random(start.seed), chooses=False),
+    # With a budget in ranks, which all cost the same, it would choose as AdaLoRA does.
+    gated("knapsack", lambda start: STRATEGIES["knapsack"](), unit="parameters"),
 )
 
 
 def _all_rows() -> dict[str, Contestant]:
     rows = {row.name: row for row in _ROWS}
-    for name in STRATEGIES:
-        rows.setdefault(name, gated(name, _with_defaults(name)))
-    return rows
+    own = {name: rows.get(name) or gated(name, _with_defaults(name)) for name in STRATEGIES}
+    return {BASELINE: rows[BASELINE], **own}
 
 
 def _with_defaults(name: str) -> Callable[[Start], Strategy]:

@@ -13,8 +13,8 @@ from peftkernels.cli.demo.compare.settings import Design, Setting, Trial
 from peftkernels.cli.demo.compare.statistics import interval, mean_loss, paired_difference, steps_to_level
 from peftkernels.cli.demo.compare.store import ComparisonStore
 
-# Figures that are the same in every training of a contestant.
-_ALIKE = ("live_ranks", "total_ranks", "live_parameters", "trainable_parameters")
+# Figures of a training that are whole numbers; what is live may differ between seeds and is told as a mean.
+_COUNTS = ("live_ranks", "total_ranks", "live_parameters", "trainable_parameters")
 
 
 def comparison_trials(settings: Mapping[str, Setting], seeds: Sequence[int]) -> list[Trial]:
@@ -57,7 +57,8 @@ def contestant_results(
             "accuracy": asdict(interval(accuracies[name])),
             "difference": _difference(name, BASELINE, accuracies),
             "difference_to_uniform": _difference(name, UNIFORM, accuracies) if CONTESTANTS[name].chooses else None,
-            **{figure: outcomes[0][figure] for figure in _ALIKE},
+            "unit": CONTESTANTS[name].unit,
+            **{figure: round(statistics.fmean(outcome[figure] for outcome in outcomes)) for figure in _COUNTS},
             "loss_level": level,
             "steps_to_level": statistics.fmean(reached) if reached else None,
             "reached_level": len(reached),
@@ -97,7 +98,7 @@ def sensitivity_results(
                 {
                     "target_rank": setting.target_rank,
                     "delta_t": setting.delta_t,
-                    "live_ranks": outcomes[0]["live_ranks"],
+                    "live_ranks": round(statistics.fmean(outcome["live_ranks"] for outcome in outcomes)),
                     "accuracy": statistics.fmean(outcome["accuracy"] for outcome in outcomes),
                 }
             )

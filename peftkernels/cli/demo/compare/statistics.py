@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.stats import t as student
+
 CONFIDENCE = 0.95
 MOST_SMOOTHED = 10
 
@@ -67,25 +69,8 @@ def t_quantile(confidence: float, degrees: int) -> float:
         raise ValueError(f"confidence: found {confidence}, expected a number above 0 and below 1")
     if degrees < 1:
         raise ValueError(f"degrees: found {degrees}, expected at least 1")
-    low, high = 0.0, 1.0
-    while t_probability(high, degrees) < confidence:
-        low, high = high, 2 * high
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if t_probability(middle, degrees) < confidence else (low, middle)
-    return high
-
-
-def t_probability(t: float, degrees: int) -> float:
-    """P(|T| <= t) for a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    quantile: float = student.ppf(0.5 + confidence / 2, degrees)
+    return quantile
 
 
 def smoothing_window(steps: int) -> int:

@@ -38,7 +38,7 @@ def run_trial(trial: Trial, options: Options, initial_rank: int, orthogonality_w
         options: the demo's; their seed is replaced by the trial's.
 
     Raises:
-        RuntimeError: the training ended with other live ranks than the budget.
+        RuntimeError: the training ended with more or less than its budget.
     """
     prepared = prepared_for(replace(options, seed=trial.seed))
     start = start_for(prepared, trial.setting, initial_rank, orthogonality_weight)
@@ -56,7 +56,7 @@ def run_trial(trial: Trial, options: Options, initial_rank: int, orthogonality_w
         "trial": trial.as_dict(),
         "accuracy": reached,
         "losses": losses,
-        **_ranks_and_parameters(trial, run, len(start.adaptable)),
+        **_ranks_and_parameters(trial, run),
         "labels": len(prepared.labels),
         "texts": {"training": len(training), "held_out": len(held_out)},
         "threads": torch.get_num_threads(),
@@ -93,21 +93,29 @@ def _part(data: Encoded, indices: Sequence[int]) -> Encoded:
     return Encoded([data.ids[i] for i in indices], [data.classes[i] for i in indices], data.pad_id)
 
 
-def _ranks_and_parameters(trial: Trial, run: Run, modules: int) -> dict[str, Any]:
+def _ranks_and_parameters(trial: Trial, run: Run) -> dict[str, Any]:
     pattern = run.ranks()
     live = {name: sum(kept) for name, kept in pattern.items()}
-    budget = trial.setting.target_rank * modules
-    if sum(live.values()) != budget:
-        raise RuntimeError(f"{trial.key}: ended with {sum(live.values())} live ranks, expected the budget, {budget}")
-    gate = 1 if CONTESTANTS[trial.contestant].budgeted else 0
-    parameters = sum(p.numel() for p in run.classifier.head.parameters())
-    for name, ranks in live.items():
-        outputs, inputs = run.classifier.encoder.get_submodule(f"{name}.base_layer").weight.shape  # type: ignore[misc]
-        parameters += ranks * (outputs + inputs + gate)
+    contestant = CONTESTANTS[trial.contestant]
+    costs = {name: _parameters_of_a_rank(run, name, contestant.budgeted) for name in live}
+    parameters = sum(ranks * costs[name] for name, ranks in live.items())
+    found = sum(live.values())
+    budget = least = trial.setting.target_rank * len(live)
+    if contestant.unit == "parameters":
+        found, budget = parameters, trial.setting.target_rank * sum(costs.values())
+        least = budget - max(costs.values()) + 1
+    if not least <= found <= budget:
+        raise RuntimeError(f"{trial.key}: ended with {found} live {contestant.unit}, expected the budget, {budget}")
+    parameters += sum(p.numel() for p in run.classifier.head.parameters())
     return {
-        "live_ranks": budget,
+        "live_ranks": sum(live.values()),
         "total_ranks": sum(len(kept) for kept in pattern.values()),
         "live_ranks_by_module": live,
         "live_parameters": parameters,
         "trainable_parameters": run.trainable_parameters(),
     }
+
+
+def _parameters_of_a_rank(run: Run, name: str, gated: bool) -> int:
+    outputs, inputs = run.classifier.encoder.get_submodule(f"{name}.base_layer").weight.shape  # type: ignore[misc]
+    return int(outputs + inputs + gated)

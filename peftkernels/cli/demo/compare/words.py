@@ -20,6 +20,12 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     for name, row in rows.items():
         if not row["chooses"] and name != BASELINE:
             found.append(f"{name}, which chooses nothing: {points(row['difference'])} against fixed rank.")
+    dear = [name for name, row in rows.items() if row["unit"] == "parameters"]
+    if dear:
+        found.append(
+            f"Equal budget means equal live ranks, but for {', '.join(dear)}: as many parameters in live ranks as the "
+            "same number of them in every module."
+        )
     seeds = len(baseline["by_seed"])
     if seeds > 1:
         found.append(
