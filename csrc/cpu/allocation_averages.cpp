@@ -16,6 +16,7 @@
 #include "adapter.h"
 #include "allocation.h"
 #include "allocation_factors.h"
+#include "column_means.h"
 #include "multiversion.h"
 #include "scratch.h"
 
@@ -251,12 +252,17 @@ class Scores {
       multiply_elements(sensitivity + place.offset, uncertainty + place.offset, place.rows, means);
       return;
     }
+    const bool is_A = factor % kFactors == 0;
+    const T *const average = sensitivity + place.offset, *const deviation = uncertainty + place.offset;
+    if (!is_A && column_means(average, deviation, place.rows, place.columns, means)) {
+      return;
+    }
     T* const products = thread_scratch<T, Scratch::Scores>(place.numel());
-    multiply_elements(sensitivity + place.offset, uncertainty + place.offset, place.numel(), products);
+    multiply_elements(average, deviation, place.numel(), products);
     const auto dtype = c10::CppTypeToScalarType<T>::value;
     // ATen sums in an order of its own, which HF peft's scores come from.
     const auto matrix = at::from_blob(products, {place.rows, place.columns}, at::TensorOptions().dtype(dtype));
-    const auto mean = at::mean(matrix, factor % kFactors == 0 ? 1 : 0);
+    const auto mean = at::mean(matrix, is_A ? 1 : 0);
     std::copy_n(mean.template const_data_ptr<T>(), mean.numel(), means);
   }
 
