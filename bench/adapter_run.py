@@ -113,7 +113,11 @@ class GatedRun(Run):
 
 def recipe_of(point: Point, demo: Recipe) -> Recipe:
     """The demo's recipe with the point's settings."""
-    settings: dict[str, Any] = {"adapter_learning_rate": point.lr, "orthogonality_weight": point.orth}
+    settings: dict[str, Any] = {
+        "lora_learning_rate": point.lr,
+        "adalora_learning_rate": point.lr,
+        "orthogonality_weight": point.orth,
+    }
     if point.target is None:
         settings.update(lora_rank=point.rank)
     else:

@@ -39,12 +39,14 @@ REPORTS = 4
 class CandidateRun(Run):
     """A training as a candidate says."""
 
+    gated = True
+
     def __init__(self, prepared: Prepared, candidate: Candidate) -> None:
         classifier = with_adapters(
             prepared.start, lambda linear: AdaLoRALinear.from_linear(linear, candidate.init_r, candidate.lora_alpha)
         )
         assert candidate.learning_rate is not None
-        recipe = replace(prepared.start.recipe, adapter_learning_rate=candidate.learning_rate)
+        recipe = replace(prepared.start.recipe, adalora_learning_rate=candidate.learning_rate)
         super().__init__("candidate", classifier, classifier, recipe)
         groups = {name: patterns for name, patterns in GROUPS.items() if name in candidate.group_weights}
         self.allocator = AdaLoraAllocator(

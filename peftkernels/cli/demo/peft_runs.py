@@ -37,6 +37,8 @@ class PeftLoraRun(Run):
 class PeftAdaLoraRun(Run):
     """peft's AdaLoRA: its forward adds the orthogonality term, ``update_and_allocate`` decides the ranks."""
 
+    gated = True
+
     def __init__(self, name: str, model: peft.PeftModel, recipe: Recipe) -> None:
         classifier = model.base_model.model
         assert isinstance(classifier, TextClassifier)

@@ -27,6 +27,8 @@ class Recipe:
     adalora_alpha           AdaLoRA's scaling is adalora_alpha / init_rank
     tinit, tfinal           AdaLoRA's steps before the budget starts to fall and after it has reached its target
     delta_t                 steps between two allocations
+    lora_learning_rate, adalora_learning_rate
+                            of the adapters; gated ones need more, see docs/learning-rate-and-scale.md
     """
 
     steps: int
@@ -34,10 +36,11 @@ class Recipe:
     lora_alpha: float = 16
     init_rank: int = 12
     target_rank: int = 8
-    adalora_alpha: float = 32
+    adalora_alpha: float = 48
     delta_t: int = 1
     orthogonality_weight: float = 0.5
-    adapter_learning_rate: float = 3e-3
+    lora_learning_rate: float = 3e-3
+    adalora_learning_rate: float = 5e-3
     head_learning_rate: float = 1e-2
     weight_decay: float = 0.01
     warmup_share: float = 0.06

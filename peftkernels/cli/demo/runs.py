@@ -33,17 +33,23 @@ class Start:
 
 
 class Run:
-    """One training. ``step`` does all that a training step costs; ``state_dict`` holds all that continues it."""
+    """One training. ``step`` does all that a training step costs; ``state_dict`` holds all that continues it.
+
+    gated  whether the adapters have gates, and AdaLoRA's learning rate
+    """
+
+    gated = False
 
     def __init__(self, name: str, model: nn.Module, classifier: TextClassifier, recipe: Recipe) -> None:
         self.name = name
         self.model = model
         self.classifier = classifier
         head = {id(p) for p in classifier.head.parameters()}
+        adapter_rate = recipe.adalora_learning_rate if self.gated else recipe.lora_learning_rate
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if id(p) in head], "lr": recipe.head_learning_rate},
-            {"params": [p for p in trainable if id(p) not in head], "lr": recipe.adapter_learning_rate},
+            {"params": [p for p in trainable if id(p) not in head], "lr": adapter_rate},
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=recipe.weight_decay, fused=True
@@ -141,6 +147,8 @@ class LoraRun(Run):
 
 class AdaLoraRun(Run):
     """Ranks under a falling budget; the allocator acts in the optimizer's step."""
+
+    gated = True
 
     def __init__(self, name: str, classifier: TextClassifier, recipe: Recipe) -> None:
         super().__init__(name, classifier, classifier, recipe)

@@ -26,6 +26,8 @@ class BudgetRun(Run):
         policies: run after every step of the allocator.
     """
 
+    gated = True
+
     def __init__(
         self,
         name: str,

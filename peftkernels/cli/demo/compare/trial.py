@@ -76,7 +76,8 @@ def start_for(prepared: Prepared, setting: Setting, initial_rank: int, orthogona
         adalora_alpha=setting.scale * initial_rank,
         delta_t=setting.delta_t,
         orthogonality_weight=orthogonality_weight,
-        adapter_learning_rate=setting.learning_rate,
+        lora_learning_rate=setting.learning_rate,
+        adalora_learning_rate=setting.learning_rate,
     )
     return replace(prepared.start, recipe=recipe)
 
