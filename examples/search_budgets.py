@@ -76,6 +76,7 @@ def prepare_for(options: argparse.Namespace) -> tuple[Prepared, Encoded, Encoded
         Options(
             seed=options.seed,
             steps=options.steps or (QUICK_STEPS if options.quick else STEPS),
+            batch_size=options.batch_size,
             max_tokens=QUICK_TOKENS if options.quick else TOKENS,
             model=options.model,
             data=options.data,
@@ -107,6 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, help=f"optimizer steps of each training (default: {STEPS}, quick {QUICK_STEPS})"
     )
+    parser.add_argument("--batch-size", type=int, default=32, help="texts a step (default 32)")
     parser.add_argument("--trials", type=int, default=20, help="trainings altogether (default 20)")
     parser.add_argument(
         "--storage", default="search.log", help="file or database URL of the search (default search.log)"

@@ -47,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps on short texts")
     parser.add_argument("--steps", type=int, help="optimizer steps of each training")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts a step (default 32)")
     parser.add_argument("--trials", type=int, default=20, help="trainings altogether (default 20)")
     parser.add_argument("--at-once", type=int, default=1, help="trainings at a time (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="decides texts, batches and initial values")
