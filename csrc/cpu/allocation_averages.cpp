@@ -16,8 +16,8 @@
 #include "adapter.h"
 #include "allocation.h"
 #include "allocation_factors.h"
-#include "column_means.h"
 #include "multiversion.h"
+#include "product_means.h"
 #include "scratch.h"
 
 // Averages are equal to the bit on every device and to HF peft's: a product and a sum are two operations, each rounded.
@@ -254,7 +254,8 @@ class Scores {
     }
     const bool is_A = factor % kFactors == 0;
     const T *const average = sensitivity + place.offset, *const deviation = uncertainty + place.offset;
-    if (!is_A && column_means(average, deviation, place.rows, place.columns, means)) {
+    if (is_A ? row_means(average, deviation, place.rows, place.columns, means)
+             : column_means(average, deviation, place.rows, place.columns, means)) {
       return;
     }
     T* const products = thread_scratch<T, Scratch::Scores>(place.numel());

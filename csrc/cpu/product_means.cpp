@@ -1,4 +1,4 @@
-#include "column_means.h"
+#include "product_means.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "multiversion.h"
@@ -31,6 +31,8 @@ constexpr int64_t kLevels = 4;
 // Columns in a vector, and vectors that are summed at a time: their chains of additions are independent.
 constexpr int64_t kColumns = 4;
 constexpr int kMostGroups = 4;
+// The most elements of ATen's vectors.
+constexpr int kWidest = 16;
 
 template <typename T>
 struct Four {
@@ -128,9 +130,9 @@ inline __attribute__((always_inline)) void sum_columns(
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void means_of(
-    const T* a, const T* b, int64_t rows, int64_t columns, int lanes, T* means) {
-  if (lanes == kOneLane) {
+inline __attribute__((always_inline)) void column_means_of(
+    const T* a, const T* b, int64_t rows, int64_t columns, int order, T* means) {
+  if (order == kOneLane) {
     sum_columns<T, kOneLane>(a, b, rows, columns, means);
   } else {
     sum_columns<T, kFourLanes>(a, b, rows, columns, means);
@@ -140,21 +142,61 @@ inline __attribute__((always_inline)) void means_of(
   }
 }
 
-PEFTKERNELS_MULTIVERSION
-void take_means(const float* a, const float* b, int64_t rows, int64_t columns, int lanes, float* means) {
-  means_of(a, b, rows, columns, lanes, means);
-}
-
-PEFTKERNELS_MULTIVERSION
-void take_means(const double* a, const double* b, int64_t rows, int64_t columns, int lanes, double* means) {
-  means_of(a, b, rows, columns, lanes, means);
-}
-
-// The number of lanes with which the sums have at::mean's bits, on a matrix whose sums round differently in nearly every
-// other order; 0 where none has.
+// A row is summed as a matrix of `width` columns, whose sums are added to that of the elements that are left over.
 template <typename T>
-int find_lanes(int64_t rows, int64_t columns) {
-  std::vector<T> a(rows * columns), b(rows * columns), means(columns);
+inline __attribute__((always_inline)) void row_means_of(
+    const T* a, const T* b, int64_t rows, int64_t columns, int width, T* means) {
+  const int64_t length = columns / width;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T *const left = a + row * columns, *const right = b + row * columns;
+    T sums[kWidest];
+    sum_columns<T, kFourLanes>(left, right, length, width, sums);
+    T total = 0;
+    for (int64_t column = length * width; column < columns; ++column) {
+      total += left[column] * right[column];
+    }
+    for (int lane = 0; lane < width; ++lane) {
+      total += sums[lane];
+    }
+    means[row] = total / static_cast<T>(columns);
+  }
+}
+
+PEFTKERNELS_MULTIVERSION
+void take_column_means(const float* a, const float* b, int64_t rows, int64_t columns, int order, float* means) {
+  column_means_of(a, b, rows, columns, order, means);
+}
+
+PEFTKERNELS_MULTIVERSION
+void take_column_means(const double* a, const double* b, int64_t rows, int64_t columns, int order, double* means) {
+  column_means_of(a, b, rows, columns, order, means);
+}
+
+PEFTKERNELS_MULTIVERSION
+void take_row_means(const float* a, const float* b, int64_t rows, int64_t columns, int width, float* means) {
+  row_means_of(a, b, rows, columns, width, means);
+}
+
+PEFTKERNELS_MULTIVERSION
+void take_row_means(const double* a, const double* b, int64_t rows, int64_t columns, int width, double* means) {
+  row_means_of(a, b, rows, columns, width, means);
+}
+
+template <typename T>
+void take_means(bool of_rows, const T* a, const T* b, int64_t rows, int64_t columns, int order, T* means) {
+  if (of_rows) {
+    take_row_means(a, b, rows, columns, order, means);
+  } else {
+    take_column_means(a, b, rows, columns, order, means);
+  }
+}
+
+// The order in which the sums have at::mean's bits, on a matrix whose sums round differently in nearly every other: lanes
+// for columns, the width of ATen's vectors for rows. 0 where none has.
+template <typename T>
+int find_order(bool of_rows, int64_t rows, int64_t columns) {
+  const int64_t count = of_rows ? rows : columns;
+  std::vector<T> a(rows * columns), b(rows * columns), means(count);
   uint32_t state = 1;
   const auto draw = [&state] {
     state = state * 1664525u + 1013904223u;
@@ -163,50 +205,60 @@ int find_lanes(int64_t rows, int64_t columns) {
   std::generate(a.begin(), a.end(), draw);
   std::generate(b.begin(), b.end(), draw);
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const auto left = at::from_blob(a.data(), {rows, columns}, options), right = at::from_blob(b.data(), {rows, columns}, options);
-  const auto expected = at::mean(at::mul(left, right), 0);
-  for (const int lanes : {kOneLane, kFourLanes}) {
-    take_means(a.data(), b.data(), rows, columns, lanes, means.data());
-    if (std::memcmp(expected.template const_data_ptr<T>(), means.data(), columns * sizeof(T)) == 0) {
-      return lanes;
+  const auto left = at::from_blob(a.data(), {rows, columns}, options);
+  const auto right = at::from_blob(b.data(), {rows, columns}, options);
+  const auto expected = at::mean(at::mul(left, right), of_rows ? 1 : 0);
+  constexpr int kLanes[] = {kOneLane, kFourLanes}, kWidths[] = {32 / sizeof(T), 64 / sizeof(T)};
+  for (const int order : of_rows ? kWidths : kLanes) {
+    take_means(of_rows, a.data(), b.data(), rows, columns, order, means.data());
+    if (std::memcmp(expected.template const_data_ptr<T>(), means.data(), count * sizeof(T)) == 0) {
+      return order;
     }
   }
   return 0;
 }
 
 template <typename T>
-int known_lanes(int64_t rows, int64_t columns) {
+int known_order(bool of_rows, int64_t rows, int64_t columns) {
   static std::mutex mutex;
-  static std::map<std::pair<int64_t, int64_t>, int> known;
+  static std::map<std::tuple<bool, int64_t, int64_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] = known.try_emplace({rows, columns}, 0);
+  const auto [entry, is_new] = known.try_emplace({of_rows, rows, columns}, 0);
   if (is_new) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    entry->second = find_lanes<T>(rows, columns);
+    entry->second = find_order<T>(of_rows, rows, columns);
   }
   return entry->second;
 }
 
 template <typename T>
-bool means_if_known(const T* a, const T* b, int64_t rows, int64_t columns, T* means) {
-  if (rows == 0 || columns == 0 || columns % kColumns != 0) {
+bool means_if_known(bool of_rows, const T* a, const T* b, int64_t rows, int64_t columns, T* means) {
+  if (rows == 0 || columns == 0 || (!of_rows && columns % kColumns != 0)) {
     return false;
   }
-  const int lanes = known_lanes<T>(rows, columns);
-  if (lanes != 0) {
-    take_means(a, b, rows, columns, lanes, means);
+  const int order = known_order<T>(of_rows, rows, columns);
+  if (order != 0) {
+    take_means(of_rows, a, b, rows, columns, order, means);
   }
-  return lanes != 0;
+  return order != 0;
 }
 
 } // namespace
 
 bool column_means(const float* a, const float* b, int64_t rows, int64_t columns, float* means) {
-  return means_if_known(a, b, rows, columns, means);
+  return means_if_known(false, a, b, rows, columns, means);
 }
 
 bool column_means(const double* a, const double* b, int64_t rows, int64_t columns, double* means) {
-  return means_if_known(a, b, rows, columns, means);
+  return means_if_known(false, a, b, rows, columns, means);
+}
+
+bool row_means(const float* a, const float* b, int64_t rows, int64_t columns, float* means) {
+  return means_if_known(true, a, b, rows, columns, means);
+}
+
+bool row_means(const double* a, const double* b, int64_t rows, int64_t columns, double* means) {
+  return means_if_known(true, a, b, rows, columns, means);
 }
 
 } // namespace peftkernels::cpu
