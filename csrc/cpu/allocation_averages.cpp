@@ -254,8 +254,9 @@ class Scores {
     }
     const bool is_A = factor % kFactors == 0;
     const T *const average = sensitivity + place.offset, *const deviation = uncertainty + place.offset;
-    if (is_A ? row_means(average, deviation, place.rows, place.columns, means)
-             : column_means(average, deviation, place.rows, place.columns, means)) {
+    if (!wants_all_threads(factor) &&
+        (is_A ? row_means(average, deviation, place.rows, place.columns, means)
+              : column_means(average, deviation, place.rows, place.columns, means))) {
       return;
     }
     T* const products = thread_scratch<T, Scratch::Scores>(place.numel());

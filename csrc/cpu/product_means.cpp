@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -31,6 +32,8 @@ constexpr int64_t kLevels = 4;
 // Columns in a vector, and vectors that are summed at a time: their chains of additions are independent.
 constexpr int64_t kColumns = 4;
 constexpr int kMostGroups = 4;
+// Elements from which on a matrix is worth it.
+constexpr int64_t kLeast = 1024;
 // The most elements of ATen's vectors.
 constexpr int kWidest = 16;
 
@@ -191,27 +194,41 @@ void take_means(bool of_rows, const T* a, const T* b, int64_t rows, int64_t colu
   }
 }
 
-// The order in which the sums have at::mean's bits, on a matrix whose sums round differently in nearly every other: lanes
-// for columns, the width of ATen's vectors for rows. 0 where none has.
+// Whether sums in this order have at::mean's bits. Two orders agree in nearly half of all sums by chance, so many are
+// compared.
 template <typename T>
-int find_order(bool of_rows, int64_t rows, int64_t columns) {
+bool has_order(bool of_rows, int64_t rows, int64_t columns, int order) {
+  constexpr int64_t kSums = 64;
   const int64_t count = of_rows ? rows : columns;
   std::vector<T> a(rows * columns), b(rows * columns), means(count);
-  uint32_t state = 1;
+  uint64_t state = 1;
+  // Numbers of all bits that T has: products and sums of shorter ones would need no rounding.
   const auto draw = [&state] {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<T>(state >> 8) / static_cast<T>(1 << 24);
+    constexpr int kBits = std::numeric_limits<T>::digits;
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<T>(state >> (64 - kBits)) / static_cast<T>(uint64_t{1} << kBits);
   };
-  std::generate(a.begin(), a.end(), draw);
-  std::generate(b.begin(), b.end(), draw);
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
   const auto left = at::from_blob(a.data(), {rows, columns}, options);
   const auto right = at::from_blob(b.data(), {rows, columns}, options);
-  const auto expected = at::mean(at::mul(left, right), of_rows ? 1 : 0);
+  for (int64_t compared = 0; compared < kSums; compared += count) {
+    std::generate(a.begin(), a.end(), draw);
+    std::generate(b.begin(), b.end(), draw);
+    const auto expected = at::mean(at::mul(left, right), of_rows ? 1 : 0);
+    take_means(of_rows, a.data(), b.data(), rows, columns, order, means.data());
+    if (std::memcmp(expected.template const_data_ptr<T>(), means.data(), count * sizeof(T)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The order of at::mean: lanes for columns, the width of ATen's vectors for rows. 0 where it is none of these.
+template <typename T>
+int find_order(bool of_rows, int64_t rows, int64_t columns) {
   constexpr int kLanes[] = {kOneLane, kFourLanes}, kWidths[] = {32 / sizeof(T), 64 / sizeof(T)};
   for (const int order : of_rows ? kWidths : kLanes) {
-    take_means(of_rows, a.data(), b.data(), rows, columns, order, means.data());
-    if (std::memcmp(expected.template const_data_ptr<T>(), means.data(), count * sizeof(T)) == 0) {
+    if (has_order<T>(of_rows, rows, columns, order)) {
       return order;
     }
   }
@@ -233,7 +250,8 @@ int known_order(bool of_rows, int64_t rows, int64_t columns) {
 
 template <typename T>
 bool means_if_known(bool of_rows, const T* a, const T* b, int64_t rows, int64_t columns, T* means) {
-  if (rows == 0 || columns == 0 || (!of_rows && columns % kColumns != 0)) {
+  // Of few elements the sums are so alike in all orders that comparing them would take long to tell.
+  if (rows * columns < kLeast || (!of_rows && columns % kColumns != 0)) {
     return false;
   }
   const int order = known_order<T>(of_rows, rows, columns);
