@@ -27,8 +27,8 @@ class StrategyBench(AllocatorBench):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self._allocators = {name: self._allocator(name) for name in STRATEGIES}
         self._loss = torch.ones(())
+        self._allocators = {name: self._allocator(name) for name in STRATEGIES}
         self.contestants: dict[str, Callable[[], None]] = {
             lineup.PEFT_ALLOCATOR: self._step_peft,
             **{name: partial(self._step_strategy, name) for name in STRATEGIES},
@@ -48,6 +48,7 @@ class StrategyBench(AllocatorBench):
         allocator = BudgetAllocator(
             layers, STRATEGIES[name](), total_step=TOTAL_STEPS, target_r=max(1, self.case.r // 2), exact_budget=True
         )
+        allocator.observe(self._loss)
         allocator.step(self._step)
         return allocator
 
