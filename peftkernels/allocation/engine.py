@@ -8,30 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.budgets import Budget
 from peftkernels.allocation.explain import explain_decision, run_facts
-from peftkernels.allocation.hook import IdleWatch, found_overflow, run_after_step
-from peftkernels.allocation.kernels import kernels_for
-from peftkernels.allocation.masks import RankMasks, common_device
+from peftkernels.allocation.hook import run_after_step
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
-from peftkernels.allocation.progress import RunProgress
-from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of, find_gated_layers
+from peftkernels.allocation.protocol import factors_of
 from peftkernels.allocation.report import AllocationReport
-from peftkernels.allocation.selection import Decision
 from peftkernels.allocation.settings import AllocatorSettings
-from peftkernels.allocation.sharding import check_not_sharded_since, find_shards
+from peftkernels.allocation.sharding import check_not_sharded_since
 from peftkernels.allocation.snapshot import Snapshot, restore_snapshot, take_snapshot
 from peftkernels.allocation.state import pack_state, unpack_state
-from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.stepping import Stepping
 from peftkernels.allocation.strategy import Strategy
-from peftkernels.allocation.watchers import Watchers
-from peftkernels.rank_plan import RankState
 
 
-class BudgetAllocator(RunProgress):
+class BudgetAllocator(Stepping):
     """Rank budgets by any strategy: masks the ranks that score lowest while the budget falls.
 
         allocator = BudgetAllocator(model, Magnitude(), total_step=1000, target_r=8, tinit=100, tfinal=300)
@@ -115,46 +108,6 @@ class BudgetAllocator(RunProgress):
             capturable=capturable,
         )
         self._set_up(model, strategy, settings, costs, impl)
-
-    def _set_up(
-        self,
-        model: nn.Module | Mapping[str, Any],
-        strategy: Strategy,
-        settings: AllocatorSettings,
-        costs: Mapping[str, float] | None,
-        impl: str,
-    ) -> None:
-        if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategy: found {type(strategy).__name__}, expected a Strategy")
-        if settings.capturable and not strategy.capturable:
-            raise ValueError(f"capturable: found True, but the strategy {strategy.name!r} decides on the host")
-        self.settings = settings
-        self.strategy = strategy
-        self._impl = impl
-        found = find_gated_layers(model)
-        self._sharded = find_shards(found)
-        self._layers: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.layers
-        self._own: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.own
-        if settings.capturable and self._sharded is not None:
-            raise ValueError("capturable: found True for layers that are sharded over processes, expected False")
-        shapes = {
-            name: (layer.lora_E.shape[0], layer.lora_B.shape[0], layer.lora_A.shape[1])
-            for name, layer in self._own.items()
-        }
-        shares = settings.share_out(shapes, costs)
-        device = common_device(self._own)
-        kernels = kernels_for(device, Statistics.dtype_of(self._own), impl)
-        self.statistics = Statistics(self._layers, kernels, shares, exact=settings.exact_budget, sharded=self._sharded)
-        self.masks = RankMasks(self._layers, kernels, self._sharded)
-        strategy.begin(self.statistics)
-        if settings.capturable:
-            self.statistics.prepare()
-        self._watchers = Watchers()
-        self._begin(settings, shares, device)
-        self._handle: RemovableHandle | None = None
-        self._optimizer: Optimizer | None = None
-        self._watch = IdleWatch(self._own)
-        self._forget_whole()
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run after every `optimizer.step()` from now on, until `detach`.
@@ -366,190 +319,13 @@ class BudgetAllocator(RunProgress):
         self._rollbacks = rollbacks + 1
         self._watchers.tell(before, "rollback", {"to": self.steps, "why": why})
 
-    def take_over(self, facts: Mapping[str, Any], keep: Tensor, decision: Decision | None, losses: Tensor) -> None:
-        """Become what a checked state says; `load_state_dict` and `rollback` do it, nobody else should."""
-        self._follow_device()
-        self._released = facts["released"]
-        self._rollbacks = facts["rollbacks"]
-        self.statistics.forget()
-        self.statistics.pending_losses = losses
-        self._nonfinite.fill_(facts["nonfinite_steps"])
-        self._skipped = facts["skipped_steps"]
-        self._step = facts["step"]
-        if self._on_device is not None:
-            self._on_device.set(facts["step"], facts["skipped_steps"], 0 if decision is None else decision.step)
-            if decision is not None and self._decision is not None:
-                # A captured step goes on writing to these tensors.
-                self._decision.scores.copy_(decision.scores)
-                self._decision.thresholds.copy_(decision.thresholds)
-                decision = self._decision
-        if decision is not None or self._on_device is None:
-            self._decision = None if decision is None else decision.to(self.masks.device)
-        self._forget_whole()
-        self.masks.restore(keep, facts["frozen"])
-        self._write_states(mask=not facts["all_active"])
-        self._watch.reset()
-
-    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
-        overflow = found_overflow(optimizer)
-        if self._on_device is not None:
-            self._advance_on_device(overflow)
-        elif overflow is not None and bool(overflow):
-            self._skipped += 1
-            self._watch.reset()
-            self.statistics.begin_step()
-            # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
-            why = "the gradient scaler found an overflow; the optimizer did not step"
-            self._watchers.tell(self._step + 1, "skipped", {"why": why})
-        else:
-            self._advance(None)
-
-    def _advance(self, step: int | None) -> None:
-        if step is None and self._on_device is not None:
-            self._advance_on_device(None)
-            return
-        if step is None:
-            step = self._step + 1
-        elif not isinstance(step, int) or isinstance(step, bool):
-            raise TypeError(f"step: found {step!r} ({type(step).__name__}), expected an int or None")
-        elif step <= self.steps:
-            raise ValueError(f"step: found {step}, expected more than the last step, {self.steps}; steps count from 1")
-        last = self.settings.last_allocation
-        if self._on_device is not None:
-            if step > last > self.steps:
-                raise ValueError(f"step: found {step} after {self.steps}, expected at most {last} before the one after")
-            self._on_device.step.fill_(step - 1)
-            self._advance_on_device(None)
-            return
-        self.masks.check_writable()
-        self._forget_whole()
-        self._follow_device()
-        self.statistics.begin_step(step)
-        if step < last:
-            self._update(step)
-            if self.statistics.shares.due(step):
-                self._decide(step)
-            elif not self.masks.all_active:
-                self.masks.write_all_active()
-        elif not self._released:
-            if self._step == 0:
-                raise ValueError(f"step: found {step} as the first, expected less than {last}: there are no scores yet")
-            self._released = True
-            self._decide(step)
-            self.strategy.release()
-            _ = self.nonfinite_steps
-        else:
-            self._write_states(mask=True)
-        self._step = step
-        self._watch.reset()
-        self._forget_whole()
-        if self._watchers.observers and self.statistics.loss is not None:
-            self.tell("loss", {"value": float(self.statistics.loss)})
+    def _made_step(self) -> None:
         self._watchers.call(self)
-
-    def _advance_on_device(self, overflow: Tensor | None) -> None:
-        schedule, bus = self._on_device, self.statistics
-        assert schedule is not None
-        if common_device(self._layers) != self.masks.device:
-            raise RuntimeError(
-                f"the layers moved from {self.masks.device} to {common_device(self._layers)}: with capturable=True "
-                "make the allocator where the layers are trained"
-            )
-        bus.begin_step()
-        schedule.advance(overflow)
-        bus.skip = schedule.skips_update(overflow)
-        bus.device_budgets = schedule.budgets()
-        self._update_strategy()
-        assert bus.finite is not None
-        self._nonfinite += ~(bus.finite | bus.skip)
-        scores = self.strategy.scores(bus)
-        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), 0)
-        deciding = schedule.decides(overflow) & ~scores.isnan().any()
-        self._decision = schedule.remember(self._decision, deciding, scores, thresholds)
-        self.masks.take(torch.where(deciding, keep, self.masks.keep))
-        self.masks.write_masked(RankState.PROBE, schedule.masks())
-        self._watch.reset()
-
-    def _update_strategy(self) -> None:
-        bus = self.statistics
-        training = [layer for name, layer in self._own.items() if name not in self.masks.frozen]
-        if training and not any(getattr(layer, factor).grad is not None for layer in training for factor in FACTORS):
-            raise RuntimeError(
-                "the allocator found no gradient on any lora_A, lora_B or lora_E: it must run after backward() and "
-                "optimizer.step(), before the gradients are cleared"
-            )
-        self.strategy.update(bus)
-        missing = [name for name in bus.missing if name.rpartition(".")[0] not in self.masks.frozen]
-        if missing:
-            shown = ", ".join(missing[:6]) + (" and others" if len(missing) > 6 else "")
-            message = f"no gradient on {shown}: the scores count a missing gradient as zero"
-            self._watchers.warn_once("missing", message)
-        if bus.finite is None:
-            bus.finite = bus.gates_finite()
-
-    def _update(self, step: int) -> None:
-        self._update_strategy()
-        for details in self.strategy.moved():
-            self._watchers.tell(step, "moved", details)
-        finite = self.statistics.finite
-        assert finite is not None
-        self._nonfinite += ~finite
-        if finite.device.type == "cpu" and not finite:
-            self._watchers.tell(step, "skipped", {"why": "gradients are not finite; the scores stay as they were"})
-            _ = self.nonfinite_steps
-
-    def _decide(self, step: int) -> None:
-        bus = self.statistics
-        # A copy: strategies may give the tensor that they go on averaging in.
-        scores = self.strategy.scores(bus).clone()
-        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), step)
-        numbers = ~scores.isnan().any()
-        self.masks.take(torch.where(numbers, keep, self.masks.keep))
-        self._write_states(mask=True)
-        if (numbers.device.type == "cpu" or self._watchers.observers) and not numbers:
-            why = f"the scores at step {step} are not numbers; the mask before stays"
-            self._watchers.warn_once("scores", why)
-            self._watchers.tell(step, "skipped", {"why": why})
-            return
-        self._decision = Decision(step, self.budget(step), scores, thresholds.clone())
-        if self._watchers.observers:
-            own = [part.tolist() for part in bus.per_layer(scores)]
-            kept = list(self.masks.pattern().values())
-            for observer in self._watchers.observers:
-                observer.decided(step, self.budget(step), bus.by_module(thresholds), own, kept)
-
-    def _write_states(self, *, mask: bool) -> None:
-        if mask:
-            dead = self._released and self.settings.compact
-            self.masks.write_masked(RankState.DEAD if dead else RankState.PROBE)
-        else:
-            self.masks.write_all_active()
 
     def _living(self) -> tuple[Tensor, ...] | None:
         """The ranks of each layer that the orthogonality term covers, None for all."""
         compact = self._released and self.settings.compact
         return self.masks.living(dead=compact) if compact or self.masks.frozen else None
-
-    def _forget_whole(self) -> None:
-        """Factors that were gathered from shards may have changed since, or are not needed any more."""
-        if self._sharded is not None:
-            self._sharded.forget()
-
-    def _follow_device(self) -> None:
-        """The layers may have been moved since the last step."""
-        device = common_device(self._own)
-        if self.masks.device == device:
-            return
-        kernels = kernels_for(device, self.statistics.dtype, self._impl)
-        self.statistics.kernels = kernels
-        self.masks.to_(device, kernels)
-        self._nonfinite = self._nonfinite.to(device)
-        if self._decision is not None:
-            self._decision = self._decision.to(device)
-        if not self._released:
-            tensors = {name: tensor.to(device) for name, tensor in self.strategy.tensors().items()}
-            self.strategy.begin(self.statistics)
-            self.strategy.load(tensors, self.statistics)
 
     def _refuse_if_captured(self, argument: str, what: str) -> None:
         if self._on_device is not None:
