@@ -53,19 +53,30 @@ class RankPrior:
     @classmethod
     def of(cls, allocator: BudgetAllocator) -> RankPrior:
         """What `allocator` has decided last."""
-        layers = allocator.masks.layers
+        kept = {name: sum(own) for name, own in allocator.rank_pattern().items()}
+        return cls.from_ranks(allocator.masks.layers, kept)
+
+    @classmethod
+    def from_ranks(cls, layers: Mapping[str, GatedLayer], kept: Mapping[str, int]) -> RankPrior:
+        """A pattern over layers by name, known by how many ranks each kept.
+
+        Raises ValueError where the names differ, or a layer has kept more ranks than it has.
+        """
+        if layers.keys() != kept.keys():
+            shown = ", ".join(sorted(layers.keys() ^ kept.keys())[:4])
+            raise ValueError(f"kept: found other modules than the layers', expected the same: {shown}")
         depths = relative_depths(list(layers))
         return cls(
             tuple(
                 PriorModule(
                     projection_type(name),
                     depths[name],
-                    layers[name].lora_B.shape[0],
-                    layers[name].lora_A.shape[1],
-                    len(kept),
-                    sum(kept),
+                    layer.lora_B.shape[0],
+                    layer.lora_A.shape[1],
+                    layer.lora_A.shape[0],
+                    kept[name],
                 )
-                for name, kept in allocator.rank_pattern().items()
+                for name, layer in layers.items()
             )
         )
 

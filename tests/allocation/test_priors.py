@@ -14,6 +14,7 @@ from peftkernels.allocation import Budget, BudgetAllocator
 from peftkernels.allocation.priors import PriorModule, RankPrior, gated_shapes, initial_ranks, linear_shapes, match
 from peftkernels.allocation.strategies import AdaLora, Prior, Random, Uniform
 from peftkernels.allocation.strategies.prior import quantiles
+from peftkernels.nn import AdaLoRALinear
 
 # What (0, 1, 3, 5) at depths 0, 1/3, 2/3, 1 says about eight layers and 17 ranks.
 DEEPER = (0, 0, 1, 2, 2, 3, 4, 5)
@@ -163,3 +164,15 @@ def test_wrong_arguments_and_files_are_named(learned: RankPrior, tmp_path: Path)
     path.write_text(json.dumps({"kind": "peftkernels costs"}))
     with pytest.raises(ValueError, match="expected 'peftkernels rank pattern'"):
         RankPrior.load(path)
+
+
+def test_a_pattern_known_by_its_ranks(learned: RankPrior) -> None:
+    layers = {f"blocks.{i}.q": AdaLoRALinear.from_linear(nn.Linear(6, 8), r=4, lora_alpha=4) for i in (0, 1)}
+    prior = RankPrior.from_ranks(layers, {"blocks.0.q": 1, "blocks.1.q": 3})
+    assert prior.modules == (PriorModule("q", 0.0, 8, 6, 4, 1), PriorModule("q", 1.0, 8, 6, 4, 3))
+    with pytest.raises(
+        ValueError, match=r"kept: found other modules than the layers', expected the same: blocks\.1\.q"
+    ):
+        RankPrior.from_ranks(layers, {"blocks.0.q": 1})
+    with pytest.raises(ValueError, match=r"expected a depth in .* and 0 <= kept <= rank"):
+        RankPrior.from_ranks(layers, {"blocks.0.q": 5, "blocks.1.q": 3})

@@ -277,3 +277,23 @@ def test_without_optuna_it_says_what_to_install() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "pip install 'peftkernels[search]'" in printed
+
+
+def test_a_loop_of_its_own_asks_and_tells() -> None:
+    """Several at a time; the same seed chooses the same, and the front is made of what was told."""
+    searches = [BudgetSearch(SPACE, directions=("maximize", "minimize"), seed=3) for _ in range(2)]
+    for _ in range(2):
+        asked = [search.ask(3) for search in searches]
+        assert asked[0] == asked[1] and len({each.number for each in asked[0]}) == 3
+        for search in searches:
+            for each in asked[0]:
+                search.tell(each.number, _hill(each.candidate, None), each.candidate.target_r)
+    first = searches[0]
+    assert [each.number for each in first.finished] == list(range(6))
+    assert {each.values for each in first.front} <= {each.values for each in first.finished}
+    assert first.front[0].values[0] == max(each.values[0] for each in first.finished)
+    (open_one,) = first.ask()
+    with pytest.raises(ValueError, match="values: found 1, expected 2, one for each direction"):
+        first.tell(open_one.number, 1.0)
+    with pytest.raises(ValueError, match="count: found 0, expected a whole number"):
+        first.ask(0)

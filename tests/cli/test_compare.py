@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from peftkernels.cli.demo.checkpoint import Store
-from peftkernels.cli.demo.compare import contestants, pool, trial
+from peftkernels.cli.demo.compare import contestants, pool
 from peftkernels.cli.demo.compare.contestants import BASELINE, CONTESTANTS
 from peftkernels.cli.demo.compare.options import ComparisonOptions
 from peftkernels.cli.demo.compare.settings import QUICK, VALIDATION, Setting, Trial
@@ -93,10 +93,12 @@ def small(tiny_model: Path, tiny_data: Path) -> Options:
 
 
 def lasting(comparison: dict[str, Any]) -> dict[str, Any]:
-    """A comparison without times of day and of steps."""
+    """A comparison without times of day, of steps and of trainings."""
     kept = {key: value for key, value in comparison.items() if key not in PASSING}
     rows = kept["contestants"].items()
-    kept["contestants"] = {n: {k: v for k, v in row.items() if not k.startswith("step_")} for n, row in rows}
+    kept["contestants"] = {
+        n: {k: v for k, v in row.items() if not k.startswith("step_") and "seconds" not in k} for n, row in rows
+    }
     return kept
 
 
@@ -128,17 +130,6 @@ def test_ranks_and_parameters_are_those_of_the_budget(finished: Finished) -> Non
             assert sum(seed["live_ranks_by_module"].values()) == 2 * MATRICES
     assert set(rows["uniform"]["by_seed"][0]["live_ranks_by_module"].values()) == {2}
     assert set(rows["adalora"]["by_seed"][0]["live_ranks_by_module"].values()) != {2}
-
-
-def test_a_budget_in_parameters_is_used_up(small: Options) -> None:
-    """The knapsack fills what the same rank in every module has, to less than one rank."""
-    outcome = trial.run_trial(Trial("knapsack", 0, Setting(3e-3, 2.0, 2, 1)), small, 6, 0.1)
-    head = 32 * 3 + 3
-    widths = 2 * (4 * (32 + 32) + 2 * (32 + 64))
-    used = outcome["live_parameters"] - head
-    assert 2 * (widths + MATRICES) - (32 + 64 + 1) < used <= 2 * (widths + MATRICES)
-    ranks = outcome["live_ranks_by_module"].items()
-    assert used == sum(live * (65 if "attention" in name else 97) for name, live in ranks)
 
 
 def test_all_are_tuned_on_the_same_grid_with_other_seeds(finished: Finished) -> None:
@@ -233,37 +224,41 @@ def test_jobs_change_nothing_but_time(small: Options, tmp_path: Path) -> None:
     assert all(outcome["threads"] == 1 for outcome in outcomes[0])
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
-def test_every_contestant_spends_the_same_budget(small: Options, name: str) -> None:
-    outcome = trial.run_trial(Trial(name, 0, Setting(1e-2, 8.0, 2, 1)), small, 6, 0.1)
-    assert outcome["live_ranks"] == sum(outcome["live_ranks_by_module"].values())
-    assert CONTESTANTS[name].unit == "parameters" or outcome["live_ranks"] == 2 * MATRICES
-    assert outcome["total_ranks"] == (6 if CONTESTANTS[name].budgeted else 2) * MATRICES
-    assert len(outcome["losses"]) == 12 and 0 <= outcome["accuracy"] <= 1
-    assert outcome["losses"][-1] < outcome["losses"][0]
+def test_searches_choose_the_same_whatever_is_stored(inputs: list[str], tmp_path: Path) -> None:
+    """Those with a search, and those that learn from others, after a resume; who is learned from takes part."""
+    given = ["demo", "--allocators", "prior,search,pareto", "--quick", "--jobs", "1", *inputs]
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main([*given, "--out", str(first)]) == 0
+    whole = json.loads((first / "comparison.json").read_text())
+    assert list(whole["contestants"]) == [BASELINE, "adalora", "prior", "search", "pareto"]
+    (again / "runs").mkdir(parents=True)
+    (again / "arguments.json").write_bytes((first / "arguments.json").read_bytes())
+    stored = sorted((first / "runs").glob("*.json"))
+    for path in stored[::2]:
+        (again / "runs" / path.name).write_bytes(path.read_bytes())
+    assert main([*given, "--out", str(again), "--resume"]) == 0
+    assert sorted(path.name for path in (again / "runs").glob("*.json")) == [path.name for path in stored]
+    assert lasting(json.loads((again / "comparison.json").read_text())) == lasting(whole)
+
+    tuning = whole["tuning"]
+    assert [tuning[name]["method"] for name in tuning] == ["grid", "grid", "grid", "tpe", "nsga2"]
+    chosen = Setting(**tuning["adalora"]["setting"])
+    assert tuning["prior"]["setting"]["prior"] == Trial("adalora", 1000, chosen, VALIDATION).key
+    assert {each["target_rank"] for each in tuning["search"]["trials"]} == {2}
+    front = tuning["pareto"]["front"]
+    assert [each["live_parameters"] for each in front] == sorted(each["live_parameters"] for each in front)
+    assert [each["accuracy"] for each in front] == sorted({each["accuracy"] for each in front})
+    assert max(each["accuracy"] for each in tuning["pareto"]["trials"]) == front[-1]["accuracy"]
+    assert all(row["live_ranks"] == 2 * MATRICES for row in whole["contestants"].values())
 
 
-def test_another_budget_is_an_error(small: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = CONTESTANTS[BASELINE]
-
-    def wasteful(start: Any) -> Any:
-        return fixed.build(replace(start, recipe=replace(start.recipe, lora_rank=3)))
-
-    monkeypatch.setitem(contestants.CONTESTANTS, BASELINE, replace(fixed, build=wasteful))
-    with pytest.raises(RuntimeError, match=r"ended with 36 live ranks, expected the budget, 24"):
-        trial.run_trial(Trial(BASELINE, 0, Setting(1e-2, 8.0, 2, 1)), small, 6, 0.1)
-
-
-def test_validation_texts_come_from_the_training_texts(small: Options) -> None:
-    prepared = trial.prepared_for(replace(small, seed=1000))
-    rest, held_out = trial.carve(prepared.training, 1000)
-    assert len(held_out) == round(0.2 * len(prepared.training)) and len(rest) + len(held_out) == len(prepared.training)
-    texts = sorted(zip(prepared.training.ids, prepared.training.classes, strict=True))
-    assert (
-        sorted([*zip(rest.ids, rest.classes, strict=True), *zip(held_out.ids, held_out.classes, strict=True)]) == texts
-    )
-    outcome = trial.run_trial(Trial(BASELINE, 1000, Setting(1e-2, 8.0, 2, 1), VALIDATION), small, 6, 0.1)
-    assert outcome["texts"] == {"training": len(rest), "held_out": len(held_out)}
+def test_a_search_without_optuna_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"search needs Optuna, which is not installed; pip install 'peftkernels\[search"
+    ):
+        contestants.choose(["search"])
+    assert contestants.choose(["adalora"]) == (BASELINE, "adalora")
 
 
 def test_a_training_of_another_setting_is_refused(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def row(difference: tuple[float, float, float] | None, *, chooses: bool = True) 
 
 def words(**rows: dict[str, Any]) -> str:
     """The findings of a comparison with these contestants beside the baseline."""
-    trials = {"trials": [{}] * 6, "at_edge": []}
+    trials = {"method": "grid", "trials": [{}] * 6, "at_edge": []}
     every = {"fixed": row(None, chooses=False), **rows}
     return "\n".join(findings({"contestants": every, "tuning": dict.fromkeys(every, trials), "design": DESIGN}))
 
@@ -108,7 +108,7 @@ def test_who_beats_fixed_rank_is_said() -> None:
 
 
 def test_a_choice_at_the_edge_of_the_grid_is_said() -> None:
-    tuning = {"fixed": {"trials": [{}] * 6, "at_edge": ["learning_rate"]}}
+    tuning = {"fixed": {"method": "grid", "trials": [{}] * 6, "at_edge": ["learning_rate"]}}
     found = findings({"contestants": {"fixed": row(None, chooses=False)}, "tuning": tuning, "design": DESIGN})
     assert "tuned with 6 trials" in found[-1] and "beyond it: fixed (learning rate)." in found[-1]
 
@@ -116,3 +116,29 @@ def test_a_choice_at_the_edge_of_the_grid_is_said() -> None:
 def test_one_seed_has_no_interval() -> None:
     assert points({"mean": 0.011, "low": None, "high": None, "count": 1}) == "+1.1 points"
     assert points(None) == ""
+
+
+def test_what_a_search_chose_and_its_front_are_said() -> None:
+    candidate = {"learning_rate": 0.004, "tinit": 0.1, "tfinal": 0.3, "deltaT": 5, "group_weights": {"mlp": 2.0}}
+    front = [{"live_parameters": 3000, "accuracy": 0.5}, {"live_parameters": 60000, "accuracy": 0.75}]
+    setting = {"scale": 4.0, "candidate": candidate}
+    tuning = {
+        "fixed": {"method": "grid", "trials": [{}] * 6, "at_edge": []},
+        "pareto": {"method": "nsga2", "trials": [{}] * 24, "at_edge": [], "setting": setting, "front": front},
+    }
+    design = {**DESIGN, "search_trials": 24}
+    found = findings({"contestants": {"fixed": row(None, chooses=False)}, "tuning": tuning, "design": design})
+    assert found[-2].startswith("Every contestant but pareto was tuned with 6 trials on the same grid")
+    assert "pareto is AdaLoRA after 24 trainings chosen by Optuna (NSGA-II)" in found[-1]
+    assert "learning rate 0.004, scale 4, tinit 0.10 and tfinal 0.30 of the run, ΔT 5" in found[-1]
+    assert found[-1].endswith("validation accuracy by live parameters: 3,000: 0.500; 60,000: 0.750.")
+
+
+def test_what_freezing_saved_is_said() -> None:
+    modules = {"by_seed": [{"live_ranks_by_module": {"a": 1, "b": 2}}]}
+    found = words(
+        adalora={**row((0.0, -0.1, 0.1)), "training_processor_seconds": 40.0},
+        freezing={**row((0.0, -0.1, 0.1)), **modules, "training_processor_seconds": 38.0, "frozen_modules": 0.4},
+    )
+    expected = "freezing took 0.4 of 2 modules out of the training on average; a training took 38.0 s of processor time"
+    assert f"{expected}, adalora's 40.0 s." in found

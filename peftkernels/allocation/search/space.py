@@ -33,7 +33,7 @@ class Candidate:
     tfinal: float
     deltaT: int
     learning_rate: float | None = None
-    group_weights: Mapping[str, float] = field(default_factory=dict)
+    group_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def schedule(self, total_step: int) -> dict[str, int]:
         """`total_step`, `tinit`, `tfinal` and `deltaT` of an allocator for a run of so many optimizer steps."""

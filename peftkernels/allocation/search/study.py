@@ -26,6 +26,14 @@ class Pruned(Exception):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A candidate to try, and its number in the search."""
+
+    number: int
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
 class Finished:
     """A candidate that was tried: its number in the search, and the objective's values."""
 
@@ -117,10 +125,7 @@ class BudgetSearch:
         self._take_up_abandoned()
         states = _optuna().trial.TrialState
         while self._counted() < trials:
-            self._study.sampler = self._make_sampler(self._seed + len(self._study.get_trials(deepcopy=False)))
-            trial = self._study.ask()
-            trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
-            candidate = self.space.draw(trial)
+            trial, candidate = self._ask()
             known = next((each.values for each in self.finished if each.candidate == candidate), None)
             if known is not None:
                 self._study.tell(trial, known)
@@ -134,6 +139,25 @@ class BudgetSearch:
                 raise
             else:
                 self._study.tell(trial, values)
+
+    def ask(self, count: int = 1) -> list[Asked]:
+        """Candidates for a loop of your own, such as one that trains several at a time; `tell` takes what came of each.
+
+        Those of one call do not know of each other's values. Raises ValueError for a count below 1.
+        """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"count: found {count!r}, expected a whole number of at least 1")
+        asked = [self._ask() for _ in range(count)]
+        return [Asked(trial.number, candidate) for trial, candidate in asked]
+
+    def tell(self, number: int, *values: float) -> None:
+        """The objective's values, one for each direction, of the candidate that `ask` gave this number.
+
+        Raises ValueError for another number of values.
+        """
+        if len(values) != len(self.directions):
+            raise ValueError(f"values: found {len(values)}, expected {len(self.directions)}, one for each direction")
+        self._study.tell(number, list(values))
 
     @property
     def study(self) -> optuna.Study:
@@ -161,6 +185,12 @@ class BudgetSearch:
         first = {each.values: each for each in found}
         sign = -1 if self.directions[0] == "maximize" else 1
         return sorted(first.values(), key=lambda each: (sign * each.values[0], each.number))
+
+    def _ask(self) -> tuple[optuna.Trial, Candidate]:
+        self._study.sampler = self._make_sampler(self._seed + len(self._study.get_trials(deepcopy=False)))
+        trial = self._study.ask()
+        trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
+        return trial, self.space.draw(trial)
 
     def _reporter(self, trial: optuna.Trial) -> Report:
         def report(step: int, value: float) -> None:

@@ -47,9 +47,12 @@ class Run:
         head = {id(p) for p in classifier.head.parameters()}
         adapter_rate = recipe.adalora_learning_rate if self.gated else recipe.lora_learning_rate
         trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trainable if id(p) in head], "lr": recipe.head_learning_rate},
-            {"params": [p for p in trainable if id(p) not in head], "lr": adapter_rate},
+            *(
+                {**group, "lr": adapter_rate}
+                for group in self.adapter_groups([p for p in trainable if id(p) not in head])
+            ),
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=recipe.weight_decay, fused=True
@@ -59,6 +62,10 @@ class Run:
         )
         self.steps_done = 0
         self.decisions: DecisionLog | None = None
+
+    def adapter_groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        """The optimizer's groups of the adapters' parameters; their learning rate is added."""
+        return [{"params": parameters}]
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns the cross-entropy and the loss that was differentiated, both 0-dim, detached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ from peftkernels.cli.demo.compare.step_times import time_contestants
 from peftkernels.cli.demo.compare.store import COMPARISON, ComparisonStore
 from peftkernels.cli.demo.compare.table import print_comparison
 from peftkernels.cli.demo.compare.trial import prepared_for
-from peftkernels.cli.demo.compare.tuning import choose_settings, tuning_results, tuning_trials
+from peftkernels.cli.demo.compare.tuning import Tuned, trials_of_tuning, tune, tuning_results
 from peftkernels.cli.demo.errors import InputError
 from peftkernels.cli.demo.measure import QUICK_ROUNDS, ROUNDS
 from peftkernels.cli.demo.prepare import Prepared
@@ -77,21 +78,21 @@ def _run(
     console: Console,
 ) -> dict[str, Any]:
     rounds = QUICK_ROUNDS if options.demo.quick else ROUNDS
-    tuning = tuning_trials(names, design)
     # How many trainings there will be is known before their settings are.
     placeholder = {name: Setting(0.0, 0.0, design.target_rank, design.delta_t) for name in names}
     compared = results.comparison_trials(placeholder, seeds)
     varied = set(results.sensitivity_trials(placeholder, design, seeds)) - set(compared)
+    trainings = trials_of_tuning(names, design) + len(compared) + len(varied)
     weight = _ROUND_WEIGHT * len(names)
-    with DemoProgress(len(tuning) + len(compared) + len(varied) + weight * rounds, console, "whole comparison") as bars:
+    with DemoProgress(trainings + weight * rounds, console, "whole comparison") as bars:
 
-        def train(title: str, trials: list[Trial]) -> None:
+        def train(title: str, trials: Sequence[Trial]) -> None:
             bars.begin(title, len(trials), unit="trainings")
-            run_trials(trials, design, options, store, bars.advance)
+            run_trials(list(dict.fromkeys(trials)), design, options, store, bars.advance)
             bars.end()
 
-        train("tuning", tuning)
-        settings = choose_settings(names, design, store)
+        tuned = tune(names, design, store, train)
+        settings = {name: own.chosen for name, own in tuned.items()}
         compared = results.comparison_trials(settings, seeds)
         train("comparison", compared)
         around = results.sensitivity_trials(settings, design, seeds)
@@ -99,6 +100,25 @@ def _run(
         bars.begin("timing", rounds, weight=weight, unit="rounds")
         timing = _timing(settings, design, prepared, rounds, store, bars)
         bars.end()
+    return _results(tuned, design, seeds, prepared, store, timing)
+
+
+def _results(
+    tuned: dict[str, Tuned],
+    design: Design,
+    seeds: tuple[int, ...],
+    prepared: Prepared,
+    store: ComparisonStore,
+    timing: dict[str, Any],
+) -> dict[str, Any]:
+    settings = {name: own.chosen for name, own in tuned.items()}
+    trainings = {
+        *(trial for name, own in tuned.items() for trial in own.trials(name, design)),
+        *results.comparison_trials(settings, seeds),
+        *results.sensitivity_trials(settings, design, seeds),
+    }
+    finished = [store.finished(trial) for trial in trainings]
+    parts = ("training_processor_seconds", "evaluation_processor_seconds")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(_PACKAGES),
@@ -112,19 +132,13 @@ def _run(
             "test_texts": len(prepared.test),
             "share_containing_their_label": prepared.named,
         },
-        "tuning": tuning_results(settings, design, store),
+        "tuning": tuning_results(tuned, design, store),
         "contestants": results.contestant_results(settings, design, seeds, store, timing),
         "sensitivity": results.sensitivity_results(settings, design, seeds, store),
         "timing": timing,
         "trainings": {
-            "count": len({*tuning, *compared, *around}),
-            "processor_seconds": sum(
-                sum(
-                    store.finished(trial)[part]
-                    for part in ("training_processor_seconds", "evaluation_processor_seconds")
-                )
-                for trial in {*tuning, *compared, *around}
-            ),
+            "count": len(finished),
+            "processor_seconds": sum(outcome[part] for outcome in finished for part in parts),
         },
     }
 
@@ -155,7 +169,10 @@ def _timing(
     wanted = {name: setting.as_dict() for name, setting in settings.items()}
     timing = store.load_timing()
     if timing is None or timing["settings"] != wanted:
-        timing = {**time_contestants(prepared, settings, design, rounds, bars.advance), "settings": wanted}
+        timing = {
+            **time_contestants(prepared, settings, store.earlier, design, rounds, bars.advance),
+            "settings": wanted,
+        }
         store.save_timing(timing)
     return timing
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from peftkernels.cli.demo.checkpoint import write_json
+from peftkernels.cli.demo.compare.contestants import Earlier
 from peftkernels.cli.demo.compare.options import ComparisonOptions
 from peftkernels.cli.demo.compare.settings import Design, Trial
 from peftkernels.cli.demo.compare.store import ComparisonStore
@@ -42,7 +43,7 @@ def run_trials(
         torch.set_num_threads(options.threads)
         try:
             for number, trial in enumerate(missing, start=done + 1):
-                _work(trial, design, options.demo, store.path(trial))
+                _work(trial, store.earlier(trial.setting), design, options.demo, store.path(trial))
                 advance(number)
         finally:
             torch.set_num_threads(before)
@@ -50,7 +51,10 @@ def run_trials(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(options.jobs, len(missing)), context, _begin_worker, (options.threads,))
     try:
-        futures = [pool.submit(_work, trial, design, options.demo, store.path(trial)) for trial in missing]
+        futures = [
+            pool.submit(_work, trial, store.earlier(trial.setting), design, options.demo, store.path(trial))
+            for trial in missing
+        ]
         for number, future in enumerate(as_completed(futures), start=done + 1):
             future.result()
             advance(number)
@@ -71,5 +75,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(trial: Trial, design: Design, options: Options, path: Path) -> None:
-    write_json(path, run_trial(trial, options, design.initial_rank, design.orthogonality_weight))
+def _work(trial: Trial, earlier: Earlier, design: Design, options: Options, path: Path) -> None:
+    write_json(path, run_trial(trial, earlier, options, design.initial_rank, design.orthogonality_weight))

@@ -59,6 +59,8 @@ def contestant_results(
             "difference_to_uniform": _difference(name, UNIFORM, accuracies) if CONTESTANTS[name].chooses else None,
             "unit": CONTESTANTS[name].unit,
             **{figure: round(statistics.fmean(outcome[figure] for outcome in outcomes)) for figure in _COUNTS},
+            **_frozen(name, outcomes),
+            "training_processor_seconds": statistics.fmean(o["training_processor_seconds"] for o in outcomes),
             "loss_level": level,
             "steps_to_level": statistics.fmean(reached) if reached else None,
             "reached_level": len(reached),
@@ -76,6 +78,12 @@ def contestant_results(
             ],
         }
     return rows
+
+
+def _frozen(name: str, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    if not CONTESTANTS[name].freezes:
+        return {}
+    return {"frozen_modules": statistics.fmean(len(outcome["frozen_modules"]) for outcome in outcomes)}
 
 
 def _difference(name: str, other: str, accuracies: Mapping[str, list[float]]) -> dict[str, Any] | None:

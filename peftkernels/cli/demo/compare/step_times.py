@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peftkernels.cli.demo.batches import collate
-from peftkernels.cli.demo.compare.contestants import CONTESTANTS
+from peftkernels.cli.demo.compare.contestants import CONTESTANTS, Earlier
 from peftkernels.cli.demo.compare.settings import Design, Setting
 from peftkernels.cli.demo.compare.trial import start_for
 from peftkernels.cli.demo.measure import SECONDS_PER_ROUND, typical_and_longest_batches
@@ -19,7 +19,12 @@ from peftkernels.cli.demo.timing import FROZEN, FrozenStep, TimedRun, time_steps
 
 
 def time_contestants(
-    prepared: Prepared, settings: Mapping[str, Setting], design: Design, rounds: int, advance: Callable[[int], None]
+    prepared: Prepared,
+    settings: Mapping[str, Setting],
+    earlier: Callable[[Setting], Earlier],
+    design: Design,
+    rounds: int,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Median milliseconds of a step and its ratio to the frozen step of the same round, by contestant, for JSON.
 
@@ -27,16 +32,19 @@ def time_contestants(
     in every step that is timed.
 
     Args:
+        earlier: what trainings before have found of what a setting starts from.
         advance: called with the number of undisturbed rounds so far.
     """
     recipe = prepared.start.recipe
-    last_step = recipe.steps - recipe.tfinal - 1
     variants: dict[str, FrozenStep | TimedRun] = {FROZEN: FrozenStep(prepared.start.base)}
     for name, setting in settings.items():
         torch.manual_seed(prepared.start.seed)
-        run = CONTESTANTS[name].build(start_for(prepared, setting, design.initial_rank, design.orthogonality_weight))
-        for batch in prepared.order[: recipe.tinit + 1]:
+        start = start_for(prepared, setting, design.initial_rank, design.orthogonality_weight)
+        run = CONTESTANTS[name].build(start, earlier(setting))
+        chosen = {} if setting.candidate is None else setting.candidate.schedule(recipe.steps)
+        for batch in prepared.order[: chosen.get("tinit", recipe.tinit) + 1]:
             run.step(collate(prepared.training, batch))
+        last_step = recipe.steps - chosen.get("tfinal", recipe.tfinal) - 1
         variants[name] = TimedRun(run, copy.deepcopy(run.state_dict()), last_step)
     timing = time_steps(
         variants,

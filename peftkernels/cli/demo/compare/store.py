@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkernels.cli.demo.checkpoint import RUNS, Store, write_json
-from peftkernels.cli.demo.compare.settings import Trial
+from peftkernels.cli.demo.compare.contestants import Earlier
+from peftkernels.cli.demo.compare.settings import Setting, Trial
 from peftkernels.cli.demo.errors import InputError
 
 COMPARISON = "comparison.json"
@@ -47,6 +48,19 @@ class ComparisonStore(Store):
         if found is None:
             raise RuntimeError(f"{self.path(trial)}: not found, expected a finished training")
         return found
+
+    def earlier(self, setting: Setting) -> Earlier:
+        """What a training with this setting starts from.
+
+        Raises:
+            RuntimeError: the training that it takes the ranks of is not finished.
+        """
+        if setting.prior is None:
+            return Earlier(candidate=setting.candidate)
+        found = self._read(self.directory / RUNS / f"{setting.prior}.json")
+        if found is None:
+            raise RuntimeError(f"{setting.prior}: not found in {self.directory / RUNS}, expected a finished training")
+        return Earlier(found["live_ranks_by_module"], setting.candidate)
 
     def load_timing(self) -> dict[str, Any] | None:
         """Step times, None when they were not measured."""

@@ -47,7 +47,7 @@ def cells(comparison: Mapping[str, Any], name: str) -> list[str]:
         f"{row['live_parameters']:,} / {row['trainable_parameters']:,}",
         steps,
         f"{row['mean_loss']['mean']:.3f}",
-        f"{chosen['learning_rate']:g}, {chosen['scale']:g}",
+        f"{chosen['learning_rate']:.2g}, {chosen['scale']:.2g}",
     ]
 
 

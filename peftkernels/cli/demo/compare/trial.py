@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from peftkernels.cli.demo.batches import Encoded, collate, training_order
-from peftkernels.cli.demo.compare.contestants import CONTESTANTS
+from peftkernels.cli.demo.compare.budget_run import BudgetRun
+from peftkernels.cli.demo.compare.contestants import CONTESTANTS, Earlier
 from peftkernels.cli.demo.compare.settings import VALIDATION, Setting, Trial
 from peftkernels.cli.demo.model import quiet_transformers
 from peftkernels.cli.demo.options import Options
@@ -31,10 +32,13 @@ def prepared_for(options: Options) -> Prepared:
     return prepare(options, ())
 
 
-def run_trial(trial: Trial, options: Options, initial_rank: int, orthogonality_weight: float) -> dict[str, Any]:
+def run_trial(
+    trial: Trial, earlier: Earlier, options: Options, initial_rank: int, orthogonality_weight: float
+) -> dict[str, Any]:
     """Train, measure accuracy on the texts held out, and return all figures, for JSON.
 
     Args:
+        earlier: what trainings before have found of what the trial starts from.
         options: the demo's; their seed is replaced by the trial's.
 
     Raises:
@@ -48,7 +52,7 @@ def run_trial(trial: Trial, options: Options, initial_rank: int, orthogonality_w
         order = training_order([len(ids) for ids in training.ids], options.batch_size, options.steps, trial.seed)
     torch.manual_seed(trial.seed)
     began = time.process_time()
-    run = CONTESTANTS[trial.contestant].build(start)
+    run = CONTESTANTS[trial.contestant].build(start, earlier)
     losses = [float(run.step(collate(training, batch))[0]) for batch in order]
     trained = time.process_time()
     reached = accuracy(run, held_out)
@@ -108,12 +112,14 @@ def _ranks_and_parameters(trial: Trial, run: Run) -> dict[str, Any]:
     if not least <= found <= budget:
         raise RuntimeError(f"{trial.key}: ended with {found} live {contestant.unit}, expected the budget, {budget}")
     parameters += sum(p.numel() for p in run.classifier.head.parameters())
+    frozen = {"frozen_modules": list(run.allocator.frozen)} if isinstance(run, BudgetRun) and contestant.freezes else {}
     return {
         "live_ranks": sum(live.values()),
         "total_ranks": sum(len(kept) for kept in pattern.values()),
         "live_ranks_by_module": live,
         "live_parameters": parameters,
         "trainable_parameters": run.trainable_parameters(),
+        **frozen,
     }
 
 
