@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from peftkernels import RankState
 from peftkernels.allocation import AdaLoraAllocator, Budget, BudgetAllocator
 from peftkernels.allocation.strategies import Magnitude
-from peftkernels.integrations.peft import adapter_save
-from peftkernels.integrations.peft import load_adapter, save_adapter
+from peftkernels.integrations.peft import adapter_save, load_adapter, save_adapter
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 WIDTH = 16
