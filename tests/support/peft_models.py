@@ -72,23 +72,27 @@ def config(kind: str, model: str = "llama", **changes: Any) -> peft.PeftConfig:
         "base-bias": {"bias": "all"},
         "dora": {"use_dora": True},
     }
-    return peft.LoraConfig(r=4, **{**common, **special[kind], **changes})
+    return peft.LoraConfig(**{"r": 4, **common, **special[kind], **changes})
 
 
 def adapted(kind: str, model: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A PeftModel whose factors are all away from zero (standard deviation 0.05: larger ones are ill-conditioned)."""
     torch.manual_seed(0)
-    made = peft.get_peft_model(MODELS[model]().to(dtype), config(kind, model, **changes))
-    for name, parameter in made.named_parameters():
+    return away_from_zero(peft.get_peft_model(MODELS[model]().to(dtype), config(kind, model, **changes)))
+
+
+def away_from_zero(model: Any) -> Any:
+    """The model with factors drawn anew, and with `ranknum` as the constant that it is: peft makes it trainable on
+    bases that are not float32."""
+    for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name:
             nn.init.normal_(parameter, 0, 0.05)
         elif "magnitude" in name:
             with torch.no_grad():
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.9, 1.1))
         if "ranknum" in name:
-            # peft makes it trainable on bases that are not float32; it is a constant.
             parameter.requires_grad_(False)
-    return made
+    return model
 
 
 def pair(kind: str, model: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
