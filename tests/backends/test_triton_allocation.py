@@ -10,6 +10,7 @@ import torch
 from support.devices import device_of
 from support.implementations import skip_unless_served
 from support.memory import poison
+from support.orthogonality_error import added_error, assert_within, term_errors
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState
@@ -332,16 +333,6 @@ def _doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-def _within(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """Twice the error that plain tensor code in the same dtype makes, plus a rounding of the largest number."""
-    for one, other, oracle in zip(found, plain, exact, strict=True):
-        if not oracle.numel():
-            continue
-        band = float(oracle.abs().max()) * torch.finfo(one.dtype).eps * 4
-        allowed = 2 * float((other.double() - oracle).abs().max()) + band
-        assert float((one.double() - oracle).abs().max()) <= allowed
-
-
 def _keep(layers: str, device: torch.device, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.rand(r, generator=generator) < 0.6).to(device) for r, _, _ in LAYERS[layers]]
@@ -354,24 +345,25 @@ def test_the_orthogonality_term(layers: str, dtype: torch.dtype, masked: bool, d
     """Value, gradients written and gradients added, beside float64."""
     lora_A, lora_B = _adapters(layers, dtype, device, seed)
     keep = _keep(layers, device, seed) if masked else None
-    kernels, plain = allocation.kernels(), PlainKernels()
+    kernels = allocation.kernels()
     value, gradients = kernels.orthogonality(lora_A, lora_B, 0.5, keep)
-    plain_value, plain_gradients = plain.orthogonality(lora_A, lora_B, 0.5, keep)
-    exact_value, exact_gradients = plain.orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5, keep)
+    exact_value, exact_gradients = PlainKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5, keep)
+    value_error, errors = term_errors(lora_A, lora_B, 0.5, keep)
     assert value.shape == () and value.dtype is torch.float32
-    assert gradients is not None and plain_gradients is not None and exact_gradients is not None
+    assert gradients is not None and exact_gradients is not None
     assert all(gradient.dtype is torch.float32 for gradient in gradients)
-    _within([value, *gradients], [plain_value, *plain_gradients], [exact_value, *exact_gradients])
+    for found in zip([value, *gradients], [exact_value, *exact_gradients], [value_error, *errors], strict=True):
+        assert_within(*found)
     only_value, nothing = kernels.orthogonality(lora_A, lora_B, 0.5, keep, gradients=False)
     assert torch.equal(only_value, value) and nothing is None
 
     before = [torch.randn_like(factor) for factor in (*lora_A, *lora_B)]
-    added, plainly_added = ([each.clone() for each in before] for _ in range(2))
+    added = [each.clone() for each in before]
     same_value, nothing = kernels.orthogonality(lora_A, lora_B, 0.5, keep, added, 3.0)
     assert torch.equal(same_value, value) and nothing is None
-    plain.orthogonality(lora_A, lora_B, 0.5, keep, plainly_added, 3.0)
-    exact = [each.double() + 3.0 * gradient for each, gradient in zip(before, exact_gradients, strict=True)]
-    _within(added, plainly_added, exact)
+    for target, start, gradient, error in zip(added, before, exact_gradients, errors, strict=True):
+        exact = start.double() + 3.0 * gradient
+        assert_within(target, exact, added_error(error, gradient, 3.0, exact, target.dtype))
 
 
 def test_adapters_of_two_dtypes_and_other_strides(device: torch.device, seed: int) -> None:
@@ -379,16 +371,18 @@ def test_adapters_of_two_dtypes_and_other_strides(device: torch.device, seed: in
     lora_A[1], lora_B[1] = lora_A[1].half(), lora_B[1].half()
     lora_B[2] = lora_B[2].t().contiguous().t()
     lora_A[2] = lora_A[2].repeat_interleave(2, 1)[:, ::2]
-    factors = [*lora_A, *lora_B]
-    kernels, plain = allocation.kernels(), PlainKernels()
-    targets = [[factor.t().contiguous().t().clone() for factor in factors] for _ in range(3)]
+    kernels = allocation.kernels()
+    targets = [factor.t().contiguous().t().clone() for factor in (*lora_A, *lora_B)]
     for _ in range(2):
-        value, _ = kernels.orthogonality(lora_A, lora_B, 0.5, None, targets[0])
-        plain_value, _ = plain.orthogonality(lora_A, lora_B, 0.5, None, targets[1])
-        exact_value, gradients = plain.orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5)
+        before = _doubled(targets)
+        value, _ = kernels.orthogonality(lora_A, lora_B, 0.5, None, targets)
+        exact_value, gradients = PlainKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5)
+        value_error, errors = term_errors(lora_A, lora_B, 0.5, None)
         assert gradients is not None
-        targets[2] = [target + gradient for target, gradient in zip(targets[2], gradients, strict=True)]
-        _within([value, *targets[0]], [plain_value, *targets[1]], [exact_value, *targets[2]])
+        assert_within(value, exact_value, value_error)
+        for target, start, gradient, error in zip(targets, before, gradients, errors, strict=True):
+            exact = start + gradient
+            assert_within(target, exact, added_error(error, gradient, 1.0, exact, target.dtype))
         lora_B[2].mul_(0.5)
 
 
