@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,14 +12,17 @@ from support.devices import device_of
 from support.implementations import skip_unless_served
 from support.memory import poison
 from support.orthogonality_error import added_error, assert_within, term_errors
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkernels import RankPlan, RankState
+from peftkernels.allocation import BudgetAllocator
 from peftkernels.allocation.kernels import FactorLayout, kernels_for
 from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.allocation.selection import select_ranks
+from peftkernels.allocation.strategies import Magnitude
 from peftkernels.backends.triton import allocation, launch
 from peftkernels.backends.triton.allocation.addresses import Addresses
+from peftkernels.nn import AdaLoRALinear
 
 BETA1, BETA2 = 0.85, 0.8
 # (r, K, N) of every layer. Ranks and widths that tiles end inside of, and some that come four at a time.
@@ -478,6 +482,29 @@ def test_tables_are_sent_once_while_tensors_stay(
     drawn.parameters[0] = drawn.parameters[0].clone()
     with pytest.raises(pytest.fail.Exception, match="sent again"):
         calls["update_averages"]()
+
+
+def test_an_allocator_sends_the_tables_of_its_term_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way the term is asked for, and however often."""
+    layers = {name: AdaLoRALinear.from_linear(nn.Linear(6, 5), 3).to(device) for name in ("first", "second")}
+    allocator = BudgetAllocator(layers, Magnitude(), total_step=9, target_r=1, orth_reg_weight=0.5, impl="triton")
+    transfers = []
+    for name in ("addresses", "parts", "term", "implementation"):
+        module = f"peftkernels.backends.triton.allocation.{name}"
+        send = importlib.import_module(module).sent
+        monkeypatch.setattr(f"{module}.sent", lambda *given, send=send: transfers.append(given) or send(*given))
+    term = allocator.regularization()
+    term.backward()
+    assert transfers
+    transfers.clear()
+    for _ in range(2):
+        assert torch.equal(allocator.regularization(), term)
+    assert not transfers
+    allocator.add_regularization_gradient()
+    transfers.clear()
+    allocator.regularization()
+    allocator.add_regularization_gradient()
+    assert not transfers
 
 
 def test_a_capture_needs_tensors_that_stay(device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
