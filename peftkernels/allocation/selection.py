@@ -106,8 +106,8 @@ def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget:
     """Which items a budget buys when they are taken in `order`: all up to the first that is too dear, then, price after
     price from the dearest down, those that still fit, in the same order. Without synchronising with the host.
 
-    order: int64 (n,), a permutation. costs: (n,) above 0, infinite for items that are not to be had; items that are free
-    come first. prices: the different costs of the others. Returns bool (n,), by item.
+    order: int64 (n,), a permutation, in which items that are free come first. costs: (n,), infinite for items that are
+    not to be had. prices: the different costs of the others. Returns bool (n,), by item.
     """
     limit = _with_margin(budget)
     ordered = costs[order]
