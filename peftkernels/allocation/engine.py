@@ -153,7 +153,7 @@ class BudgetAllocator(Stepping):
             factors_of(layers, "lora_B") if sharded is None else sharded.differentiable("lora_B"),
             self.settings.orth_reg_weight,
             self._living(),
-            self._impl,
+            self._current_kernels(),
         )
 
     def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
@@ -179,7 +179,7 @@ class BudgetAllocator(Stepping):
             self.settings.orth_reg_weight,
             self._living(),
             scale,
-            self.statistics.kernels,
+            self._current_kernels(),
         )
         if self._sharded is not None:
             self._sharded.store_gradients("lora_A")

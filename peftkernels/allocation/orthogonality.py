@@ -19,7 +19,7 @@ def orthogonality(
     lora_B: Sequence[Tensor],
     weight: float,
     keep: Sequence[Tensor] | None = None,
-    impl: str = "auto",
+    impl: str | AllocationKernels = "auto",
 ) -> Tensor:
     """w/(2n) · Σ over the n adapters of ‖A·Aᵀ - I‖_F + ‖Bᵀ·B - I‖_F, a 0-dim tensor (arXiv 2303.10512, eq. 4, with HF
     peft's norms that are not squared and its mean over the 2n factors).
@@ -28,7 +28,8 @@ def orthogonality(
     or None; where given, only the rows of A and columns of B that are kept take part, and I is the identity on them.
     The gradient is 2·M·A/‖M‖_F with M = A·Aᵀ - I, for B 2·B·M/‖M‖_F, and 0 where ‖M‖_F = 0. Sums are in
     the factors' dtype, in float32 for lower precisions, and autocast does not change that; the gradient comes in each
-    factor's own dtype. Differentiating twice raises. impl: which kernels compute it, see `kernels_for`.
+    factor's own dtype. Differentiating twice raises. impl: which kernels compute it, see `kernels_for`, or an object
+    that it gave, which keeps tables and working memory from one call to the next.
     """
     if weight == 0:
         return torch.zeros((), device=lora_A[0].device)
@@ -77,8 +78,18 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 class _OrthogonalityTerm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: float, keep: Sequence[Tensor] | None, impl: str, n: int, *factors: Tensor) -> Tensor:
-        kernels = kernels_for(factors[0].device, torch.promote_types(factors[0].dtype, torch.float32), impl)
+    def forward(
+        ctx: Any,
+        weight: float,
+        keep: Sequence[Tensor] | None,
+        impl: str | AllocationKernels,
+        n: int,
+        *factors: Tensor,
+    ) -> Tensor:
+        if isinstance(impl, str):
+            kernels = kernels_for(factors[0].device, torch.promote_types(factors[0].dtype, torch.float32), impl)
+        else:
+            kernels = impl
         needs = any(ctx.needs_input_grad[_OTHER_ARGUMENTS:])
         term, gradients = kernels.orthogonality(factors[:n], factors[n:], weight, keep, gradients=needs)
         ctx.save_for_backward(*(gradients or ()), *factors)

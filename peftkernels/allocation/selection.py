@@ -72,7 +72,10 @@ def select_under_cost(
     dear, the ones that still fit the remainder are added, the dearest first, equal costs in the same order. Costs that
     are all 1 give what `select_ranks` gives. What is kept costs no more than the budget, but for the rounding of a sum
     (1e-12 of it), and never less than what a lower budget keeps.
+
+    Ranks at -inf never stay and ranks at +inf always do, whatever they cost; the others get what these leave.
     """
+    costs, budget = set_apart(scores, costs, budget)
     everything = scores.new_full((1,), -torch.inf)
     if not exact:
         ordered, ranks = torch.sort(scores, descending=True, stable=True)
@@ -87,12 +90,24 @@ def select_under_cost(
     return keep, torch.cat([torch.where(keep, -torch.inf, scores), everything]).amax()
 
 
+def set_apart(scores: Tensor, costs: Tensor, budget: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Costs and a budget by which ranks at -inf are not to be had, at any price, and those at +inf are free, since the
+    budget, 0-dim and not below 0, no longer has what they cost.
+
+    Scores are so where a rank cannot change sides, as in layers that were frozen. Were the costs left as they are, what
+    the budget has left over could buy dropped ranks, or others after kept ones that are dearer than the whole of it.
+    """
+    held = scores == torch.inf
+    left = (budget - torch.where(held, costs, 0.0).sum()).clamp_min(0)
+    return torch.where(held, 0.0, torch.where(scores == -torch.inf, torch.inf, costs)), left
+
+
 def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor) -> Tensor:
     """Which items a budget buys when they are taken in `order`: all up to the first that is too dear, then, price after
     price from the dearest down, those that still fit, in the same order. Without synchronising with the host.
 
-    order: int64 (n,), a permutation. costs: (n,) above 0, infinite for items that are not to be had; prices: their
-    different finite values. Returns bool (n,), by item.
+    order: int64 (n,), a permutation, in which items that are free come first. costs: (n,), infinite for items that are
+    not to be had. prices: the different costs of the others. Returns bool (n,), by item.
     """
     limit = _with_margin(budget)
     ordered = costs[order]

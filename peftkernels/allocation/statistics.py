@@ -232,8 +232,6 @@ class Statistics:
         if self.shares.uniform:
             return self.kernels.select(scores, budget if isinstance(budget, Tensor) else int(budget), self._exact)
         costs = self.costs if ranks is None else self.costs[ranks]
-        # What is never kept, as in a layer that was dropped, takes nothing from the budget.
-        costs = torch.where(scores == -torch.inf, torch.inf, costs)
         return select_under_cost(scores, costs, self.shares.prices(share), budget, exact=self._exact)
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

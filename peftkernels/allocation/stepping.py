@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.hook import IdleWatch, found_overflow
-from peftkernels.allocation.kernels import kernels_for
+from peftkernels.allocation.kernels import AllocationKernels, kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
 from peftkernels.allocation.progress import RunProgress
 from peftkernels.allocation.protocol import FACTORS, GatedLayer, find_gated_layers
@@ -234,6 +234,12 @@ class Stepping(RunProgress):
         """Factors that were gathered from shards may have changed since, or are not needed any more."""
         if self._sharded is not None:
             self._sharded.forget()
+
+    def _current_kernels(self) -> AllocationKernels:
+        """The allocator's own kernels, which keep their tables, for the device where the layers are now."""
+        if self._on_device is None:
+            self._follow_device()
+        return self.statistics.kernels
 
     def _follow_device(self) -> None:
         """The layers may have been moved since the last step."""

@@ -109,7 +109,9 @@ def _forward(
             shrink = shrink.new_empty((0, lora_A.shape[0]))
         elif live.index is not None:
             shrink = live.scatter(shrink, shrink.new_empty((rows.shape[0], lora_A.shape[0])), 1)
-        return y.view(*x.shape[:-1], weight.shape[0]), shrink
+        # In the shape of the call, but nobody's view: what autograd takes for one, FSDP2 warns of, since an addition in
+        # place would drop the hook that it sets on the output.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), shrink
 
 
 def _backward(

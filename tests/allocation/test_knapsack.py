@@ -75,6 +75,10 @@ def test_what_is_frozen_stays_out_and_stays_in() -> None:
     density = torch.tensor([-torch.inf, 1.0, 2.0, torch.inf], dtype=torch.float64)
     for keep in (buy_greedily(density, costs, [2.0, 4.0], 7.0), buy_exactly(density, costs, 7.0)):
         assert keep.tolist() == [False, False, True, True]
+    # What stays costs all there is and more.
+    held = torch.tensor([torch.inf, torch.inf, 2.0, -torch.inf], dtype=torch.float64)
+    for keep in (buy_greedily(held, costs.flip(0), [2.0, 4.0], 5.0), buy_exactly(held, costs.flip(0), 5.0)):
+        assert keep.tolist() == [True, True, False, False]
     assert buy_greedily(density, costs, [2.0, 4.0], 100.0).tolist() == [False, True, True, True]
     assert buy_exactly(density, costs, 100.0).tolist() == [False, True, True, True]
 

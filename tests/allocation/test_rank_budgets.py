@@ -354,3 +354,39 @@ def test_what_a_kept_frozen_layer_costs(exact_budget: bool) -> None:
         allocator = BudgetAllocator(layers, _Fixed(scores), total_step=8, target_r=target_r, exact_budget=exact_budget)
         allocator.freeze("layer0", drop=False)
         assert _shares_of(layers, allocator, 9) == {"layer0": 6, "layer1": others}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("exact_budget", [False, True])
+def test_what_a_kept_frozen_layer_of_dear_ranks_costs(exact_budget: bool, capturable: bool) -> None:
+    """What it spends beyond the budget is not there for others, though one of its ranks is too dear for the whole."""
+    scores = [1.0, 1.0, 6.0, 5.0, 4.0, 3.0]
+    for total, others in ((2 * 121 + 2 * 18 + 5, 2), (2 * 121, 0), (2 * 121 - 1, 0), (121 + 4 * 18, 0), (50, 0)):
+        layers = adapter_layers((60, 60), r=2)
+        layers["layer1"] = adapter_layers((8, 9), r=4)["layer0"]
+        budget = Budget(total, "parameters")
+        allocator = BudgetAllocator(
+            layers,
+            _Fixed(scores),
+            budget=budget,
+            total_step=8,
+            exact_budget=exact_budget,
+            capturable=capturable,
+        )
+        allocator.freeze("layer0", drop=False)
+        assert _shares_of(layers, allocator, 9) == {"layer0": 2, "layer1": others}
+
+
+@settings(max_examples=200, deadline=None)
+@given(priced(), st.data())
+def test_ranks_that_cannot_change_sides(case: tuple[Tensor, Tensor, list[float], float], data: Any) -> None:
+    """A choice among them and others is the choice among the others alone, with what they leave of the budget."""
+    scores, costs, prices, budget = case
+    side = torch.tensor([data.draw(st.sampled_from([0.0, math.inf, -math.inf])) for _ in scores], dtype=scores.dtype)
+    held, free = side == math.inf, side == 0
+    left = max(0.0, budget - costs[held].sum().item())
+    for exact in (False, True):
+        keep, threshold = select_under_cost(scores + side, costs, prices, budget, exact=exact)
+        assert keep[held].all() and not keep[side == -math.inf].any()
+        alone, expected = select_under_cost(scores[free], costs[free], prices, left, exact=exact)
+        assert torch.equal(keep[free], alone) and threshold == expected

@@ -99,6 +99,30 @@ def test_time_left_of_a_resumed_training_comes_from_its_own_steps(monkeypatch: p
     assert text.getvalue().endswith("LoRA: 20 of 40, loss 2.5, about 20 s left\n")
 
 
+def test_the_whole_jobs_time_left_does_not_count_what_was_stored() -> None:
+    """A part that was finished, one that is continued at 10 of 40, and 10 steps of it in 20 s: 20 steps and 40 more."""
+    seconds = 0.0
+    with DemoProgress(120, Console(file=io.StringIO(), width=100, force_terminal=True)) as progress:
+        bars = progress._bars
+        bars.get_time = lambda: seconds
+        progress.begin("stored", 40)
+        progress.end()
+        seconds = 1.0
+        progress.begin("continued", 40)
+        progress.advance(10)
+        assert [task.completed for task in bars.tasks] == [50, 10]
+        assert [task.time_remaining for task in bars.tasks] == [None, None]
+        for step in range(11, 21):
+            seconds += 2.0
+            progress.advance(step)
+        whole, part = bars.tasks
+        assert whole.completed == 60 and part.completed == 20
+        # rich takes the time from the first step that was made here: 9 steps in 18 s.
+        assert (whole.time_remaining, part.time_remaining) == (120, 40)
+        # What the job took goes on counting from its start.
+        assert whole.start_time is not None and whole.start_time != 1.0
+
+
 def test_progress_draws_bars_with_the_time_left_on_a_terminal() -> None:
     text = io.StringIO()
     with DemoProgress(100, Console(file=text, width=100, force_terminal=True)) as progress:

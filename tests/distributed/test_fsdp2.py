@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -65,6 +66,20 @@ def test_lower_precisions(pair: Processes, settings: dict[str, Any]) -> None:
     for name, factor in first.factors.items():
         assert torch.equal(factor, second.factors[name]), name
         assert torch.isfinite(factor).all()
+
+
+def warnings_of_a_step(process: int, dtype: torch.dtype) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Training("fsdp2", process, 2, dtype=dtype).run(1, 1)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_output_is_no_view(pair: Processes, dtype: torch.dtype) -> None:
+    """FSDP2 warns of modules that return one: what is added to it in place would lose the hook set on it."""
+    for messages in pair.run(warnings_of_a_step, dtype):
+        assert not [message for message in messages if "returned a view" in message]
 
 
 def replicated_run(process: int) -> tuple[Any, bool, bool]:

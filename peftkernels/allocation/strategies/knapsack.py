@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.selection import fill_in_order
+from peftkernels.allocation.selection import fill_in_order, set_apart
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategies.composed import Composed
 from peftkernels.allocation.strategy import Strategy
@@ -70,11 +70,11 @@ class Knapsack(Composed):
 
 
 def buy_greedily(density: Tensor, costs: Tensor, prices: list[float], budget: float | Tensor) -> Tensor:
-    """Which items (bool, (n,)) stay by score per cost `density` (n,), where -inf is never bought; see `Knapsack`."""
+    """Which items (bool, (n,)) stay by score per cost `density` (n,); those at +inf are bought first, whatever the
+    budget, those at -inf never. See `Knapsack`."""
     order = torch.sort(density, descending=True, stable=True).indices
-    # At a price that nobody asks about they are not offered what the budget has left.
-    asked = torch.where(density == -torch.inf, 2 * budget + 1, costs)
-    return fill_in_order(order, asked, prices, budget)
+    asked, left = set_apart(density, costs, budget)
+    return fill_in_order(order, asked, prices, left)
 
 
 def buy_exactly(density: Tensor, costs: Tensor, budget: float) -> Tensor:

@@ -65,6 +65,8 @@ class DemoProgress:
         assert self._task is not None
         if self._done == 0 and done > 1:
             self._first = done
+            self._take_stored(self._task, done)
+            self._take_stored(self._whole, self._before + self._weight * done)
         self._done = done
         self._bars.update(self._task, completed=done, note=note)
         self._bars.update(self._whole, completed=self._before + self._weight * done)
@@ -78,9 +80,18 @@ class DemoProgress:
             )
 
     def end(self) -> None:
-        """The current part is complete, whatever number of steps it took."""
+        """The current part is complete, whatever number of steps it took; none means that it was stored."""
         self._before += self._weight * self._size
+        if self._done == 0:
+            self._take_stored(self._whole, self._before)
         self._bars.update(self._whole, completed=self._before)
+
+    def _take_stored(self, bar: TaskID, completed: float) -> None:
+        """Move a bar by what an earlier run had done: it took no time now and says nothing of the speed."""
+        (task,) = (task for task in self._bars.tasks if task.id == bar)
+        began = task.start_time
+        self._bars.reset(bar, completed=completed)  # type: ignore[arg-type]  # a float, as `update` takes it
+        task.start_time = began
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
