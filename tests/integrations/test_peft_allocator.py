@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="the comparison with HF peft needs peft installed")
 
+from peft.tuners.adalora import layer as peft_layer  # noqa: E402
 from peft.tuners.adalora.layer import RankAllocator  # noqa: E402
 from peft.tuners.adalora.model import AdaLoraModel  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
@@ -679,6 +680,20 @@ def test_a_term_that_the_kernels_cannot_compute_is_pefts() -> None:
     assert record(fused).reasons == {"13 lora_A and 12 lora_B were found": 1}
 
 
+def test_deepspeed_runs_pefts_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = make(total_step=30)
+    fused = patched(stock)
+    Driver(stock, fused).run(range(1, 3))
+    served = record(fused).served
+    monkeypatch.setattr(peft_layer, "deepspeed_config", dict)
+    assert torch.equal(stock.base_model(*inputs(3)).loss, fused.base_model(*inputs(3)).loss)
+    for model in (stock, fused):
+        model.base_model.rankallocator.mask_to_budget(model.base_model.model, 50)
+    assert_same(stock, fused)
+    assert record(fused).served == served
+    assert record(fused).reasons == {"DeepSpeed holds the factors": 1, "DeepSpeed holds the gradients": 1}
+
+
 def test_a_model_that_is_not_trained_has_no_allocator(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(Net(lambda loss: (loss,)), tmp_path)
@@ -693,7 +708,7 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients() -> None:
     base.blocks = base.blocks[:1]
     stock = make(base, target_modules=["query", "down"])
     fused = patched(stock)
-    compiled = torch.compile(fused.base_model, backend="eager", fullgraph=True)
+    compiled = torch.compile(fused.base_model, backend="eager")
     losses = []
     for model in (stock.base_model, compiled):
         losses.append(model(*inputs(0)).loss)
@@ -702,3 +717,4 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients() -> None:
     theirs = dict(_gradients(fused))
     for name, gradient in _gradients(stock):
         assert (gradient - theirs[name]).norm() <= 1e-6 * gradient.norm(), name
+    assert (record(fused).served, record(fused).fell_back) == (1, 0)

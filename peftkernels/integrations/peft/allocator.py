@@ -36,7 +36,7 @@ class AllocatorRecord:
     """Calls of an allocation: updates of averages, masks, orthogonality terms.
 
     served     ran on the kernels
-    fell_back  ran peft's own code; terms inside a compiled program do too, and are not counted
+    fell_back  ran peft's own code
     reasons    how many of these for which reason
     """
 
@@ -244,33 +244,33 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
 
         The term can be differentiated once. Raises ValueError where orth_reg_weight is negative.
         """
-        if torch.compiler.is_compiling():
-            # The compiler fuses peft's term, and cannot look into ours.
-            return super().forward(*args, **kwargs)
         if peft_layer.deepspeed_config() is not None:
             _record(self).fall_back("DeepSpeed holds the factors")
             return super().forward(*args, **kwargs)
         outputs = self.model.forward(*args, **kwargs)
-        if not isinstance(getattr(outputs, "loss", None), Tensor):
-            return outputs
+        if isinstance(getattr(outputs, "loss", None), Tensor):
+            self._add_term(outputs)
+        return outputs
+
+    @torch.compiler.disable
+    def _add_term(self, outputs: Any) -> None:
+        """Add the term to the loss of `outputs`; a compiled program breaks off here, as it does at peft's term."""
         adapter = self.trainable_adapter_name
         weight = self.peft_config[adapter].orth_reg_weight
         if weight < 0:
             raise ValueError(f"orth_reg_weight: found {weight}, expected at least 0")
         if weight == 0:
-            return outputs
+            return
         lora_A, lora_B = self._term_factors(adapter)
         reason = _cannot_sum(lora_A, lora_B)
         if reason is None:
             outputs.loss += orthogonality(lora_A, lora_B, weight)
             _record(self).serve()
-            return outputs
+            return
         _record(self).fall_back(reason)
         # peft's own term for outputs that are there already: the model must not run twice.
         inner = SimpleNamespace(forward=lambda: outputs, named_parameters=self.model.named_parameters)
-        return AdaLoraModel.forward(
-            SimpleNamespace(model=inner, peft_config=self.peft_config, trainable_adapter_name=adapter)
-        )
+        AdaLoraModel.forward(SimpleNamespace(model=inner, peft_config=self.peft_config, trainable_adapter_name=adapter))
 
     def update_and_allocate(self, global_step: int) -> None:
         """peft's step of budget and masks; `global_step` counts optimizer steps."""
