@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tinit=1,
         tfinal=options.steps // 3,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        # Without a task peft leaves the orthogonality term out of the loss.
+        task_type="CAUSAL_LM",
     )
     stock = get_peft_model(base_model(options.model), config)
     # peft re-creates it as a trainable parameter on bases that are not float32; it is a constant of the scale.

@@ -313,3 +313,42 @@ def test_importing_the_package_imports_no_peft() -> None:
         "else: raise SystemExit('no error')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_adaloras_allocation_is_served_too() -> None:
+    """Thirty steps under a falling budget: the same masks as stock peft, and all of it on our kernels."""
+    schedule = {"tinit": 3, "tfinal": 8, "total_step": 30, "task_type": "CAUSAL_LM"}
+    patterns, losses = [], []
+    stock, patched = pair("adalora", **schedule)
+    for model in (stock, patched):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        patterns.append([])
+        for step in range(1, 31):
+            loss = loss_of(model, tokens(step % 5))
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            patterns[-1].append(model.peft_config["default"].rank_pattern)
+        losses.append(loss.item())
+    assert patterns[0] == patterns[1]
+    assert sum(map(sum, patterns[1][-1].values())) == 2 * 14
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    counted = peftkernels.stats(patched, reset=True)
+    # A term in every step, 21 updates, 19 masks while the budget falls and one at its end, and 8 repeated ones.
+    assert counted.allocation == (30 + 21 + 20 + 8, 0, {})
+    assert "79 of 79 calls of AdaLoRA's allocation served (100 %)" in str(counted)
+    again = peftkernels.stats(patched).allocation
+    assert again == (0, 0, {})
+
+
+def test_training_adalora_without_allocation_is_noticed() -> None:
+    model = adapted("adalora", task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peftkernels.apply_to_peft(model)
+    peftkernels.apply_to_peft(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.warns(UserWarning, match="trained for 20 steps without a call of update_and_allocate"):
+        for _ in range(21):
+            loss_of(model, tokens()).backward()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -64,7 +64,7 @@ def config(kind: str, model: str = "llama", **changes: Any) -> peft.PeftConfig:
     """peft's configuration of LoRA ("lora", "rslora", "lora-bias", "dora") or AdaLoRA ("adalora") for a model."""
     common = {"target_modules": TARGETS[model], "fan_in_fan_out": model == "gpt2", "lora_alpha": 6}
     if kind == "adalora":
-        return peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, **{**common, **changes})
+        return peft.AdaLoraConfig(**{"init_r": 4, "target_r": 2, "total_step": 100, **common, **changes})
     special: dict[str, dict[str, Any]] = {
         "lora": {},
         "rslora": {"use_rslora": True},

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from peftkernels.allocation.orthogonality import orthogonality
 from peftkernels.integrations.peft.allocator_factors import AdapterFactors, ChosenParameters, cannot_compute, short
+from peftkernels.integrations.peft.watch import AllocationWatch
 
 ATTRIBUTE = "_peftkernels_allocator"
-# What was found in the model; not part of copies and files.
+# What was found in the model, and who watches that its ranks are allocated; not part of copies and files.
 _FOUND = "_peftkernels_found"
+_WATCH = "_peftkernels_watch"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 # peft keeps averages in the factors' dtype, and the kernels in one of these.
 _EXACT_DTYPES = (torch.float32, torch.float64)
@@ -52,6 +54,11 @@ class AllocatorRecord:
         """Count a call that runs peft's own code."""
         self.fell_back += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.served = self.fell_back = 0
+        self.reasons.clear()
 
 
 def apply_to_adalora_model(adalora_model: Any) -> None:
@@ -247,6 +254,8 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
         if peft_layer.deepspeed_config() is not None:
             _record(self).fall_back("DeepSpeed holds the factors")
             return super().forward(*args, **kwargs)
+        if self.training:
+            self._watch_training()
         outputs = self.model.forward(*args, **kwargs)
         if isinstance(getattr(outputs, "loss", None), Tensor):
             self._add_term(outputs)
@@ -275,10 +284,21 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
     def update_and_allocate(self, global_step: int) -> None:
         """peft's step of budget and masks; `global_step` counts optimizer steps."""
         self._take_over_allocator()
+        self._watch().allocated()
         super().update_and_allocate(global_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != _FOUND}
+        return {name: value for name, value in self.__dict__.items() if name not in (_FOUND, _WATCH)}
+
+    @torch.compiler.disable
+    def _watch_training(self) -> None:
+        """Warn where training goes on and nobody calls `update_and_allocate`."""
+        if torch.is_grad_enabled():
+            self._watch().forward(self._term_factors(self.trainable_adapter_name)[0])
+
+    def _watch(self) -> AllocationWatch:
+        watch: AllocationWatch = self.__dict__.setdefault(_WATCH, AllocationWatch())
+        return watch
 
     def _term_factors(self, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
         """All lora_A and all lora_B that peft's filters on names find."""
@@ -308,7 +328,7 @@ def _record(patched: Any) -> AllocatorRecord:
 
 
 def _clear(patched: Any) -> None:
-    for name in (ATTRIBUTE, _FOUND):
+    for name in (ATTRIBUTE, _FOUND, _WATCH):
         patched.__dict__.pop(name, None)
 
 

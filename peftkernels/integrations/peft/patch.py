@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,23 +45,34 @@ class Report:
 class Stats:
     """Calls of adapters since `apply_to_peft`, or since the counts were reset.
 
-    served     ran on our kernels
-    fell_back  ran peft's own code
-    reasons    how many of these for which reason
-    modules    (served, fell back) by module path
+    served      ran on our kernels
+    fell_back   ran peft's own code
+    reasons     how many of these for which reason
+    modules     (served, fell back) by module path
+    allocation  (served, fell back, reasons) of AdaLoRA's own work: updates of scores, masks, orthogonality terms; None
+                without an AdaLoRA model
     """
 
     served: int
     fell_back: int
     reasons: dict[str, int]
     modules: dict[str, tuple[int, int]] = field(repr=False)
+    allocation: tuple[int, int, dict[str, int]] | None = None
 
     def __str__(self) -> str:
-        calls = self.served + self.fell_back
-        share = f" ({100 * self.served / calls:.0f} %)" if calls else ""
-        lines = [f"{self.served} of {calls} adapter calls served{share}"]
-        lines += [f"  {count} × {reason}" for reason, count in sorted(self.reasons.items())]
+        lines = _share("adapter calls", self.served, self.fell_back, self.reasons)
+        if self.allocation is not None:
+            lines += _share("calls of AdaLoRA's allocation", *self.allocation)
         return "\n".join(lines)
+
+
+def _share(what: str, served: int, fell_back: int, reasons: dict[str, int]) -> list[str]:
+    calls = served + fell_back
+    share = f" ({100 * served / calls:.0f} %)" if calls else ""
+    return [
+        f"{served} of {calls} {what} served{share}",
+        *(f"  {count} × {reason}" for reason, count in sorted(reasons.items())),
+    ]
 
 
 def apply_to_peft(
@@ -94,7 +106,11 @@ def apply_to_peft(
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     check_version()
-    return swap_layers(model, lora, adalora, impl, strict)
+    report = swap_layers(model, lora, adalora, impl, strict)
+    _revert_allocation(model)
+    if adalora:
+        _swap_allocation(model)
+    return report
 
 
 def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: bool) -> Report:
@@ -128,6 +144,7 @@ def revert(model: nn.Module) -> None:
     for _, module, theirs in _patched(model):
         module.__class__ = theirs
         del module.__dict__[ATTRIBUTE]
+    _revert_allocation(model)
 
 
 def stats(model: nn.Module, *, reset: bool = False) -> Stats:
@@ -152,7 +169,54 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     if not modules:
         raise ValueError("model: found no patched module, expected one that apply_to_peft was called with")
     served, fell_back = (sum(counts[i] for counts in modules.values()) for i in (0, 1))
-    return Stats(served, fell_back, reasons, modules)
+    return Stats(served, fell_back, reasons, modules, _allocation_stats(model, reset))
+
+
+def _allocation_stats(model: nn.Module, reset: bool) -> tuple[int, int, dict[str, int]] | None:
+    from peftkernels.integrations.peft.allocator import ATTRIBUTE as RECORD
+
+    records = [vars(found)[RECORD] for found in _allocators(model) if RECORD in vars(found)]
+    if not records:
+        return None
+    reasons: dict[str, int] = {}
+    for record in records:
+        for reason, count in record.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    counts = sum(record.served for record in records), sum(record.fell_back for record in records)
+    if reset:
+        for record in records:
+            record.reset()
+    return *counts, reasons
+
+
+def _allocators(model: nn.Module) -> Iterator[Any]:
+    """peft's AdaLoRA models in ``model``: what a `PeftModel` has as its base_model."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.adalora.model import AdaLoraModel
+
+    for module in model.modules():
+        if isinstance(module, AdaLoraModel):
+            yield module
+
+
+def _swap_allocation(model: nn.Module) -> None:
+    from peft.tuners.adalora.model import AdaLoraModel
+
+    from peftkernels.integrations.peft.allocator import apply_to_adalora_model
+
+    for found in _allocators(model):
+        # A subclass of somebody else's may do something else.
+        if type(found) is AdaLoraModel:
+            apply_to_adalora_model(found)
+
+
+def _revert_allocation(model: nn.Module) -> None:
+    for found in _allocators(model):
+        from peftkernels.integrations.peft import allocator
+
+        if type(found) is allocator.PeftKernelsAdaLoraModel:
+            allocator.revert_adalora_model(found)
 
 
 def _check_model(model: Any) -> None:
