@@ -347,8 +347,12 @@ def test_training_adalora_without_allocation_is_noticed() -> None:
     peftkernels.apply_to_peft(model)
     peftkernels.apply_to_peft(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.warns(UserWarning, match="trained for 20 steps without a call of update_and_allocate"):
+
+    def train() -> None:
         for _ in range(21):
             loss_of(model, tokens()).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="trained for 20 steps without a call of update_and_allocate"):
+        train()
