@@ -29,12 +29,10 @@ class _Served:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) of x (..., K), as peft's forward, on `lora_linear` where that can serve."""
         module: Any = self
-        if module.disable_adapters or module.merged:
-            # The base layer alone: nothing of an adapter is computed.
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         present = module.lora_A
         names = [name for name in module.active_adapters if name in present]
-        if not names and not args and not kwargs:
+        if module.disable_adapters or module.merged or not names:
+            # The base layer alone: nothing of an adapter is computed.
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         service: Service = module.__dict__[ATTRIBUTE]
         reason = self._reason(x, names, args, kwargs)
