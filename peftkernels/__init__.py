@@ -1,8 +1,32 @@
 """Kernels for low-rank adapters on frozen weights: the frozen matmul plus the masked low-rank delta in one pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from peftkernels._version import __version__
 from peftkernels.dispatch import Explanation
 from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 
-__all__ = ["Explanation", "RankPlan", "RankState", "__version__", "explain", "lora_linear"]
+if TYPE_CHECKING:
+    from peftkernels.integrations.peft import apply_to_peft, revert, stats
+
+__all__ = [
+    "Explanation",
+    "RankPlan",
+    "RankState",
+    "__version__",
+    "apply_to_peft",
+    "explain",
+    "lora_linear",
+    "revert",
+    "stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The operator's users do not load what integrates it.
+    if name in ("apply_to_peft", "revert", "stats"):
+        from peftkernels.integrations import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from peftkernels import RankState
 from peftkernels.allocation import AdaLoraAllocator, Budget, BudgetAllocator
 from peftkernels.allocation.strategies import Magnitude
-from peftkernels.integrations import _adapter_save
-from peftkernels.integrations.peft import load_adapter, save_adapter
+from peftkernels.integrations.peft import adapter_save, load_adapter, save_adapter
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 WIDTH = 16
@@ -527,7 +526,7 @@ def test_interrupted_writes_leave_the_old_files(tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     if moment == "weights":
-        monkeypatch.setattr(_adapter_save, "save_file", interrupted)
+        monkeypatch.setattr(adapter_save, "save_file", interrupted)
     elif moment == "config":
         monkeypatch.setattr(Path, "write_text", interrupted)
     else:

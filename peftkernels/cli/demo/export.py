@@ -23,8 +23,8 @@ from peftkernels.cli.demo.prepare import Prepared
 from peftkernels.cli.demo.requirements import has_peft
 from peftkernels.cli.demo.train import Record
 from peftkernels.cli.machine import PACKAGES, versions
-from peftkernels.integrations._adapter_save import CONFIG_NAME
 from peftkernels.integrations.peft import save_adapter
+from peftkernels.integrations.peft.adapter_save import CONFIG_NAME
 
 EXPORTED_RUNS = ("lora", "adalora")
 ADAPTERS = "adapters"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftkernels.integrations._adapter_save import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from peftkernels.integrations.peft.adapter_save import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 from peftkernels.rank_plan import RankState
 

@@ -1,6 +1,0 @@
-"""HF peft: adapters in its directory format, adapter_config.json and adapter_model.safetensors; peft is not needed."""
-
-from peftkernels.integrations._adapter_load import load_adapter
-from peftkernels.integrations._adapter_save import save_adapter
-
-__all__ = ["load_adapter", "save_adapter"]

@@ -1,0 +1,9 @@
+"""HF peft: adapters in its directory format, for which peft is not needed, and its models on our kernels, for which it
+is."""
+
+from peftkernels.integrations.peft.adapter_load import load_adapter
+from peftkernels.integrations.peft.adapter_save import save_adapter
+from peftkernels.integrations.peft.patch import Report, Stats, apply_to_peft, revert, stats
+from peftkernels.integrations.peft.served import NotServedError
+
+__all__ = ["NotServedError", "Report", "Stats", "apply_to_peft", "load_adapter", "revert", "save_adapter", "stats"]

@@ -1,0 +1,71 @@
+"""DoRA (arXiv 2402.09353): the frozen weight's rows keep their direction, and their length is trained.
+
+    y = m ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b,    m_n = magnitude_n / ‖W_n + s·B_n·A‖, the norm a constant for gradients
+
+The norm comes from the factors without N·K numbers of a product:
+
+    ‖W_n + s·B_n·A‖² = ‖W_n‖² + 2s·(W·Aᵀ)_n·B_n + s²·B_n·(A·Aᵀ)·B_nᵀ
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from peftkernels.functional import lora_linear
+from peftkernels.integrations.peft.served import Service
+
+# Rows of a weight of low precision that are in float32 at a time.
+_ROWS = 1024
+
+
+def dora_linear(
+    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, dropout_p: float, service: Service
+) -> Tensor:
+    """peft's DoRA forward of the adapter ``name``.
+
+    With dropout peft takes the magnitude's correction from the dropped input and the plain product from the input as it
+    is, y = x·Wᵀ + b − x̃·Wᵀ + m ⊙ (x̃·Wᵀ + s·x̃·Aᵀ·Bᵀ) with x̃ = drop(x): two products with W, here x − x̃ and x̃.
+    """
+    lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
+    magnitude = module.lora_magnitude_vector[name].weight
+    scaling = module.scaling[name]
+    scale = magnitude / _norm(weight, lora_A, lora_B, scaling, name, service).to(magnitude.dtype)
+    if dropout_p == 0.0:
+        product = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
+        y = product * scale
+        return (y if bias is None else y + bias).to(product.dtype)
+    dropped = functional.dropout(x, dropout_p)
+    product = lora_linear(dropped, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
+    rest = functional.linear(x - dropped, weight, bias)
+    return (rest + product * scale).to(product.dtype)
+
+
+def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, name: str, service: Service) -> Tensor:
+    """‖W_n + s·B_n·A‖ (N,) in float32 or better; computed anew when one of the three was written."""
+    if torch.compiler.is_dynamo_compiling():
+        return row_norms(weight, lora_A, lora_B, scaling)
+    tensors = (weight, lora_A, lora_B)
+    key = (scaling, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
+    kept = service.cache.get(f"norm {name}")
+    if kept is None or kept[0] != key:
+        kept = (key, row_norms(weight, lora_A, lora_B, scaling))
+        service.cache[f"norm {name}"] = kept
+    return kept[1]
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W_n + s·B_n·A‖ (N,) in float32, or in float64 where the weight or the factors are."""
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    parts = []
+    for rows, up in zip(weight.split(_ROWS), lora_B.split(_ROWS), strict=True):
+        rows = rows.to(dtype)
+        square = rows.square().sum(1) + 2 * scaling * ((rows @ lora_A.t()) * up).sum(1)
+        parts.append(square + scaling**2 * ((up @ (lora_A @ lora_A.t())) * up).sum(1))
+    # Rounding can take the square of a row that cancels below zero.
+    return torch.cat(parts).clamp_min_(0).sqrt_()

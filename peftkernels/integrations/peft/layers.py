@@ -1,0 +1,187 @@
+"""HF peft's LoRA and AdaLoRA layers with their forward pass on `lora_linear`; everything else is peft's.
+
+An instance of peft's layer becomes one of ours by its class alone, and peft's again by the same: parameters, names in
+state_dict, merging, copies and files stay as they are. Imported only where peft is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkernels.functional import lora_linear
+from peftkernels.integrations.peft.dora import dora_linear
+from peftkernels.integrations.peft.served import ATTRIBUTE, Service
+
+_PLAIN = (Tensor, nn.Parameter)
+_LOW_RANK_MODULES = (nn.Linear,)
+
+
+class _Served:
+    """What both layers share: whether a call can be served, and what the frozen product needs."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y (..., N) of x (..., K), as peft's forward, on `lora_linear` where that can serve."""
+        module: Any = self
+        present = module.lora_A
+        names = [name for name in module.active_adapters if name in present]
+        if module.disable_adapters or module.merged or not names:
+            # The base layer alone: nothing of an adapter is computed.
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        service: Service = module.__dict__[ATTRIBUTE]
+        reason = self._reason(x, names, args, kwargs)
+        if reason is not None:
+            service.fall_back(type(module).__name__, reason)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        service.serve()
+        return self._serve(x, names[0], service)
+
+    def _reason(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
+        """Why a call cannot be served, None where it can."""
+        given = [name for name, value in kwargs.items() if value is not None]
+        if args or given:
+            return f"the call has the arguments {', '.join(given) or 'of the base layer'}"
+        if len(names) > 1:
+            return f"{len(names)} adapters are active at once"
+        if type(x) not in _PLAIN:
+            return f"the input is a {type(x).__name__}"
+        return base_reason(self) or self._adapter_reason(names[0])
+
+    def _adapter_reason(self, name: str) -> str | None:
+        raise NotImplementedError
+
+    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
+        raise NotImplementedError
+
+    def _get_name(self) -> str:
+        # Models print as they did.
+        return type(self).__mro__[2].__name__
+
+
+class PeftKernelsLinear(_Served, Linear):
+    """peft's `lora.Linear`, plain or DoRA: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ with peft's s, rsLoRA's included."""
+
+    def _adapter_reason(self, name: str) -> str | None:
+        variant = self.lora_variant.get(name)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            return f"the variant {type(variant).__name__}"
+        down, up = self.lora_A[name], self.lora_B[name]
+        for module in (down, up):
+            if type(module) not in _LOW_RANK_MODULES:
+                return f"the factors are in a {type(module).__name__}"
+            if _hooked(module):
+                return "a factor has hooks"
+            if type(module._parameters.get("weight")) not in _PLAIN:
+                return f"a factor is a {type(module.weight).__name__}"
+        if variant is not None and up.bias is not None:
+            return "DoRA with lora_bias"
+        return _dropout_reason(self.lora_dropout[name])
+
+    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
+        weight, bias = frozen(self)
+        lora_A, up = self.lora_A[name].weight, self.lora_B[name]
+        dropout_p = _dropout_p(self.lora_dropout[name])
+        if name in self.lora_variant:
+            return dora_linear(self, x, weight, bias, name, dropout_p, service)
+        y = lora_linear(
+            x,
+            weight,
+            lora_A,
+            up.weight,
+            bias=bias,
+            scaling=self.scaling[name],
+            dropout_p=dropout_p,
+            impl=service.impl,
+        )
+        return y if up.bias is None else y + (up.bias * self.scaling[name]).to(y.dtype)
+
+
+class PeftKernelsSVDLinear(_Served, SVDLinear):
+    """peft's AdaLoRA layer: y = x·Wᵀ + b + σ/(ranknum + 1e-5) · ((drop(x)·Aᵀ) ⊙ E)·Bᵀ.
+
+    ranknum is a constant here as in the paper, read once. peft 0.21 makes it trainable on bases that are not float32,
+    without meaning to: it gets no gradient from this layer.
+    """
+
+    def _adapter_reason(self, name: str) -> str | None:
+        for factor in (self.lora_A[name], self.lora_B[name], self.lora_E[name]):
+            if type(factor) not in _PLAIN:
+                return f"a factor is a {type(factor).__name__}"
+        return _dropout_reason(self.lora_dropout[name])
+
+    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
+        weight, bias = frozen(self)
+        return lora_linear(
+            x,
+            weight,
+            self.lora_A[name],
+            self.lora_B[name],
+            bias=bias,
+            gate=self.lora_E[name],
+            scaling=self._scale(name, service),
+            dropout_p=_dropout_p(self.lora_dropout[name]),
+            impl=service.impl,
+        )
+
+    def _scale(self, name: str, service: Service) -> float | Tensor:
+        number = self.ranknum[name]
+        if torch.compiler.is_dynamo_compiling():
+            # Read in the compiled program: the host never does.
+            return (self.scaling[name] / (number.detach() + 1e-5)).reshape(())
+        key = (number.data_ptr(), number._version, self.scaling[name])
+        kept = service.cache.get(f"scale {name}")
+        if kept is None or kept[0] != key:
+            kept = (key, self.scaling[name] / (float(number) + 1e-5))
+            service.cache[f"scale {name}"] = kept
+        return kept[1]
+
+
+CLASSES: dict[type, type] = {Linear: PeftKernelsLinear, SVDLinear: PeftKernelsSVDLinear}
+
+
+def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (N, K) and bias of the base layer; a Conv1D's weight is kept transposed."""
+    base = module._modules["base_layer"]
+    weight = base.weight
+    return (weight.t() if type(base) is Conv1D else weight), base.bias
+
+
+def base_reason(module: Any) -> str | None:
+    """Why the product with the base layer cannot be served, None where it can."""
+    base = module._modules["base_layer"]
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"the base layer is a {type(base).__name__}"
+    if _hooked(base):
+        return "the base layer has hooks"
+    if "forward" in base.__dict__:
+        return "the base layer has a forward of its own"
+    weight = base._parameters.get("weight")
+    if type(weight) not in _PLAIN:
+        return f"the base weight is a {type(getattr(base, 'weight', None)).__name__}"
+    if weight.requires_grad:
+        return "the base weight is trained"
+    if not weight.is_floating_point():
+        return f"the base weight is {weight.dtype}"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _dropout_reason(dropout: nn.Module) -> str | None:
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"the dropout is a {type(dropout).__name__}"
+    return "the dropout has hooks" if _hooked(dropout) else None
+
+
+def _dropout_p(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0

@@ -1,0 +1,60 @@
+"""What a patched module keeps beside peft's own: its settings, and how many of its calls our kernels served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.compiler import is_dynamo_compiling
+
+ATTRIBUTE = "_peftkernels"
+
+
+class NotServedError(RuntimeError):
+    """Raised under ``strict=True`` where a call of an adapter would run peft's own code."""
+
+
+@dataclass
+class Service:
+    """Of one patched module.
+
+    impl       the implementation of `lora_linear`
+    strict     whether a call that cannot be served raises instead of running peft's own code
+    served     adapter calls that ran on our kernels; those inside a compiled program are not counted
+    fell_back  adapter calls that ran peft's own code
+    reasons    how many of these for which reason
+    cache      what is computed once from the factors (DoRA's norms); not part of copies and files
+    """
+
+    impl: str = "auto"
+    strict: bool = False
+    served: int = 0
+    fell_back: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def serve(self) -> None:
+        """Count a call that is served."""
+        # A compiled program that counted would be compiled anew for every count.
+        if not is_dynamo_compiling():
+            self.served += 1
+
+    def fall_back(self, module: str, reason: str) -> None:
+        """Count a call that runs peft's own code.
+
+        Raises:
+            NotServedError: under ``strict``.
+        """
+        if self.strict:
+            raise NotServedError(f"{module}: strict=True, and peftkernels cannot serve the call: {reason}")
+        if not is_dynamo_compiling():
+            self.fell_back += 1
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.served = self.fell_back = 0
+        self.reasons.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}

@@ -1,0 +1,75 @@
+"""Noticing AdaLoRA that is trained without allocation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from peftkernels.integrations.peft.watch import AllocationWatch
+
+
+def _warnings_of(watch: AllocationWatch, forwards: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(forwards):
+            watch.forward()
+    return [str(warning.message) for warning in caught]
+
+
+def test_warns_once_after_so_many_forwards_and_names_the_callback() -> None:
+    watch = AllocationWatch()
+    assert _warnings_of(watch, 19) == []
+    told = _warnings_of(watch, 30)
+    assert len(told) == 1
+    assert "20 steps" in told[0] and "peftkernels.integrations.transformers.AdaLoraCallback" in told[0]
+    assert _warnings_of(watch, 100) == []
+
+
+def test_an_allocation_begins_the_count_anew() -> None:
+    watch = AllocationWatch(patience=3)
+    for _ in range(5):
+        assert _warnings_of(watch, 2) == []
+        watch.allocated()
+    assert len(_warnings_of(watch, 3)) == 1
+
+
+def test_forwards_without_gradients_do_not_count() -> None:
+    watch = AllocationWatch(patience=1)
+    with torch.no_grad():
+        assert _warnings_of(watch, 5) == []
+    assert len(_warnings_of(watch, 1)) == 1
+
+
+def test_accumulated_batches_count_once_where_gates_are_given() -> None:
+    gates = [torch.zeros(2, 1, requires_grad=True) for _ in range(2)]
+    watch = AllocationWatch(patience=3)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            for _ in range(8):
+                watch.forward(gates)
+            with torch.no_grad():
+                gates[1].add_(1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(3)
+    with pytest.warns(UserWarning, match="3 steps without a call of update_and_allocate"):
+        train(1)
+
+
+def test_travels_with_a_model() -> None:
+    watch = AllocationWatch(patience=2)
+    watch.forward()
+    for travelled in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
+        assert len(_warnings_of(travelled, 1)) == 1
+
+
+@pytest.mark.parametrize("patience", [0, 1.5, True])
+def test_patience_is_checked(patience: object) -> None:
+    with pytest.raises(ValueError, match="patience: found"):
+        AllocationWatch(patience)  # type: ignore[arg-type]
