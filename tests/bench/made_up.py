@@ -61,7 +61,7 @@ def comparison() -> dict[str, Any]:
         for rank in (1, 2)
         for delta in (1, 5)
     ]
-    sensitivity = {"seeds": 1, "points": points, "range_over_target_rank": 0.1, "range_over_delta_t": 0.0}
+    sensitivity = {"seeds": 1, "delta_t": 1, "points": points, "range_over_target_rank": 0.1, "range_over_delta_t": 0.0}
     tuned = {"method": "grid", "trials": [{}] * 6, "chosen": {"learning_rate": 3e-3, "scale": 8.0}, "at_edge": []}
     return {
         "date": "2026-01-02T03:04:05",

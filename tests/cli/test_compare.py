@@ -241,6 +241,10 @@ def test_searches_choose_the_same_whatever_is_stored(inputs: list[str], tmp_path
     assert lasting(json.loads((again / "comparison.json").read_text())) == lasting(whole)
 
     tuning = whole["tuning"]
+    # A search may choose another ΔT: what target_r changes is seen at that.
+    for row in whole["sensitivity"].values():
+        at_chosen = [p["accuracy"] for p in row["points"] if p["delta_t"] == row["delta_t"]]
+        assert len(at_chosen) == 2 and row["range_over_target_rank"] == max(at_chosen) - min(at_chosen)
     assert [tuning[name]["method"] for name in tuning] == ["grid", "grid", "grid", "tpe", "nsga2"]
     chosen = Setting(**tuning["adalora"]["setting"])
     assert tuning["prior"]["setting"]["prior"] == Trial("adalora", 1000, chosen, VALIDATION).key

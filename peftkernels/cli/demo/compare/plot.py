@@ -46,11 +46,10 @@ def _draw_intervals(axis: Any, rows: Mapping[str, Any], colours: Mapping[str, An
 
 
 def _draw_sensitivity(axis: Any, comparison: Mapping[str, Any], colours: Mapping[str, Any]) -> None:
-    default = comparison["design"]["delta_t"]
     for index, (name, row) in enumerate(comparison["sensitivity"].items()):
         marker = _MARKERS[index % len(_MARKERS)]
-        usual = sorted((p["live_ranks"], p["accuracy"]) for p in row["points"] if p["delta_t"] == default)
-        other = [(p["live_ranks"], p["accuracy"]) for p in row["points"] if p["delta_t"] != default]
+        usual = sorted((p["live_ranks"], p["accuracy"]) for p in row["points"] if p["delta_t"] == row["delta_t"])
+        other = [(p["live_ranks"], p["accuracy"]) for p in row["points"] if p["delta_t"] != row["delta_t"]]
         axis.plot(*zip(*usual, strict=True), marker=marker, color=colours[name], label=name, linewidth=1.2)
         if other:
             axis.plot(
@@ -58,5 +57,5 @@ def _draw_sensitivity(axis: Any, comparison: Mapping[str, Any], colours: Mapping
             )
     axis.set_xlabel("live ranks at the end")
     axis.set_ylabel("test accuracy")
-    axis.set_title(f"filled: ΔT = {default}; hollow: other ΔT", fontsize=10)
+    axis.set_title("filled: the ΔT compared at; hollow: another", fontsize=10)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

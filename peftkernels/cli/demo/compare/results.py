@@ -112,10 +112,11 @@ def sensitivity_results(
             )
         results[name] = {
             "seeds": len(used),
+            "delta_t": chosen.delta_t,
             "points": points,
-            "range_over_target_rank": _spread([p for p in points if p["delta_t"] == design.delta_t]),
+            "range_over_target_rank": _spread([p for p in points if p["delta_t"] == chosen.delta_t]),
             "range_over_delta_t": (
-                _spread([p for p in points if p["target_rank"] == design.target_rank])
+                _spread([p for p in points if p["target_rank"] == chosen.target_rank])
                 if CONTESTANTS[name].budgeted
                 else None
             ),

@@ -53,13 +53,12 @@ def cells(comparison: Mapping[str, Any], name: str) -> list[str]:
 
 def sensitivity_columns(comparison: Mapping[str, Any]) -> list[tuple[int, int]]:
     """The points (target_rank, delta_t) of the sensitivity grid."""
-    return list(
-        dict.fromkeys(
-            (point["target_rank"], point["delta_t"])
-            for row in comparison["sensitivity"].values()
-            for point in row["points"]
-        )
-    )
+    points = {
+        (point["target_rank"], point["delta_t"])
+        for row in comparison["sensitivity"].values()
+        for point in row["points"]
+    }
+    return sorted(points, key=lambda point: (point[1], point[0]))
 
 
 def sensitivity_cells(comparison: Mapping[str, Any], name: str) -> list[str]:
