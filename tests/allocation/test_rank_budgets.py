@@ -295,6 +295,8 @@ class _Fixed(Strategy):
     """Scores given from outside."""
 
     name = "fixed"
+    # Scores never change, and on the CPU nothing is captured.
+    capturable = True
 
     def __init__(self, scores: list[float]) -> None:
         self.given = scores
