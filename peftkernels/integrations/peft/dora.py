@@ -33,7 +33,9 @@ def dora_linear(
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
     magnitude = module.lora_magnitude_vector[name].weight
     scaling = module.scaling[name]
-    scale = magnitude / _norm(weight, lora_A, lora_B, scaling, name, service).to(magnitude.dtype)
+    # Anew in every call: fused optimizers write parameters without raising their version, so that nothing cheap says
+    # whether a norm that was kept still holds.
+    scale = magnitude / row_norms(weight, lora_A, lora_B, scaling).to(magnitude.dtype)
     if dropout_p == 0.0:
         product = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
         y = product * scale
@@ -42,19 +44,6 @@ def dora_linear(
     product = lora_linear(dropped, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
     rest = functional.linear(x - dropped, weight, bias)
     return (rest + product * scale).to(product.dtype)
-
-
-def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, name: str, service: Service) -> Tensor:
-    """‖W_n + s·B_n·A‖ (N,) in float32 or better; computed anew when one of the three was written."""
-    if torch.compiler.is_dynamo_compiling():
-        return row_norms(weight, lora_A, lora_B, scaling)
-    tensors = (weight, lora_A, lora_B)
-    key = (scaling, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
-    kept = service.cache.get(f"norm {name}")
-    if kept is None or kept[0] != key:
-        kept = (key, row_norms(weight, lora_A, lora_B, scaling))
-        service.cache[f"norm {name}"] = kept
-    return kept[1]
 
 
 @torch.no_grad()

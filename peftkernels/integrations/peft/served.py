@@ -23,7 +23,7 @@ class Service:
     served     adapter calls that ran on our kernels; those inside a compiled program are not counted
     fell_back  adapter calls that ran peft's own code
     reasons    how many of these for which reason
-    cache      what is computed once from the factors (DoRA's norms); not part of copies and files
+    cache      what is computed once (AdaLoRA's scale); not part of copies and files
     """
 
     impl: str = "auto"
