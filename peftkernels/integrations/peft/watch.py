@@ -31,8 +31,8 @@ class AllocationWatch:
         """The model runs forward in training mode.
 
         gates  the parameters lora_E. With them a forward counts only where one of them was written since the last
-               look, which every optimizer step does, so that accumulated batches count once; without them every
-               forward counts
+               look, so that accumulated batches count once; fused optimizers write them without raising their
+               version, and their steps are not seen. Without gates every forward counts
 
         Forwards without gradients, and those that torch.compile traces, do not count.
         """
