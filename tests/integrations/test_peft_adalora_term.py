@@ -8,13 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-peft = pytest.importorskip("peft", reason="the comparison with HF peft needs peft installed")
-
-from adalora_pairs import (  # noqa: E402
+from peft.tuners.adalora import layer as peft_layer
+from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.adalora.model import AdaLoraModel
+from support.adalora_pairs import (
     PHASES,
     Driver,
     Net,
@@ -27,12 +27,10 @@ from adalora_pairs import (  # noqa: E402
     trained,
     use_kernels,
 )
-from peft.tuners.adalora import layer as peft_layer  # noqa: E402
-from peft.tuners.adalora.layer import RankAllocator  # noqa: E402
-from peft.tuners.adalora.model import AdaLoraModel  # noqa: E402
-from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from peftkernels.integrations.peft.allocator import (  # noqa: E402
+from peftkernels.integrations.peft.allocator import (
     apply_to_adalora_model,
     revert_adalora_model,
 )

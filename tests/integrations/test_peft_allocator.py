@@ -10,13 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor, nn
-
-peft = pytest.importorskip("peft", reason="the comparison with HF peft needs peft installed")
-
-from adalora_pairs import (  # noqa: E402
+from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.adalora.model import AdaLoraModel
+from support.adalora_pairs import (
     AVERAGES,
     PHASES,
     RUN,
@@ -33,10 +32,9 @@ from adalora_pairs import (  # noqa: E402
     trained,
     use_kernels,
 )
-from peft.tuners.adalora.layer import RankAllocator  # noqa: E402
-from peft.tuners.adalora.model import AdaLoraModel  # noqa: E402
+from torch import Tensor, nn
 
-from peftkernels.integrations.peft.allocator import (  # noqa: E402
+from peftkernels.integrations.peft.allocator import (
     PeftKernelsAdaLoraModel,
     PeftKernelsRankAllocator,
     apply_to_adalora_model,

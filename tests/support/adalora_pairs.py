@@ -7,16 +7,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft", reason="the comparison with HF peft needs peft installed")
-
-
-from peftkernels.allocation import kernels as allocation_kernels  # noqa: E402
-from peftkernels.integrations.peft import allocator_factors  # noqa: E402
-from peftkernels.integrations.peft.allocator import (  # noqa: E402
+from peftkernels.allocation import kernels as allocation_kernels
+from peftkernels.integrations.peft import allocator_factors
+from peftkernels.integrations.peft.allocator import (
     AllocatorRecord,
     apply_to_adalora_model,
 )
