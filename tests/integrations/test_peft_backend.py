@@ -177,6 +177,19 @@ def test_a_kind_that_is_not_asked_for_stays(asked: dict[str, bool], served: int)
     assert {row.reason for row in report.rows} == ({""} if served else {"not asked for"})
 
 
+def test_a_second_call_replaces_the_first() -> None:
+    """A layer that it does not serve is peft's again, whatever the first call did."""
+    model = adapted("lora", "bert")
+    peftkernels.apply_to_peft(model, impl="reference")
+    layer = layer_of(model)
+    layer.base_layer.weight.requires_grad_(True)
+    assert peftkernels.apply_to_peft(model).served == 11 and type(layer) is layers.Linear
+    assert all(m.__dict__["_peftkernels"].impl == "auto" for m in model.modules() if "_peftkernels" in m.__dict__)
+    assert peftkernels.apply_to_peft(model, lora=False).served == 0
+    with pytest.raises(ValueError, match="model: found no patched module"):
+        peftkernels.stats(model)
+
+
 def _two_active(model: Any) -> None:
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=TARGETS["bert"]))
     model.base_model.set_adapter(["default", "second"])

@@ -132,8 +132,10 @@ def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: 
     report = Report(tuple(rows))
     if strict and report.served < len(rows):
         raise NotServedError(f"strict=True, and not every adapted module can be served; nothing was changed\n{report}")
+    # An earlier call may have patched more.
+    _revert_layers(model)
     for module in found:
-        module.__class__ = layers.CLASSES[own.get(type(module), type(module))]
+        module.__class__ = layers.CLASSES[type(module)]
         module.__dict__[ATTRIBUTE] = Service(impl, strict)
     return report
 
@@ -141,9 +143,7 @@ def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: 
 def revert(model: nn.Module) -> None:
     """Make ``model`` what it was before `apply_to_peft`; one that never was patched stays as it is."""
     _check_model(model)
-    for _, module, theirs in _patched(model):
-        module.__class__ = theirs
-        del module.__dict__[ATTRIBUTE]
+    _revert_layers(model)
     _revert_allocation(model)
 
 
@@ -209,6 +209,12 @@ def _swap_allocation(model: nn.Module) -> None:
         # A subclass of somebody else's may do something else.
         if type(found) is AdaLoraModel:
             apply_to_adalora_model(found)
+
+
+def _revert_layers(model: nn.Module) -> None:
+    for _, module, theirs in _patched(model):
+        module.__class__ = theirs
+        del module.__dict__[ATTRIBUTE]
 
 
 def _revert_allocation(model: nn.Module) -> None:

@@ -163,14 +163,10 @@ class PeftTraining:
             average: {name: value.to(own[name].device) for name, value in part(tensors, f"{average}.").items()}
             for average in _AVERAGES
         }
-        load = getattr(self.allocator, "load_averages", None)
-        if load is not None:
-            load(*averages.values())
-        else:
-            for average, values in averages.items():
-                setattr(self.allocator, average, values)
-            # peft starts the averages of a parameter anew where it has no sensitivity of the step before.
-            self.allocator.ipt = {name: torch.zeros_like(value) for name, value in averages[_AVERAGES[0]].items()}
+        for average, values in averages.items():
+            setattr(self.allocator, average, values)
+        # peft starts the averages of a parameter anew where it has no sensitivity of the step before.
+        self.allocator.ipt = {name: torch.zeros_like(value) for name, value in averages[_AVERAGES[0]].items()}
         self.pattern = facts["rank_pattern"]
         self._finalised = facts["finalised"]
 
