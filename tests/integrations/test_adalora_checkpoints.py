@@ -32,6 +32,7 @@ from support.trainer_runs import (
     training_arguments,
 )
 
+import peftkernels
 from peftkernels.integrations.checkpoint_state import STATE_NAME, read_state
 from peftkernels.integrations.transformers import AdaLoraCallback
 
@@ -51,6 +52,23 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, saved: int, 
     assert_equal(resumed.model, whole.model)
     assert pattern_of(resumed.model) == pattern_of(whole.model)
     assert kept_ranks(whole.model) == BUDGET
+
+
+@pytest.mark.parametrize("saved", [5, LAST])
+def test_a_patched_model_resumes_to_the_same_bits(tmp_path: Path, saved: int) -> None:
+    """With the averages in the fused allocator's buffers."""
+    options = {"save_strategy": "steps", "save_steps": saved}
+    models = [adalora_model(), adalora_model()]
+    for model in models:
+        peftkernels.apply_to_peft(model, strict=True)
+    whole = trainer_for(tmp_path / "whole", models[0], **options)
+    whole.train()
+    resumed = trainer_for(tmp_path / "resumed", models[1], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved}"))
+    assert_equal(resumed.model, whole.model)
+    assert pattern_of(resumed.model) == pattern_of(whole.model)
+    assert kept_ranks(whole.model) == BUDGET
+    assert all(peftkernels.stats(model).fell_back == 0 for model in models)
 
 
 def test_a_callback_added_later_finds_the_checkpoint_in_the_output_folder(tmp_path: Path) -> None:
