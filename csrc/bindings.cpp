@@ -23,6 +23,7 @@ using namespace peftkernels;
 TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
   m.impl("lora_linear_fwd.cpu", cpu::lora_linear_forward);
   m.impl("lora_linear_bwd.cpu", cpu::lora_linear_backward);
+  m.impl("lora_shrink.cpu", cpu::lora_shrink);
   m.impl("allocation_averages.cpu", cpu::update_averages);
   m.impl("allocation_scores.cpu", cpu::rank_scores);
   m.impl("allocation_mask.cpu", cpu::apply_mask);

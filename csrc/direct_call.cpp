@@ -179,6 +179,23 @@ bool read_scaling(PyObject* scaling, cpu::Call* call) {
   return tensor && tensor->dim() == 0 && floating(*tensor) && !tensor->requires_grad();
 }
 
+// S, where the caller has it already: in the dtype of computation and without a gradient.
+bool read_shrink(PyObject* shrink, cpu::Call* call) {
+  if (!read_optional_tensor(shrink, &call->given_shrink)) {
+    return false;
+  }
+  const auto& given = call->given_shrink;
+  if (!given) {
+    return true;
+  }
+  int64_t rows = 1;
+  for (int64_t dim = 0; dim + 1 < call->x.dim(); ++dim) {
+    rows *= call->x.size(dim);
+  }
+  return has_shape(*given, {rows, call->lora_A.size(0)}) &&
+      given->scalar_type() == call->x.scalar_type() && !given->requires_grad();
+}
+
 // Makes or draws the seed as the Python function does, and so comes last: nothing may be drawn for a declined call.
 bool read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
   const auto probability = number(p);
@@ -187,6 +204,9 @@ bool read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
   }
   call->dropout_p = *probability;
   const bool drops = call->dropout_p > 0.0;
+  if (drops && call->given_shrink) {
+    return false;
+  }
   if (seed == Py_None) {
     if (drops) {
       call->dropout_seed = at::randint(std::numeric_limits<int64_t>::max(), {}, at::kLong);
@@ -228,17 +248,17 @@ const DtypeSet* dtypes_for(PyObject* impl) {
 }
 
 bool read(PyObject* const* arguments, cpu::Call* call) {
-  const DtypeSet* const dtypes = dtypes_for(arguments[10]);
+  const DtypeSet* const dtypes = dtypes_for(arguments[11]);
   return dtypes != nullptr && plain_thread() && read_matrices(arguments, call) &&
       dtypes->contains(call->x.scalar_type()) && (dtypes != &served.automatic || !cpu::is_refused(call->weight)) &&
       read_bias_and_gate(arguments[4], arguments[5], call) &&
       read_rank_plan(arguments[6], call) && read_scaling(arguments[7], call) &&
-      read_dropout(arguments[8], arguments[9], call);
+      read_shrink(arguments[10], call) && read_dropout(arguments[8], arguments[9], call);
 }
 
 PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 11, "direct call: found ", count, " arguments, expected 11");
+  TORCH_CHECK_TYPE(count == 12, "direct call: found ", count, " arguments, expected 12");
   cpu::Call call;
   if (!read(arguments, &call)) {
     Py_RETURN_NONE;

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
 from peftkernels.dispatch import Explanation
-from peftkernels.functional import explain, lora_linear
+from peftkernels.functional import explain, lora_linear, shared_shrink
 from peftkernels.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ __all__ = [
     "explain",
     "lora_linear",
     "revert",
+    "shared_shrink",
     "stats",
 ]
 

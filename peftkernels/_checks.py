@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkernels._autocast import CASTABLE, autocast_enabled
+from peftkernels._autocast import CASTABLE, autocast_dtype, autocast_enabled
 from peftkernels.rank_plan import RankPlan
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -86,6 +87,36 @@ def _check_dropout(p: Any, seed: Any, x: Tensor) -> None:
         raise ValueError(f"dropout_seed: found {seed}, expected a value that fits in int64")
 
 
+def _check_shrink(shrink: Any, r: int, dropout_p: float, x: Tensor) -> None:
+    _float_tensor("shrink", shrink)
+    _shape("shrink", shrink, (x.shape[:-1].numel(), r), "(M, r)")
+    expected = autocast_dtype(x.dtype, x.device.type)
+    if shrink.dtype != expected:
+        raise TypeError(f"shrink: found dtype {shrink.dtype}, expected the dtype of computation, {expected}")
+    _device("shrink", shrink, x)
+    if shrink.requires_grad:
+        raise ValueError("shrink: found a tensor that requires grad, expected one that does not (x and lora_A may)")
+    if dropout_p > 0:
+        raise ValueError(f"shrink: found one beside dropout_p = {dropout_p}, expected dropout_p = 0: it has no mask")
+
+
+def check_shared_shrink(x: Any, lora_A: Any) -> None:
+    """Raise TypeError or ValueError for the first argument of `shared_shrink` that cannot be used."""
+    _float_tensor("x", x)
+    if not x.shape:
+        raise ValueError("x: found a 0-dim tensor, expected shape (..., K)")
+    if isinstance(lora_A, Tensor) or not isinstance(lora_A, Sequence):
+        raise TypeError(f"lora_A: found {type(lora_A).__name__}, expected a sequence of tensors (r, K)")
+    if not lora_A:
+        raise ValueError("lora_A: found no tensor, expected one for each adapter")
+    for place, factor in enumerate(lora_A):
+        name = f"lora_A[{place}]"
+        _float_tensor(name, factor)
+        if factor.dim() != 2 or factor.shape[1] != x.shape[-1]:
+            raise ValueError(f"{name}: found shape {tuple(factor.shape)}, expected (r, K) with x's K = {x.shape[-1]}")
+        _device(name, factor, x)
+
+
 def check_arguments(
     x: Any,
     weight: Any,
@@ -97,6 +128,7 @@ def check_arguments(
     scaling: Any,
     dropout_p: Any,
     dropout_seed: Any,
+    shrink: Any,
 ) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_linear` that does not fit the others."""
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -135,3 +167,5 @@ def check_arguments(
         _check_scaling(scaling, x)
     if type(dropout_p) is not float or dropout_p != 0.0 or dropout_seed is not None:
         _check_dropout(dropout_p, dropout_seed, x)
+    if shrink is not None:
+        _check_shrink(shrink, r, dropout_p, x)

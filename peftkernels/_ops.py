@@ -2,8 +2,8 @@
 
 `peftkernels::lora_linear_fwd` and `peftkernels::lora_linear_bwd` have one overload per implementation (`.reference`,
 `.eager`, `.cpu`, `.triton`), all with the same arguments, so that the choice made by `dispatch` is part of a traced
-program. `reference.py` says what they compute. The dtype of x is the dtype of computation: weight, bias, factors and
-gate are cast to it, x never is.
+program; so has `peftkernels::lora_shrink`, which makes S for several adapters of one x. `reference.py` says what they
+compute. The dtype of x is the dtype of computation: weight, bias, factors and gate are cast to it, x never is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHARED = (
 )
 _FORWARD = (
     "lora_linear_fwd.{name}(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    f"{_SHARED}, bool save_shrink) -> (Tensor y, Tensor shrink)"
+    f"{_SHARED}, bool save_shrink, Tensor? given_shrink=None) -> (Tensor y, Tensor shrink)"
 )
 _BACKWARD = (
     "lora_linear_bwd.{name}(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
@@ -31,21 +31,40 @@ _BACKWARD = (
     f"{_SHARED}, bool[6] needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_A, Tensor grad_B, "
     "Tensor grad_bias, Tensor grad_gate)"
 )
+_SHRINK = "lora_shrink.{name}(Tensor x, Tensor[] lora_A) -> Tensor"
 
 library = torch.library.Library("peftkernels", "DEF")
 
 
 def shrink_shape(x: Tensor, lora_A: Tensor, save_shrink: bool) -> tuple[int, int]:
-    """(M, r) when the backward pass needs S, else (0, r)."""
+    """(M, r) when the backward pass needs an S that the caller does not have, else (0, r)."""
     return (math.prod(x.shape[:-1]) if save_shrink else 0, lora_A.shape[0])
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *shared: Any
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    rank_state: Tensor | None,
+    rank_order: Tensor | None,
+    rank_counts: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    save_shrink: bool,
+    given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    save_shrink: bool = shared[-1]
+    save_shrink = save_shrink and given_shrink is None
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty(shrink_shape(x, lora_A, save_shrink))
+
+
+def _shrink_fake(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    return x.new_empty((math.prod(x.shape[:-1]), sum(factor.shape[0] for factor in lora_A)))
 
 
 def empty_gradients(
@@ -81,19 +100,27 @@ def _backward_fake(
 for _name in IMPLEMENTATIONS:
     library.define(_FORWARD.format(name=_name))
     library.define(_BACKWARD.format(name=_name))
+    library.define(_SHRINK.format(name=_name))
     torch.library.register_fake(f"peftkernels::lora_linear_fwd.{_name}", _forward_fake, lib=library)
     torch.library.register_fake(f"peftkernels::lora_linear_bwd.{_name}", _backward_fake, lib=library)
-
-
-def _low_rank_flops(rows: int, weight_shape: Any, rank: int) -> int:
-    return 2 * rows * rank * (weight_shape[0] + weight_shape[1])
+    torch.library.register_fake(f"peftkernels::lora_shrink.{_name}", _shrink_fake, lib=library)
 
 
 @register_flop_formula(torch.ops.peftkernels.lora_linear_fwd)
-def _forward_flops(x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """2MNK + 2Mr(K + N), counting every rank: a mask is device data that no formula reads."""
-    rows = math.prod(x_shape[:-1])
-    return 2 * rows * math.prod(weight_shape) + _low_rank_flops(rows, weight_shape, a_shape[0])
+def _forward_flops(
+    x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, given_shrink: Any = None, **kwargs: Any
+) -> int:
+    """2MNK + 2MrN, and 2MrK for an S that is not given; every rank counts: no formula reads a mask on the device."""
+    rows, (n, k) = math.prod(x_shape[:-1]), weight_shape
+    # Shapes come by position where the operator's arguments do: eleven stand between lora_A and given_shrink.
+    given = given_shrink is not None or (len(args) > 11 and args[11] is not None)
+    return 2 * rows * n * k + 2 * rows * a_shape[0] * (n if given else n + k)
+
+
+@register_flop_formula(torch.ops.peftkernels.lora_shrink)
+def _shrink_flops(x_shape: Any, factor_shapes: Any, *args: Any, **kwargs: Any) -> int:
+    """2MK·Σr."""
+    return 2 * math.prod(x_shape) * sum(shape[0] for shape in factor_shapes)
 
 
 @register_flop_formula(torch.ops.peftkernels.lora_linear_bwd)

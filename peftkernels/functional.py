@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch.compiler import is_dynamo_compiling
 
 from peftkernels import dispatch
 from peftkernels._autocast import autocast_dtype
-from peftkernels._checks import check_arguments
+from peftkernels._checks import check_arguments, check_shared_shrink
 from peftkernels.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
 _OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
+_SHRINK = torch.ops.peftkernels.lora_shrink
+_SHRINKS = {name: getattr(_SHRINK, name) for name in dispatch.REGISTERED}
 # The functions behind overloads that are written in Python: what runs when nobody watches operators, without the way
 # through torch's dispatcher.
 _FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in dispatch.PYTHON_FUNCTIONS.items()}
@@ -78,6 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         scaling_tensor: Tensor | None,
         dropout_p: float,
         dropout_seed: Tensor | None,
+        given_shrink: Tensor | None,
         impl: str,
     ) -> Tensor:
         _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
@@ -97,7 +100,10 @@ class _LoraLinear(torch.autograd.Function):
             dropout_p,
             dropout_seed,
             save_shrink,
+            given_shrink,
         )
+        if given_shrink is not None:
+            shrink = given_shrink
         ctx.save_for_backward(
             x if needs_A or needs_weight else None,
             weight,
@@ -156,7 +162,7 @@ class _LoraLinear(torch.autograd.Function):
         # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             asked = list(_NoDoubleBackward.apply(grad_y, *asked))
-        return *asked, None, None, None, None, None, None, None, None
+        return *asked, None, None, None, None, None, None, None, None, None
 
 
 def _leave_to_python(*arguments: Any) -> Tensor | None:
@@ -189,6 +195,7 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    shrink: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """A frozen linear layer plus a gated low-rank adapter whose ranks can be masked, in one operator.
@@ -208,6 +215,8 @@ def lora_linear(
     dropout_p     in [0, 1]; drops elements of the adapter's input, never of the frozen product's
     dropout_seed  int or 0-dim int64 tensor: the same seed gives the same mask on every implementation, and the
                   backward pass recomputes it; drawn from torch's generator when None and dropout_p > 0
+    shrink        (M, r) S = x·Aᵀ in the dtype of computation where the caller has it, see `shared_shrink`; taken at its
+                  word, also for gradients, and refused beside dropout_p > 0
     impl          "auto" (the fastest that can serve; see `explain`), or by name: "reference", "eager", "cpu",
                   "triton", "cuda"; a named implementation is never replaced by another
 
@@ -221,10 +230,12 @@ def lora_linear(
     Source: LoRA (arXiv 2106.09685), AdaLoRA's gates and masks (arXiv 2303.10512), Philox4x32-10 (Salmon et al. 2011).
     """
     if not is_dynamo_compiling():
-        y = _direct_call(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, impl)
+        y = _direct_call(
+            x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl
+        )
         if y is not None:
             return y
-    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
     device = x.device
     dtype = autocast_dtype(x.dtype, device.type)
     if dtype is not x.dtype:
@@ -274,6 +285,7 @@ def lora_linear(
             scaling_tensor,
             dropout_p,
             seed,
+            shrink,
             chosen,
         )
     return _operator(chosen, 0, x, weight, lora_A)(
@@ -291,7 +303,37 @@ def lora_linear(
         dropout_p,
         seed,
         False,
+        shrink,
     )[0]
+
+
+def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, ...]:
+    """S_j = x·A_jᵀ of several adapters that read the same x, in one pass over it.
+
+    Projections such as q, k and v, or gate and up, take their part as the argument ``shrink`` of `lora_linear`:
+
+        for projection, shrink in zip(projections, shared_shrink(x, [p.lora_A for p in projections])):
+            y = lora_linear(x, projection.weight, projection.lora_A, projection.lora_B, shrink=shrink)
+
+    x       (..., K) float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only), without dropout
+    lora_A  one (r_j, K) of each adapter, any float dtype
+    impl    as for `lora_linear`
+
+    Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast. They carry no
+    gradient: `lora_linear` gives that of x and of A_j as if it had made S_j itself.
+
+    Raises TypeError or ValueError, before any kernel runs, for an argument that cannot be used; RuntimeError when a
+    named `impl` cannot serve.
+    """
+    check_shared_shrink(x, lora_A)
+    x = x.detach()
+    dtype = autocast_dtype(x.dtype, x.device.type)
+    if dtype is not x.dtype:
+        x = x.to(dtype)
+    factors = [factor.detach() for factor in lora_A]
+    chosen = dispatch.choose(impl, x, factors[0])
+    whole: Tensor = _SHRINKS[chosen](x, factors)
+    return whole.split([factor.shape[0] for factor in factors], 1)
 
 
 def explain(
@@ -306,11 +348,12 @@ def explain(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    shrink: Tensor | None = None,
 ) -> dispatch.Explanation:
     """Which implementation `lora_linear` with the same arguments and `impl="auto"` takes, and why no faster one.
 
     Arguments and errors as for `lora_linear`; nothing is computed.
     """
-    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
     x = x.to(autocast_dtype(x.dtype, x.device.type))
     return dispatch.explain_choice(x, weight)

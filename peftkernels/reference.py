@@ -92,8 +92,11 @@ def lora_linear_forward(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output y (..., N) and the shrink S (M, r), both in x's dtype; a DEAD rank's column of S is zero.
+
+    An S that is given stands in the place of drop(x)·Aᵀ, whatever it holds.
 
     x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,), gate (r,) or (r, 1), rank_state uint8 (r,),
     dropout_seed int64 (). Factors and gate may have any float dtype and are cast to x's.
@@ -102,7 +105,10 @@ def lora_linear_forward(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, dtype)
 
-    shrink_live = _dropped(rows, dropout_p, dropout_seed) @ factor_A.T
+    if given_shrink is None:
+        shrink_live = _dropped(rows, dropout_p, dropout_seed) @ factor_A.T
+    else:
+        shrink_live = given_shrink[:, live]
     gated = shrink_live[:, active] * gates[active] * scaling
     y = rows @ weight.to(dtype).T + gated.to(dtype) @ factor_B[:, active].T
     if bias is not None:
@@ -111,6 +117,12 @@ def lora_linear_forward(
     shrink = rows.new_zeros((rows.shape[0], lora_A.shape[0]))
     shrink[:, live] = shrink_live
     return y.reshape(*x.shape[:-1], weight.shape[0]), shrink
+
+
+def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    """S = x·Aᵀ of several adapters side by side, (M, Σr) in x's dtype."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return torch.cat([rows @ factor.to(x.dtype).T for factor in lora_A], 1)
 
 
 def lora_linear_backward(

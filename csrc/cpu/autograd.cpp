@@ -30,9 +30,10 @@ at::Tensor run_forward(const Call& call, bool save_shrink, at::Tensor* shrink) {
                                  .typed<decltype(lora_linear_forward)>();
   auto [y, saved] = call_operator(
       handle, call.x, call.weight, call.lora_A, call.lora_B, call.bias, call.gate, call.rank_state, call.rank_order,
-      call.rank_counts, call.scaling, call.scaling_tensor, call.dropout_p, call.dropout_seed, save_shrink);
+      call.rank_counts, call.scaling, call.scaling_tensor, call.dropout_p, call.dropout_seed, save_shrink,
+      call.given_shrink);
   if (save_shrink) {
-    *shrink = std::move(saved);
+    *shrink = call.given_shrink ? *call.given_shrink : std::move(saved);
   }
   return std::move(y);
 }

@@ -16,6 +16,7 @@ struct Call {
   std::optional<at::Tensor> scaling_tensor;
   double dropout_p = 0.0;
   std::optional<at::Tensor> dropout_seed;
+  std::optional<at::Tensor> given_shrink;
 };
 
 // y, through the dispatcher, so that profilers and modes see the operators. Where gradients are recorded, it saves and

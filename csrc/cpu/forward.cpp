@@ -23,7 +23,8 @@ class Forward {
  public:
   Forward(
       const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
-      const at::Tensor& bias, const LiveRanks& ranks, const Dropout& dropout, at::Tensor& y, at::Tensor& shrink)
+      const at::Tensor& bias, const LiveRanks& ranks, const Dropout& dropout, const at::Tensor& given, at::Tensor& y,
+      at::Tensor& shrink)
       : x_(left_rows<scalar_t>(rows)),
         rows_(rows.size(0)),
         depth_(rows.size(1)),
@@ -37,7 +38,11 @@ class Forward {
         shrink_(shrink.size(0) > 0 ? shrink.data_ptr<scalar_t>() : nullptr),
         group_(depth_group<scalar_t>()),
         pack_(packed_weight(weight, rows.scalar_type(), Direction::Forward)),
-        panel_size_(round_up(depth_, group_) * kPanelColumns) {}
+        panel_size_(round_up(depth_, group_) * kPanelColumns) {
+    if (given.defined()) {
+      given_ = left_rows<scalar_t>(given);
+    }
+  }
 
   void run() {
     const int64_t panels = divide_up(columns_, kPanelColumns);
@@ -54,20 +59,34 @@ class Forward {
   }
 
  private:
-  // A of the live ranks as right operand, and where S goes: straight into the saved tensor where ranks lie in place.
+  // Where S goes: straight into the saved tensor where ranks lie in place. An S that is given is read as it lies, or its
+  // active columns are copied side by side.
   void prepare_shrink() {
     const int64_t live = ranks_.live();
     if (live == 0) {
       return;
     }
+    if (given_.data != nullptr && ranks_.in_place) {
+      tail_ = given_;
+      return;
+    }
+    if (given_.data == nullptr) {
+      prepare_product();
+    }
+    saves_in_place_ = shrink_ != nullptr && ranks_.in_place && live == lora_A_.size(0);
+    tail_rows_ = saves_in_place_ ? shrink_ : thread_scratch<scalar_t, Scratch::TailRows>(rows_ * live);
+    tail_ = {tail_rows_, live};
+  }
+
+  // A of the live ranks as right operand.
+  void prepare_product() {
+    const int64_t live = ranks_.live();
     live_A_ = live_rows<scalar_t>(lora_A_, ranks_, live);
     if (rows_ > kDotRows) {
       auto* const operand = thread_scratch<scalar_t, Scratch::ShrinkOperand>(round_up(depth_, group_) * live);
       pack_from_rows(live_A_, depth_, live, depth_, operand, live);
       shrink_operand_ = operand;
     }
-    saves_in_place_ = shrink_ != nullptr && ranks_.in_place && live == lora_A_.size(0);
-    tail_rows_ = saves_in_place_ ? shrink_ : thread_scratch<scalar_t, Scratch::TailRows>(rows_ * live);
   }
 
   // scaling · ĝ goes into B, of which every call packs a copy anyway; panels of a single row block are packed by the
@@ -112,7 +131,15 @@ class Forward {
 
   void shrink_rows(int64_t begin, int64_t end) {
     const int64_t live = ranks_.live(), count = end - begin;
-    if (live == 0) {
+    if (tail_rows_ == nullptr) {
+      return;
+    }
+    if (given_.data != nullptr) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t i = 0; i < live; ++i) {
+          tail_rows_[row * live + i] = given_.data[row * given_.stride + ranks_.index[i]];
+        }
+      }
       return;
     }
     const auto rows = dropout_ ? dropped_rows(begin, end) : LeftRows<scalar_t>{x_.data + begin * x_.stride, x_.stride};
@@ -152,7 +179,6 @@ class Forward {
 
   void output_tiles(int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
     const auto* const packed = pack_.const_data_ptr<scalar_t>();
-    const int64_t live = ranks_.live();
     Product<scalar_t> product{};
     product.rows = end - begin;
     product.depth = depth_;
@@ -160,8 +186,8 @@ class Forward {
     product.left_stride = x_.stride;
     product.right_stride = kPanelColumns;
     product.tail_depth = ranks_.active;
-    product.tail_left = ranks_.active > 0 ? tail_rows_ + begin * live : nullptr;
-    product.tail_left_stride = live;
+    product.tail_left = ranks_.active > 0 ? tail_.data + begin * tail_.stride : nullptr;
+    product.tail_left_stride = tail_.stride;
     product.tail_right_stride = kPanelColumns;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       product.width = width_of(panel);
@@ -179,7 +205,7 @@ class Forward {
     }
   }
 
-  LeftRows<scalar_t> x_;
+  LeftRows<scalar_t> x_, given_{nullptr, 0};
   int64_t rows_, depth_, columns_;
   const at::Tensor &lora_A_, &lora_B_, &bias_;
   const LiveRanks& ranks_;
@@ -191,8 +217,10 @@ class Forward {
   const float* bias_row_ = nullptr;
   const scalar_t *live_A_ = nullptr, *live_B_ = nullptr;
   const scalar_t *shrink_operand_ = nullptr, *tail_operand_ = nullptr;
-  // S of the live ranks, which the tail reads; scaling and gates are in its other operand.
+  // S of the live ranks, which the tail reads; scaling and gates are in its other operand. Null where S is given and
+  // read as it lies.
   scalar_t* tail_rows_ = nullptr;
+  LeftRows<scalar_t> tail_{nullptr, 0};
   bool saves_in_place_ = false;
 };
 
@@ -203,11 +231,14 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& gate,
     const std::optional<at::Tensor>& rank_state, const std::optional<at::Tensor>& rank_order,
     const std::optional<at::Tensor>& rank_counts, double scaling, const std::optional<at::Tensor>& scaling_tensor,
-    double dropout_p, const std::optional<at::Tensor>& dropout_seed, bool save_shrink) {
+    double dropout_p, const std::optional<at::Tensor>& dropout_seed, bool save_shrink,
+    const std::optional<at::Tensor>& given_shrink) {
   const auto dtype = x.scalar_type();
   const int64_t r = lora_A.size(0);
   const auto rows = as_rows(x, weight.size(1));
-  const auto ranks = live_ranks(r, gate, rank_order, rank_counts, scaling, scaling_tensor, save_shrink);
+  const auto given = given_shrink ? as_rows(*given_shrink, r) : at::Tensor();
+  const bool saves = save_shrink && !given_shrink;
+  const auto ranks = live_ranks(r, gate, rank_order, rank_counts, scaling, scaling_tensor, saves);
   const auto dropout = dropout_of(dropout_p, dropout_seed);
 
   auto shape = x.sizes().vec();
@@ -215,16 +246,16 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
   auto y = at::empty(shape, x.options());
   // Every live column of S is written; a DEAD rank's column must read as zero.
   const bool every_rank = ranks.live() == r;
-  const int64_t shrink_rows = save_shrink ? rows.size(0) : 0;
+  const int64_t shrink_rows = saves ? rows.size(0) : 0;
   auto shrink = every_rank ? at::empty({shrink_rows, r}, x.options()) : at::zeros({shrink_rows, r}, x.options());
   const auto factor_A = readable_factor(lora_A, dtype);
   const auto factor_B = readable_factor(lora_B, dtype);
   const auto bias_row = bias ? bias->to(dtype).contiguous() : at::Tensor();
   AT_DISPATCH_SWITCH(
       dtype, "lora_linear_fwd.cpu",
-      AT_DISPATCH_CASE(at::kFloat, [&] { Forward<float>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, y, shrink).run(); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { Forward<at::BFloat16>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, y, shrink).run(); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { Forward<at::Half>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, y, shrink).run(); }));
+      AT_DISPATCH_CASE(at::kFloat, [&] { Forward<float>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); })
+      AT_DISPATCH_CASE(at::kBFloat16, [&] { Forward<at::BFloat16>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); })
+      AT_DISPATCH_CASE(at::kHalf, [&] { Forward<at::Half>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); }));
   return {y, shrink};
 }
 

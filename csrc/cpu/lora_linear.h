@@ -14,7 +14,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& gate,
     const std::optional<at::Tensor>& rank_state, const std::optional<at::Tensor>& rank_order,
     const std::optional<at::Tensor>& rank_counts, double scaling, const std::optional<at::Tensor>& scaling_tensor,
-    double dropout_p, const std::optional<at::Tensor>& dropout_seed, bool save_shrink);
+    double dropout_p, const std::optional<at::Tensor>& dropout_seed, bool save_shrink,
+    const std::optional<at::Tensor>& given_shrink);
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -25,5 +26,7 @@ Gradients lora_linear_backward(
     const std::optional<at::Tensor>& rank_order, const std::optional<at::Tensor>& rank_counts, double scaling,
     const std::optional<at::Tensor>& scaling_tensor, double dropout_p, const std::optional<at::Tensor>& dropout_seed,
     std::array<bool, 6> needs);
+
+at::Tensor lora_shrink(const at::Tensor& x, at::TensorList lora_A);
 
 } // namespace peftkernels::cpu

@@ -97,21 +97,31 @@ def _forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     save_shrink: bool,
+    given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(x.device.type):
         dtype = x.dtype
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        shrink = F.linear(_dropped(rows, dropout_p, dropout_seed), live.A)
+        if given_shrink is None:
+            shrink = F.linear(_dropped(rows, dropout_p, dropout_seed), live.A)
+        else:
+            shrink = given_shrink if live.index is None else given_shrink[:, live.index]
         y.addmm_(live.gated(shrink), live.active_B.T)
-        if not save_shrink:
+        if not save_shrink or given_shrink is not None:
             shrink = shrink.new_empty((0, lora_A.shape[0]))
         elif live.index is not None:
             shrink = live.scatter(shrink, shrink.new_empty((rows.shape[0], lora_A.shape[0])), 1)
         # In the shape of the call, but nobody's view: what autograd takes for one, FSDP2 warns of, since an addition in
         # place would drop the hook that it sets on the output.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), shrink
+
+
+def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    with without_autocast(x.device.type):
+        factors = torch.cat([factor.to(x.dtype) for factor in lora_A])
+        return F.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), factors)
 
 
 def _backward(
@@ -176,3 +186,4 @@ def register() -> None:
     """Implement the `.eager` overloads on every device."""
     _ops.library.impl("lora_linear_fwd.eager", _forward, "CompositeExplicitAutograd")
     _ops.library.impl("lora_linear_bwd.eager", _backward, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_shrink.eager", _shrink, "CompositeExplicitAutograd")

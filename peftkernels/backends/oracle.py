@@ -22,12 +22,13 @@ def _forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     save_shrink: bool,
+    given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     scale = scaling if scaling_tensor is None else scaling_tensor
     y, shrink = reference.lora_linear_forward(
-        x, weight, lora_A, lora_B, bias, gate, rank_state, scale, dropout_p, dropout_seed
+        x, weight, lora_A, lora_B, bias, gate, rank_state, scale, dropout_p, dropout_seed, given_shrink
     )
-    return y, shrink if save_shrink else shrink.new_empty((0, lora_A.shape[0]))
+    return y, shrink if save_shrink and given_shrink is None else shrink.new_empty((0, lora_A.shape[0]))
 
 
 def _backward(
@@ -67,3 +68,4 @@ def register() -> None:
     """Implement the `.reference` overloads on every device."""
     _ops.library.impl("lora_linear_fwd.reference", _forward, "CompositeExplicitAutograd")
     _ops.library.impl("lora_linear_bwd.reference", _backward, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_shrink.reference", reference.lora_shrink, "CompositeExplicitAutograd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +248,11 @@ def _any_arguments(draw: st.DrawFn) -> dict[str, Any]:
 
     leading = draw(st.sampled_from([(), (0,), (3,), (2, 3)]))
     gate_shape = draw(st.sampled_from([(r,), (r, 1)]))
+    rows = math.prod(leading)
+    shrink = None
+    if "shrink" in odd or draw(st.booleans()):
+        shrink = tensor("shrink", usual, (rows, r), (rows, r + 1), (rows + 1, r), (r,))
+        shrink.requires_grad_("shrink" in odd and shrink.requires_grad)
     states = torch.full((value("rank_plan", [r], [r + 1, 0]),), 2, dtype=torch.uint8)
     seeds = [2**63, -(2**63) - 1, True, 1.0, "1", torch.tensor(3.0), torch.zeros(1, dtype=torch.int64)]
     scalings = [-2, 0, TOO_LARGE, True, "1", None, torch.zeros(1), torch.tensor(1), torch.tensor(1.0).requires_grad_()]
@@ -261,6 +267,7 @@ def _any_arguments(draw: st.DrawFn) -> dict[str, Any]:
         "scaling": value("scaling", [1.5, 2, torch.tensor(2.0), torch.tensor(2.0).double()], scalings),
         "dropout_p": value("dropout_p", [0.0, 0.25, 1.0, 1], [-0.1, 1.1, float("nan"), True, "0", None]),
         "dropout_seed": value("dropout_seed", [None, 0, -(2**63), 2**63 - 1, torch.tensor(3)], seeds),
+        "shrink": shrink,
         "impl": value("impl", ["auto", "cpu"], ["eager", "reference", "triton", "CPU", None, 3]),
     }
 

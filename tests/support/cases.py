@@ -43,6 +43,7 @@ class Call:
     scaling: float | Tensor = 1.0
     dropout_p: float = 0.0
     dropout_seed: int | None = None
+    shrink: Tensor | None = None
     label: str = ""
 
     @property
@@ -64,6 +65,7 @@ class Call:
             "scaling": self.scaling,
             "dropout_p": self.dropout_p,
             "dropout_seed": self.dropout_seed,
+            "shrink": self.shrink,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ class Call:
         """The same call with every tensor on `device`; the call itself where they are there already."""
         if self.x.device == device:
             return self
-        named = {**self.tensors(), "grad_y": self.grad_y, "scaling": self.scaling, "dropout_seed": self.dropout_seed}
+        named = {**self.tensors(), "grad_y": self.grad_y, **self.optional}
         changes = {name: moved(value, device) for name, value in named.items() if isinstance(value, Tensor)}
         plan = None if self.rank_plan is None else moved_plan(self.rank_plan, device)
         return self.replace(**changes, rank_plan=plan)

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkernels import functional, lora_linear
 from support.cases import Call
 
-OPTIONAL = ("bias", "gate", "rank_plan", "scaling", "dropout_p", "dropout_seed", "impl")
+OPTIONAL = ("bias", "gate", "rank_plan", "scaling", "dropout_p", "dropout_seed", "shrink", "impl")
 ORDER = ("x", "weight", "lora_A", "lora_B", *OPTIONAL)
 
 

@@ -111,7 +111,13 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     return _kernels()[1](*arguments)
 
 
+def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    shrink: Tensor = importlib.import_module("peftkernels.backends.triton.shared_shrink").lora_shrink(x, lora_A)
+    return shrink
+
+
 def register() -> None:
     """Implement the `.triton` overloads."""
     _ops.library.impl("lora_linear_fwd.triton", _forward_operator, "CompositeExplicitAutograd")
     _ops.library.impl("lora_linear_bwd.triton", backward, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_shrink.triton", _shrink, "CompositeExplicitAutograd")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels.backends.triton import decode, finish, routes, shrink, single
+from peftkernels.backends.triton import given as given_shrinks
 from peftkernels.backends.triton.frozen_product import (
     TailProduct,
     descriptors,
@@ -18,22 +19,26 @@ from peftkernels.backends.triton.frozen_product import (
     route,
 )
 from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
+from peftkernels.backends.triton.launch import INTERPRETED, Variant
 from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
+from peftkernels.backends.triton.shared_shrink import Parts, parts_of
 from peftkernels.backends.triton.tiles import TMA, Tile, blocks_for, tile
 
 
 @dataclass(frozen=True)
 class _Shrink:
-    """The shrink launch. splits > 1: its parts lie in slots, and `finish` follows."""
+    """The launch that makes the operands of the tail.
+
+    parts   how the shrink shares out x, and what `finish` has to do; None where S is given
+    finish  follows where the shrink's parts lie in slots
+    packs   whether it packs B
+    """
 
     variant: Variant
     programs: int
-    splits: int
-    chunk: int
+    parts: Parts | None
     finish: Variant | None
-    finish_programs: int
     packs: bool
 
 
@@ -50,27 +55,24 @@ class _Plan:
     programs: int = 0
 
 
-def _plan_shrink(kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: int, keep: bool) -> _Shrink:
+def _plan_shrink(
+    kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: int, keep: bool, given: bool
+) -> _Shrink:
     blocks = blocks_for(kinds.x, INTERPRETED)
-    places = block_of_places(r, blocks.shrink_places)
     # B as it lies will do where its columns are already what the tail reads.
     packs = kinds.plan or kinds.factor is not kinds.x or r % 16 != 0
-    row_blocks = -(-m // blocks.shrink_rows)
-    wanted = blocks.shrink_spread * multiprocessors(device) // row_blocks
-    most = -(-k // (blocks.fewest_steps * blocks.shrink_depth))
-    splits = max(1, min(wanted, most))
-    chunk = -(-k // (splits * blocks.shrink_depth)) * blocks.shrink_depth
-    splits = -(-k // chunk)
-    place_blocks = -(-width(r) // places)
-    finishing = block_of_places(r, finish.MOST_PLACES)
-    split = splits > 1
+    packing = -(-n // blocks.pack) if packs else 0
+    if given:
+        places = block_of_places(r, blocks.shrink_places)
+        placing = -(-m // blocks.finish_rows) * -(-width(r) // places)
+        return _Shrink(given_shrinks.variant(kinds, blocks, places, packs), placing + packing, None, None, packs)
+    parts = parts_of(kinds, device, m, k, r)
+    split = parts.splits > 1
     return _Shrink(
-        shrink.variant(kinds, blocks, places, keep, split, packs),
-        row_blocks * splits * place_blocks + (-(-n // blocks.pack) if packs else 0),
-        splits,
-        chunk,
-        finish.rows_variant(kinds, blocks, finishing, keep, True, False) if split else None,
-        -(-m // blocks.finish_rows) * -(-width(r) // finishing),
+        shrink.variant(kinds, blocks, parts.places, keep, True, split, packs),
+        parts.programs + packing,
+        parts,
+        finish.rows_variant(kinds, blocks, parts.finish_places, keep, True, False) if split else None,
         packs,
     )
 
@@ -84,16 +86,17 @@ def _plan(
     k: int,
     r: int,
     keep: bool,
+    given: bool,
     plain_weight: bool,
     state: tuple[routes.Choice | None, int],
 ) -> _Plan:
     choice = route(kinds, device, routes.FORWARD, m, n, k, plain_weight)
     if choice.route == routes.LIBRARY:
-        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep))
+        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given))
     taken = tile(choice.tile)
     if choice.route == routes.TAIL:
         tail = plan_tail(kinds, device, taken, m, n, k, transposed=False)
-        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep), tail)
+        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given), tail)
     if choice.route == routes.DECODE:
         whole = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
         return _Plan(choice, width(r), whole=whole, tile=taken, programs=-(-n // taken.columns))
@@ -119,20 +122,41 @@ def _shrink_and_pack(
     keep_scale: float,
     seed: Tensor | None,
     saved: Tensor | None,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the shrink; left (M, width) and right (N, width) of the tail."""
+    """Make S, or take the one that is given; left (M, width) and right (N, width) of the tail."""
     launch = plan.shrink
     assert launch is not None
     (m, k), (n, r) = rows.shape, lora_B.shape
     left = rows.new_empty((m, plan.width))
     right = rows.new_empty((n, plan.width)) if launch.packs else lora_B
+    if launch.parts is None:
+        assert given is not None
+        launch.variant(
+            launch.programs,
+            given,
+            lora_B,
+            order,
+            counts,
+            gate,
+            scaling_tensor,
+            left,
+            right if launch.packs else None,
+            scaling,
+            m,
+            n,
+            r,
+            plan.width,
+            given.stride(0),
+        )
+        return left, right
     split = launch.finish is not None
-    slots = rows.new_empty((launch.splits, m, plan.width), dtype=torch.float32) if split else None
+    slots = rows.new_empty((launch.parts.splits, m, plan.width), dtype=torch.float32) if split else None
     launch.variant(
         launch.programs,
         rows,
         lora_A,
-        lora_B,
+        lora_B if launch.packs else None,
         order,
         counts,
         gate,
@@ -151,12 +175,12 @@ def _shrink_and_pack(
         r,
         plan.width,
         rows.stride(0),
-        launch.splits,
-        launch.chunk,
+        launch.parts.splits,
+        launch.parts.chunk,
     )
     if launch.finish is not None:
         launch.finish(
-            launch.finish_programs,
+            launch.parts.finish_programs,
             slots,
             order,
             counts,
@@ -171,7 +195,7 @@ def _shrink_and_pack(
             k,
             r,
             plan.width,
-            launch.splits,
+            launch.parts.splits,
         )
     return left, right
 
@@ -191,8 +215,12 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     save_shrink: bool,
+    given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and S where it is to be saved; arguments as declared in `_ops`."""
+    """y, and S where it is to be saved and not given; arguments as declared in `_ops`.
+
+    Where one launch does everything, S costs no read of x, and one that is given is not looked at.
+    """
     with place(x):
         n, k = weight.shape
         r = lora_A.shape[0]
@@ -203,6 +231,7 @@ def forward(
             weight = weight.to(dtype)
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
+        save_shrink = save_shrink and given_shrink is None
         if not (m and n and k and r):
             return F.linear(x, weight, bias), x.new_zeros((m, r)) if save_shrink else None
         rows = rows_of(x)
@@ -210,12 +239,13 @@ def forward(
         aligned = is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0))
         kinds = kinds_of(rows, lora_A, gate, scaling_tensor, rank_counts, dropout_seed, bias, aligned)
         plain_weight = weight.stride() == (k, 1)
-        plan = _plan(kinds, x.device, m, n, k, r, save_shrink, plain_weight, routes.state())
+        given = None if given_shrink is None else rows_of(given_shrink)
+        plan = _plan(kinds, x.device, m, n, k, r, save_shrink, given is not None, plain_weight, routes.state())
         least, keep_scale = dropped(dropout_p, dropout_seed)
         saved = x.new_empty((m, r)) if save_shrink else None
         y = _run(
             plan, rows, weight, lora_A, lora_B, bias, gate, rank_order, rank_counts, scaling, scaling_tensor,
-            least, keep_scale, dropout_seed, saved,
+            least, keep_scale, dropout_seed, saved, given,
         )  # fmt: skip
         return (y if flat else y.view(*x.shape[:-1], n)), saved
 
@@ -236,6 +266,7 @@ def _run(
     keep_scale: float,
     seed: Tensor | None,
     saved: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor:
     (m, k), (n, r) = rows.shape, lora_B.shape
     if plan.whole is not None:
@@ -256,7 +287,7 @@ def _run(
             plan.whole(plan.programs, rows, weight, bias, *factors, left, progress, y, *numbers)
         return y
     left, right = _shrink_and_pack(
-        plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved
+        plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved, given
     )
     if plan.tail is None:
         return F.linear(rows, weight, bias).addmm_(left, right.T)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from peftkernels.backends.triton import columns, decode, dropout, expand, finish, gemm, shrink, single, tiles
+from peftkernels.backends.triton import columns, decode, dropout, expand, finish, gemm, given, shrink, single, tiles
 from peftkernels.backends.triton.allocation import shipped as allocation
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant
@@ -65,8 +65,9 @@ def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> It
 
 def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Iterator[Variant]:
     for places in _places(blocks.shrink_places, brief):
-        yield shrink.variant(everything, blocks, places, True, False, True)
-        yield shrink.variant(plain, blocks, places, False, True, False)
+        yield shrink.variant(everything, blocks, places, True, True, False, True)
+        yield shrink.variant(plain, blocks, places, False, True, True, False)
+        yield given.variant(everything, blocks, places, True)
     for places in _places(blocks.column_places, brief):
         yield columns.variant(everything, blocks, places, False, True, True)
         yield columns.variant(everything, blocks, places, True, True, False)

@@ -83,8 +83,10 @@ def shrink(
 
 
 @functools.cache
-def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, split: bool, pack: bool) -> Variant:
-    """The shrink that keeps S for the backward pass or not, splits K or not, packs B or not."""
+def variant(
+    kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, left: bool, split: bool, pack: bool
+) -> Variant:
+    """The shrink that writes S (keep), the compact operand (left) and B's packed columns (pack), K split or not."""
     x = pointer(kinds.x)
     # Many ranks, or random words that neighbours do not share, fill the registers of four warps.
     crowded = (block_of_places > 32) + (kinds.dropout and not kinds.whole)
@@ -92,11 +94,11 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     types = {
         "x_ptr": x,
         "a_ptr": pointer(kinds.factor),
-        "b_ptr": pointer(kinds.factor),
+        "b_ptr": pointer(kinds.factor) if pack else None,
         **rank_arguments(kinds),
         "seed_ptr": "*i64" if kinds.dropout else None,
         "shrink_ptr": x if keep and not split else None,
-        "left_ptr": None if split else x,
+        "left_ptr": x if left and not split else None,
         "slots_ptr": "*fp32" if split else None,
         "right_ptr": x if pack else None,
         "scaling": "fp32",
@@ -115,5 +117,5 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, spli
     }
     outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")
     aligned = kinds.aligned_names(outputs, ("x_ptr", "a_ptr", "b_ptr", "K", "stride_x"))
-    label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' split' * split}{' pack' * pack}"
+    label = f"{kinds.label} r{block_of_places}{' keep' * keep}{' left' * left}{' split' * split}{' pack' * pack}"
     return Variant(shrink, types, constants, aligned=aligned, options=options(warps, 4), label=label)
