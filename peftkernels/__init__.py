@@ -1,5 +1,6 @@
 """Kernels for low-rank adapters on frozen weights: the frozen matmul plus the masked low-rank delta in one pass."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
@@ -8,6 +9,7 @@ from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
+    from peftkernels import layers
     from peftkernels.integrations.peft import apply_to_peft, revert, stats
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "__version__",
     "apply_to_peft",
     "explain",
+    "layers",
     "lora_linear",
     "revert",
     "stats",
@@ -29,4 +32,6 @@ def __getattr__(name: str) -> Any:
         from peftkernels.integrations import peft
 
         return getattr(peft, name)
+    if name == "layers":
+        return importlib.import_module("peftkernels.layers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
