@@ -9,7 +9,6 @@ from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
-    from peftkernels import layers
     from peftkernels.integrations.peft import apply_to_peft, revert, stats
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "__version__",
     "apply_to_peft",
     "explain",
-    "layers",
     "lora_linear",
     "revert",
     "stats",
@@ -32,6 +30,6 @@ def __getattr__(name: str) -> Any:
         from peftkernels.integrations import peft
 
         return getattr(peft, name)
-    if name == "layers":
+    if name == "layers":  # where Hugging Face's kernels looks for them
         return importlib.import_module("peftkernels.layers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
