@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test demo lint bench report wheel clean
+.PHONY: help install test demo lint bench report wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,10 @@ report: install  ## write the tables of README.md and bench/plots/ from bench/re
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+hub: install  ## write the package as a kernel of the Hugging Face Hub into dist/hub
+	rm -rf dist/hub
+	$(BIN)/python -m peftkernels.integrations.hub dist/hub
 
 clean:  ## remove what was built, and the virtual environment
 	rm -rf $(VENV) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache

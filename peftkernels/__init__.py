@@ -1,5 +1,6 @@
 """Kernels for low-rank adapters on frozen weights: the frozen matmul plus the masked low-rank delta in one pass."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
@@ -30,4 +31,6 @@ def __getattr__(name: str) -> Any:
         from peftkernels.integrations import peft
 
         return getattr(peft, name)
+    if name == "layers":  # where Hugging Face's kernels looks for them
+        return importlib.import_module("peftkernels.layers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

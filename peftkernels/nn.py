@@ -253,8 +253,7 @@ class AdaLoRALinear(_AdapterLinear):
     @property
     def rank_plan(self) -> RankPlan:
         """The plan over this layer's own tensors: `rank_plan.update_(state)` changes the layer."""
-        buffers: Any = self._buffers
-        return RankPlan(buffers["rank_state"], buffers["rank_order"], buffers["rank_counts"])
+        return _rank_plan(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -276,7 +275,8 @@ class AdaLoRALinear(_AdapterLinear):
             _parameter(self, "lora_B"),
             bias=_parameter(base, "bias"),
             gate=_parameter(self, "lora_E"),
-            rank_plan=self.rank_plan,
+            # Not the property, which on a layer that borrows this forward may give another copy's RankPlan.
+            rank_plan=_rank_plan(self),
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
             impl=self.impl,
@@ -354,6 +354,11 @@ def _parameter(module: Any, name: str) -> Any:
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _rank_plan(module: Any) -> RankPlan:
+    buffers = module._buffers
+    return RankPlan(buffers["rank_state"], buffers["rank_order"], buffers["rank_counts"])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -44,14 +44,7 @@ class _Served:
 
     def _reason(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
         """Why a call cannot be served, None where it can."""
-        given = [name for name, value in kwargs.items() if value is not None]
-        if args or given:
-            return f"the call has the arguments {', '.join(given) or 'of the base layer'}"
-        if len(names) > 1:
-            return f"{len(names)} adapters are active at once"
-        if type(x) not in _PLAIN:
-            return f"the input is a {type(x).__name__}"
-        return base_reason(self) or self._adapter_reason(names[0])
+        return call_reason(x, names, args, kwargs) or base_reason(self) or self._adapter_reason(names[0])
 
     def _adapter_reason(self, name: str) -> str | None:
         raise NotImplementedError
@@ -124,22 +117,26 @@ class PeftKernelsSVDLinear(_Served, SVDLinear):
             self.lora_B[name],
             bias=bias,
             gate=self.lora_E[name],
-            scaling=self._scale(name, service),
+            scaling=_scale(self, name, service),
             dropout_p=_dropout_p(self.lora_dropout[name]),
             impl=service.impl,
         )
 
-    def _scale(self, name: str, service: Service) -> float | Tensor:
-        number = self.ranknum[name]
-        if torch.compiler.is_dynamo_compiling():
-            # Read in the compiled program: the host never does.
-            return (self.scaling[name] / (number.detach() + 1e-5)).reshape(())
-        key = (number.data_ptr(), number._version, self.scaling[name])
-        kept = service.cache.get(f"scale {name}")
-        if kept is None or kept[0] != key:
-            kept = (key, self.scaling[name] / (float(number) + 1e-5))
-            service.cache[f"scale {name}"] = kept
-        return kept[1]
+
+def _scale(module: Any, name: str, service: Service) -> float | Tensor:
+    """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer."""
+    number = module.ranknum[name]
+    if torch.compiler.is_dynamo_compiling() or not (service.keeps or number.device.type == "cpu"):
+        # Read where the kernel runs: the host never waits for it.
+        return (module.scaling[name] / (number.detach() + 1e-5)).reshape(())
+    if not service.keeps:
+        return module.scaling[name] / (float(number) + 1e-5)
+    key = (number.data_ptr(), number._version, module.scaling[name])
+    kept = service.cache.get(f"scale {name}")
+    if kept is None or kept[0] != key:
+        kept = (key, module.scaling[name] / (float(number) + 1e-5))
+        service.cache[f"scale {name}"] = kept
+    return kept[1]
 
 
 CLASSES: dict[type, type] = {Linear: PeftKernelsLinear, SVDLinear: PeftKernelsSVDLinear}
@@ -150,6 +147,18 @@ def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
     base = module._modules["base_layer"]
     weight = base.weight
     return (weight.t() if type(base) is Conv1D else weight), base.bias
+
+
+def call_reason(x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
+    """Why a call with the active adapters ``names`` cannot be served whatever the layer, None where it can."""
+    given = [name for name, value in kwargs.items() if value is not None]
+    if args or given:
+        return f"the call has the arguments {', '.join(given) or 'of the base layer'}"
+    if len(names) > 1:
+        return f"{len(names)} adapters are active at once"
+    if type(x) not in _PLAIN:
+        return f"the input is a {type(x).__name__}"
+    return None
 
 
 def base_reason(module: Any) -> str | None:

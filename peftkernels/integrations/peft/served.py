@@ -20,6 +20,7 @@ class Service:
 
     impl       the implementation of `lora_linear`
     strict     whether a call that cannot be served raises instead of running peft's own code
+    keeps      whether `cache` is used: not where one Service stands for many modules
     served     adapter calls that ran on our kernels; those inside a compiled program are not counted
     fell_back  adapter calls that ran peft's own code
     reasons    how many of these for which reason
@@ -28,6 +29,7 @@ class Service:
 
     impl: str = "auto"
     strict: bool = False
+    keeps: bool = True
     served: int = 0
     fell_back: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
