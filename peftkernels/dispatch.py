@@ -143,6 +143,18 @@ def choose(impl: str, x: Tensor, weight: Tensor) -> str:
     return impl
 
 
+def sharing_disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
+    """None when projections of the same x gain by one x·Aᵀ for all of them, else why not. Raises as `choose`."""
+    chosen = choose(impl, x, weight)
+    if chosen == "cpu":
+        return (
+            "the C++ kernels make x·Aᵀ while rows of x are in cache for the frozen product: a pass by itself costs more"
+        )
+    if chosen == "triton":
+        return triton.sharing_disadvantage(x)
+    return None
+
+
 def direct_call() -> Callable[..., Tensor | None] | None:
     """The C++ entry for plain calls on the C++ kernels (csrc/direct_call.h), or None where they cannot run.
 

@@ -62,6 +62,22 @@ def test_accumulated_batches_count_once_where_gates_are_given() -> None:
         train(1)
 
 
+def test_fused_optimizers_are_seen() -> None:
+    """They do not tell by the version that they wrote a parameter."""
+    gates = [torch.zeros(2, 1, requires_grad=True)]
+    optimizer = torch.optim.AdamW(gates, lr=1.0, fused=True)
+    watch = AllocationWatch(patience=2)
+    for step in range(3):
+        if step == 2:
+            assert gates[0]._version == 0
+            with pytest.warns(UserWarning, match="2 steps without a call of update_and_allocate"):
+                watch.forward(gates)
+        else:
+            watch.forward(gates)
+        gates[0].grad = torch.ones(2, 1)
+        optimizer.step()
+
+
 def test_travels_with_a_model() -> None:
     watch = AllocationWatch(patience=2)
     watch.forward()

@@ -23,7 +23,14 @@ _ROWS = 1024
 
 
 def dora_linear(
-    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, dropout_p: float, service: Service
+    module: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    name: str,
+    dropout_p: float,
+    shrink: Tensor | None,
+    service: Service,
 ) -> Tensor:
     """peft's DoRA forward of the adapter ``name``.
 
@@ -37,7 +44,7 @@ def dora_linear(
     # whether a norm that was kept still holds.
     scale = magnitude / row_norms(weight, lora_A, lora_B, scaling).to(magnitude.dtype)
     if dropout_p == 0.0:
-        product = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
+        product = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, shrink=shrink, impl=service.impl)
         y = product * scale
         return (y if bias is None else y + bias).to(product.dtype)
     dropped = functional.dropout(x, dropout_p)

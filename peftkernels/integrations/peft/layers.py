@@ -15,9 +15,11 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkernels.dispatch import sharing_disadvantage
 from peftkernels.functional import lora_linear
 from peftkernels.integrations.peft.dora import dora_linear
 from peftkernels.integrations.peft.served import ATTRIBUTE, Service
+from peftkernels.integrations.peft.sharing import can_share
 
 _PLAIN = (Tensor, nn.Parameter)
 _LOW_RANK_MODULES = (nn.Linear,)
@@ -80,8 +82,9 @@ class PeftKernelsLinear(_Served, Linear):
         weight, bias = frozen(self)
         lora_A, up = self.lora_A[name].weight, self.lora_B[name]
         dropout_p = _dropout_p(self.lora_dropout[name])
+        shrink = _shared_shrink(self, x, weight, lora_A, dropout_p, service)
         if name in self.lora_variant:
-            return dora_linear(self, x, weight, bias, name, dropout_p, service)
+            return dora_linear(self, x, weight, bias, name, dropout_p, shrink, service)
         y = lora_linear(
             x,
             weight,
@@ -90,6 +93,7 @@ class PeftKernelsLinear(_Served, Linear):
             bias=bias,
             scaling=self.scaling[name],
             dropout_p=dropout_p,
+            shrink=shrink,
             impl=service.impl,
         )
         return y if up.bias is None else y + (up.bias * self.scaling[name]).to(y.dtype)
@@ -110,17 +114,43 @@ class PeftKernelsSVDLinear(_Served, SVDLinear):
 
     def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
         weight, bias = frozen(self)
+        lora_A, dropout_p = self.lora_A[name], _dropout_p(self.lora_dropout[name])
         return lora_linear(
             x,
             weight,
-            self.lora_A[name],
+            lora_A,
             self.lora_B[name],
             bias=bias,
             gate=self.lora_E[name],
             scaling=_scale(self, name, service),
-            dropout_p=_dropout_p(self.lora_dropout[name]),
+            dropout_p=dropout_p,
+            shrink=_shared_shrink(self, x, weight, lora_A, dropout_p, service),
             impl=service.impl,
         )
+
+
+def _shared_shrink(
+    module: Any, x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, service: Service
+) -> Tensor | None:
+    """S (M, r) where it was made for several projections of x at once. Each has a dropout mask of its own."""
+    if service.input is None or dropout_p > 0 or not can_share():
+        return None
+    if sharing_disadvantage(service.impl, x, weight) is not None:
+        return None
+    shrink = service.input.shrink(module, x, lora_A, service.impl, _factor_without_dropout)
+    service.shared += shrink is not None
+    return shrink
+
+
+def _factor_without_dropout(module: Any, x: Tensor) -> Tensor | None:
+    """A of a patched module if its call with x would be served and drop nothing, else None."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or module.merged or not names or module._reason(x, names, (), {}) is not None:
+        return None
+    if _dropout_p(module.lora_dropout[names[0]]) > 0:
+        return None
+    factor = module.lora_A[names[0]]
+    return factor.weight if isinstance(factor, nn.Linear) else factor
 
 
 def _scale(module: Any, name: str, service: Service) -> float | Tensor:

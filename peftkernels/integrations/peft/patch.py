@@ -11,6 +11,8 @@ from torch import nn
 
 from peftkernels.dispatch import IMPLEMENTATIONS
 from peftkernels.integrations.peft.served import ATTRIBUTE, NotServedError, Service
+from peftkernels.integrations.peft.sharing import SharedInput
+from peftkernels.integrations.peft.steps import count_steps
 from peftkernels.integrations.peft.table import columns
 
 
@@ -48,6 +50,7 @@ class Stats:
     served      ran on our kernels
     fell_back   ran peft's own code
     reasons     how many of these for which reason
+    shared      served calls whose x·Aᵀ was made together with that of others which read the same input
     modules     (served, fell back) by module path
     allocation  (served, fell back, reasons) of AdaLoRA's own work: updates of scores, masks, orthogonality terms; None
                 without an AdaLoRA model
@@ -58,9 +61,12 @@ class Stats:
     reasons: dict[str, int]
     modules: dict[str, tuple[int, int]] = field(repr=False)
     allocation: tuple[int, int, dict[str, int]] | None = None
+    shared: int = 0
 
     def __str__(self) -> str:
         lines = _share("adapter calls", self.served, self.fell_back, self.reasons)
+        if self.shared:
+            lines.append(f"  {self.shared} of them with an x·Aᵀ made for several at once")
         if self.allocation is not None:
             lines += _share("calls of AdaLoRA's allocation", *self.allocation)
         return "\n".join(lines)
@@ -120,13 +126,13 @@ def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: 
     wanted = {layers.Linear: lora, layers.SVDLinear: adalora}
     own = {ours: theirs for theirs, ours in layers.CLASSES.items()}
     rows = []
-    found: list[nn.Module] = []
+    found: list[tuple[str, nn.Module]] = []
     for name, module in _adapted(model):
         kind = own.get(type(module), type(module))
         reason = _reason(module, kind, wanted)
         rows.append(Row(name, f"{kind.__module__.split('.')[-2]}.{kind.__name__}", reason is None, reason or ""))
         if reason is None:
-            found.append(module)
+            found.append((name, module))
     if not rows:
         raise ValueError("model: found no adapter layer of HF peft, expected LoRA or AdaLoRA layers")
     report = Report(tuple(rows))
@@ -134,9 +140,12 @@ def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: 
         raise NotServedError(f"strict=True, and not every adapted module can be served; nothing was changed\n{report}")
     # An earlier call may have patched more.
     _revert_layers(model)
-    for module in found:
+    # Children of one module may read the same input.
+    families = {name.rpartition(".")[0]: SharedInput() for name, _ in found}
+    count_steps()
+    for name, module in found:
         module.__class__ = layers.CLASSES[type(module)]
-        module.__dict__[ATTRIBUTE] = Service(impl, strict)
+        module.__dict__[ATTRIBUTE] = Service(impl, strict, input=families[name.rpartition(".")[0]])
     return report
 
 
@@ -159,8 +168,10 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     _check_model(model)
     modules: dict[str, tuple[int, int]] = {}
     reasons: dict[str, int] = {}
+    shared = 0
     for name, module, _ in _patched(model):
         service: Service = module.__dict__[ATTRIBUTE]
+        shared += service.shared
         modules[name] = (service.served, service.fell_back)
         for reason, count in service.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
@@ -169,7 +180,7 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     if not modules:
         raise ValueError("model: found no patched module, expected one that apply_to_peft was called with")
     served, fell_back = (sum(counts[i] for counts in modules.values()) for i in (0, 1))
-    return Stats(served, fell_back, reasons, modules, _allocation_stats(model, reset))
+    return Stats(served, fell_back, reasons, modules, _allocation_stats(model, reset), shared)
 
 
 def _allocation_stats(model: nn.Module, reset: bool) -> tuple[int, int, dict[str, int]] | None:

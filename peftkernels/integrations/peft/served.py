@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 
+from peftkernels.integrations.peft.sharing import SharedInput
+
 ATTRIBUTE = "_peftkernels"
 
 
@@ -24,6 +26,8 @@ class Service:
     served     adapter calls that ran on our kernels; those inside a compiled program are not counted
     fell_back  adapter calls that ran peft's own code
     reasons    how many of these for which reason
+    shared     served calls whose x·Aᵀ was made together with that of others
+    input      what the module shares with its siblings; None where it has none
     cache      what is computed once (AdaLoRA's scale); not part of copies and files
     """
 
@@ -33,6 +37,8 @@ class Service:
     served: int = 0
     fell_back: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+    input: SharedInput | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     def serve(self) -> None:
@@ -55,7 +61,7 @@ class Service:
 
     def reset(self) -> None:
         """Forget all counts."""
-        self.served = self.fell_back = 0
+        self.served = self.fell_back = self.shared = 0
         self.reasons.clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from peftkernels.integrations.peft.steps import count_steps, steps_made
+
 
 class AllocationWatch:
     """Warns once when an AdaLoRA model is trained and `update_and_allocate` is not called.
@@ -25,23 +27,24 @@ class AllocationWatch:
         self.patience = patience
         self._warned = False
         self._forwards = 0
-        self._versions: tuple[tuple[int, int], ...] | None = None
+        self._seen: tuple[int, tuple[tuple[int, int], ...]] | None = None
+        count_steps()
 
     def forward(self, gates: Iterable[Tensor] | None = None) -> None:
         """The model runs forward in training mode.
 
-        gates  the parameters lora_E. With them a forward counts only where one of them was written since the last
-               look, so that accumulated batches count once; fused optimizers write them without raising their
-               version, and their steps are not seen. Without gates every forward counts
+        gates  the parameters lora_E. With them a forward counts only where one of them was written, or an optimizer
+               made a step, since the last look, so that accumulated batches count once. Without gates every forward
+               counts
 
         Forwards without gradients, and those that torch.compile traces, do not count.
         """
         if self._warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if gates is not None:
-            versions = tuple((id(gate), gate._version) for gate in gates)
-            moved = self._versions is not None and versions != self._versions
-            self._versions = versions
+            seen = steps_made(), tuple((id(gate), gate._version) for gate in gates)
+            moved = self._seen is not None and seen != self._seen
+            self._seen = seen
             if not moved:
                 return
         self._forwards += 1
@@ -59,4 +62,4 @@ class AllocationWatch:
     def allocated(self) -> None:
         """`update_and_allocate` was called."""
         self._forwards = 0
-        self._versions = None
+        self._seen = None
