@@ -22,10 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start compiling, where a test will ask for it, at the lowest priority: the other tests do not wait for it."""
+    """Start compiling, where a test will ask for it, with less priority than the tests that run meanwhile."""
     if not session.config.option.collectonly and any(map(_waits_for_kernels, session.items)):
         processes = min(os.cpu_count() or 1, 8)
-        session.config.stash[_MEASURING] = Measuring(processes=processes, priority=19)
+        session.config.stash[_MEASURING] = Measuring(processes=processes, priority=5)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

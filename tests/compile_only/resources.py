@@ -174,8 +174,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 class Measuring:
     """Processes that compile, with an empty cache, every variant that the module `variants` lists, each its share.
 
-    They start at once; `results` waits for them. To be ended, as a context manager or by `end`. With a `priority` of 19
-    they take what other processes leave.
+    They start at once; `results` waits for them. To be ended, as a context manager or by `end`. A `priority` above 0,
+    to 19, gives way to other processes; much of it means waiting for ever where others keep all processors busy.
     """
 
     def __init__(
