@@ -4,7 +4,8 @@
                            [--results DIR] [--readme FILE] [--plots DIR]
 
 `--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`; `--comparison` those of
-a comparison of strategies, as `bench/results/allocators-<machine>.json`.
+a comparison of strategies, as `bench/results/allocators-<machine>.json`. The figures of HF peft on peftkernels are
+those that `python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from peftkernels.cli.demo.compare.plot import write_plot
 
-from . import readme_allocators, readme_tables, results
+from . import readme_allocators, readme_peft, readme_tables, results
 from .goals import judge
 from .gpu import plots as gpu_plots
 from .gpu import readme as gpu_readme
@@ -102,6 +103,7 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
         "training": [readme_tables.training(readme_tables.Figures(rows)) for rows in files.values()],
         "memory": [readme_tables.memory(readme_tables.Figures(rows)) for rows in files.values()],
         "demo": [readme_tables.demo(path) for path in demos],
+        "peft": [_peft(path) for path in sorted(folder.glob("peft-backend-*.json"))] or [readme_peft.NOTHING],
     }
     drawn: list[Path] = []
     links = []
@@ -133,6 +135,13 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
         text = replace_between(text, marker, "\n\n".join(parts))
     replace_file(readme, text)
     return [readme, *drawn]
+
+
+def _peft(path: Path) -> str:
+    try:
+        return readme_peft.page(readme_peft.load(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: cannot be read as figures of bench.peft_backend: {error!r}") from error
 
 
 def _link(plot: Plot, readme: Path) -> str:

@@ -119,7 +119,7 @@ def interleave(
         spent = clock() - started
         if (spent >= effort.seconds and len(quiet) >= effort.rounds) or spent >= effort.most_seconds:
             break
-    return _samples(bench.baseline, quiet, loud, min(FEWEST_ROUNDS, effort.rounds))
+    return samples_of(bench.baseline, quiet, loud, min(FEWEST_ROUNDS, effort.rounds))
 
 
 def _by_the_clock(clock: Callable[[], float], work: Callable[[], None]) -> float:
@@ -149,7 +149,8 @@ def _round(bench: Bench, names: Sequence[str], number: int, repeats: int, watch:
     return sample
 
 
-def _samples(baseline: str, quiet: list[dict[str, float]], loud: list[dict[str, float]], fewest: int) -> Samples:
+def samples_of(baseline: str, quiet: list[dict[str, float]], loud: list[dict[str, float]], fewest: int) -> Samples:
+    """The undisturbed rounds, or with fewer than `fewest` of them all rounds, marked as disturbed."""
     if len(quiet) < fewest:
         return Samples(baseline, (*quiet, *loud), 0, True)
     return Samples(baseline, tuple(quiet), len(loud), len(loud) > len(quiet))

@@ -83,3 +83,25 @@ def comparison() -> dict[str, Any]:
         },
         "trainings": {"count": 20, "processor_seconds": 7200.0},
     }
+
+
+def peft_backend() -> dict[str, Any]:
+    """What `python -m bench.peft_backend --json` writes: AdaLoRA, and LoRA disturbed and not all served."""
+
+    def row(kind: str, dropout: float, **changes: Any) -> dict[str, Any]:
+        times = {"stock_milliseconds": 400.0, "milliseconds": 300.0, "speed": 1.33, "speed_p25": 1.3, "speed_p75": 1.4}
+        rounds = {"rounds": 40, "discarded": 5, "disturbed": False}
+        calls = {"served": 1428, "fell_back": 0, "allocation_served": 150, "allocation_fell_back": 0}
+        distances = {"gradient_error": 7e-7, "loss_distance": 2e-6}
+        case = {"model": "a model", "kind": kind, "dropout": dropout, "steps": 20 if dropout else 50}
+        return case | distances | times | rounds | calls | changes
+
+    missing = dict.fromkeys(("gradient_error", "loss_distance", "allocation_served", "allocation_fell_back"))
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "abc1234",
+        "versions": {"torch": "2.13.0", "peft": "0.21.2", "transformers": "5.23.0"},
+        "machine": {"processor": "a processor", "cores": 2},
+        "threads": 2,
+        "rows": [row("AdaLoRA", 0.0), row("LoRA", 0.1, disturbed=True, fell_back=28, **missing)],
+    }

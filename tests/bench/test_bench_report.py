@@ -11,7 +11,7 @@ import pytest
 from peftkernels.bench import readme_tables, report, results
 from peftkernels.bench.cases import GROUPS, all_cases
 
-MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators")
+MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
 ROOT = Path(__file__).parents[2]
 DEMO = {
     "date": "2026-01-02T03:04:05",
@@ -100,6 +100,31 @@ def test_a_comparison_of_strategies_is_kept_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "allocators.png").read_bytes()[:4] == b"\x89PNG"
     (kept,) = (tmp_path / "results").glob("allocators-*.json")
     assert "kept out" not in kept.read_text()
+
+
+def test_figures_of_hf_peft_are_told(tmp_path: Path) -> None:
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    (tmp_path / "results" / "demo-x.json").write_text(json.dumps(DEMO))
+    assert report.main(_arguments(tmp_path)) == 0
+    assert "HF peft on peftkernels was not measured yet." in (tmp_path / "README.md").read_text()
+    (tmp_path / "results" / "peft-backend-x.json").write_text(json.dumps(made_up.peft_backend()))
+    assert report.main(_arguments(tmp_path)) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "HF peft on peftkernels was not measured yet." not in text
+    assert "| a model | AdaLoRA | 7.0e-07 | 2.0e-06 | 400 | 300 | 1.33 (1.30–1.40) | all 1,428 | all 150 |" in text
+    assert "| a model | LoRA, dropout 0.1 | – | – | 400 | 300 | 1.33 (1.30–1.40) ! | 1,428 of 1,456 | – |" in text
+    assert "a processor, 2 cores, 2 threads, torch 2.13.0, peft 0.21.2, transformers 5.23.0, 2026-01-02" in text
+    assert "in turns, 50 a model, 20 with dropout." in text
+    assert "commit abc1234; 80 pairs of steps, 10 disturbed ones left out. In 1 rows (marked !)" in text
+
+
+def test_a_file_that_has_no_figures_of_hf_peft_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    (tmp_path / "results" / "demo-x.json").write_text(json.dumps(DEMO))
+    (tmp_path / "results" / "peft-backend-x.json").write_text(json.dumps(DEMO))
+    assert report.main(_arguments(tmp_path)) == 2
+    assert "peft-backend-x.json: cannot be read as figures of bench.peft_backend" in capsys.readouterr().err
+    assert "old peft" in (tmp_path / "README.md").read_text()
 
 
 def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +31,8 @@ Capability = tuple[int, int]
 
 TESTS = Path(__file__).resolve().parent.parent
 SHIPPED = "peftkernels.backends.triton.shipped"
-WORKER_SECONDS = 900
+# For one that hangs: beside busy processes it lasts long.
+WORKER_SECONDS = 1800
 # Of tensor memory, sm_100's accumulators: what a block may allocate.
 TENSOR_MEMORY_COLUMNS = 512
 
@@ -171,32 +171,70 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return max(one["REG"] for one in functions), max(one["STACK"] + one["LOCAL"] for one in functions)
 
 
+class Measuring:
+    """Processes that compile, with an empty cache, every variant that the module `variants` lists, each its share.
+
+    They start at once; `results` waits for them. To be ended, as a context manager or by `end`. A `priority` above 0,
+    to 19, gives way to other processes; much of it means waiting for ever where others keep all processors busy.
+    """
+
+    def __init__(
+        self,
+        capabilities: Sequence[Capability] = tuple(ARCHITECTURES),
+        variants: str = SHIPPED,
+        processes: int = 2,
+        priority: int = 0,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        # The interpreter would stand in for the compiler.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(Path(self._folder.name) / "cache")
+        environment["PYTHONPATH"] = os.pathsep.join((str(TESTS), *filter(None, sys.path)))
+        command = [sys.executable, "-m", "compile_only.resources", "--variants", variants]
+        for capability in capabilities:
+            command += ["--capability", _dotted(capability)]
+        self._running: list[tuple[subprocess.Popen[bytes], Path, Path]] = []
+        for share in range(processes):
+            # Files take any number of lines while nobody reads.
+            out, log = (Path(self._folder.name) / f"{share}.{name}" for name in ("out", "log"))
+            with out.open("wb") as stdout, log.open("wb") as stderr:
+                process = subprocess.Popen(
+                    [*command, "--share", f"{share}/{processes}"], env=environment, stdout=stdout, stderr=stderr
+                )
+            self._running.append((process, out, log))
+            if priority:
+                os.setpriority(os.PRIO_PROCESS, process.pid, priority)
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def results(self) -> list[Resources]:
+        """All that was measured; raises RuntimeError when a process died, with the variant that it died of."""
+        found = []
+        for process, out, log in self._running:
+            code = process.wait(timeout=WORKER_SECONDS)
+            if code != 0:
+                raise RuntimeError(f"a process that compiles kernels died ({code}):\n{log.read_text()[-3000:]}")
+            found += [_from_json(line) for line in out.read_text().splitlines()]
+        return found
+
+    def end(self) -> None:
+        """End what still runs, and remove what was written."""
+        for process, _, _ in self._running:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
+
+
 def measure_all(
     capabilities: Sequence[Capability] = tuple(ARCHITECTURES), variants: str = SHIPPED, processes: int = 2
 ) -> list[Resources]:
-    """Every variant that the module `variants` lists, compiled in processes of their own with an empty cache.
-
-    Raises RuntimeError when a process dies, with the variant that it died of.
-    """
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
-        # The interpreter would stand in for the compiler.
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = cache
-        environment["PYTHONPATH"] = os.pathsep.join((str(TESTS), *filter(None, sys.path)))
-
-        def work(share: int) -> list[Resources]:
-            command = [sys.executable, "-m", "compile_only.resources", "--variants", variants]
-            command += ["--share", f"{share}/{processes}"]
-            for capability in capabilities:
-                command += ["--capability", _dotted(capability)]
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False, timeout=WORKER_SECONDS
-            )
-            if done.returncode != 0:
-                raise RuntimeError(f"a process that compiles kernels died ({done.returncode}):\n{done.stderr[-3000:]}")
-            return [_from_json(line) for line in done.stdout.splitlines()]
-
-        return [one for found in pool.map(work, range(processes)) for one in found]
+    """What `Measuring` finds, waited for."""
+    with Measuring(capabilities, variants, processes) as measuring:
+        return measuring.results()
 
 
 def _from_json(line: str) -> Resources:

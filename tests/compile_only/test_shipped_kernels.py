@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from compile_only.resources import ARCHITECTURES, Capability, Resources, measure_all
+from compile_only.resources import ARCHITECTURES, Capability, Resources
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def shipped() -> list[Resources]:
-    return measure_all(processes=min(os.cpu_count() or 1, 8))
-
-
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda one: f"sm_{one[0]}{one[1]}")
-def test_every_shipped_kernel(shipped: list[Resources], capability: Capability) -> None:
-    here = [one for one in shipped if one.capability == capability]
+def test_every_shipped_kernel(shipped_kernels: list[Resources], capability: Capability) -> None:
+    here = [one for one in shipped_kernels if one.capability == capability]
     assert here, "nothing is shipped"
     faults = [f"{one.variant}: {'; '.join(one.faults())}" for one in here if one.faults()]
     assert not faults, f"{len(faults)} of {len(here)} kernels have faults:\n" + "\n".join(faults)
 
 
-def test_names_are_unique(shipped: list[Resources]) -> None:
+def test_names_are_unique(shipped_kernels: list[Resources]) -> None:
     """A variant is known by its name in tables and failures."""
-    names = [(one.variant, one.capability) for one in shipped]
+    names = [(one.variant, one.capability) for one in shipped_kernels]
     assert len(names) == len(set(names))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.cases import TRAINABLE, make_call, run
 from support.checks import subsets_agree
-from support.implementations import skip_unless_served, threads
+from support.implementations import interpreted, skip_unless_served, threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkernels import lora_linear
@@ -25,6 +25,9 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
 def test_every_subset_gets_the_same_bits(impl: str, arguments: dict[str, Any], seed: int) -> None:
+    if interpreted(impl) and arguments is CALLS["two_blocks"]:
+        # Of 16 and 32 rows, not of 128.
+        arguments = {**arguments, "leading": (2, 19)}
     subsets_agree(make_call(seed, **arguments), impl)
 
 

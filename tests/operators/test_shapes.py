@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cases import Call, make_call, run
 from support.checks import within_budget
-from support.implementations import ALL, examples, served, skip_unless_served
+from support.implementations import ALL, examples, interpreted, served, skip_unless_served
 from support.oracle import Budget
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from peftkernels import lora_linear
 
 # Ones, primes, odd numbers, and the neighbours of the kernels' block sizes.
 rows = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 31, 61, 127, 128, 129, 257]) | st.integers(0, 300)
+# The same where blocks are of 16 and 32 rows.
+rows_interpreted = st.sampled_from([0, 1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 61, 64, 65]) | st.integers(0, 80)
 widths = st.sampled_from([1, 2, 3, 13, 63, 64, 65, 97, 127, 129, 191]) | st.integers(1, 200)
 depths = st.sampled_from([1, 2, 3, 5, 31, 127, 767, 768, 769, 1537]) | st.integers(1, 200)
 ranks = st.sampled_from([0, 1, 2, 3, 5, 7, 12, 16, 31, 64, 127, 320]) | st.integers(0, 320)
@@ -26,7 +28,7 @@ DTYPES = ("fp32", "fp32", "bf16", "bf16-fp32_factors", "fp16-fp32_factors")
 
 
 @st.composite
-def leading_dimensions(draw: st.DrawFn) -> tuple[int, ...]:
+def leading_dimensions(draw: st.DrawFn, rows: st.SearchStrategy[int]) -> tuple[int, ...]:
     """What precedes K: nothing (x of one dimension) to three dimensions."""
     count = draw(st.integers(0, 3))
     if count == 0:
@@ -42,7 +44,7 @@ def test_any_shape(name: str) -> None:
 
     @settings(max_examples=examples(name, 150))
     @given(
-        leading=leading_dimensions(),
+        leading=leading_dimensions(rows_interpreted if interpreted(name) else rows),
         n=widths,
         k=depths,
         r=ranks,
