@@ -82,6 +82,7 @@ class _LoraLinear(torch.autograd.Function):
         dropout_seed: Tensor | None,
         given_shrink: Tensor | None,
         impl: str,
+        weight_of: Callable[[], Tensor] | None,
     ) -> Tensor:
         _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
         save_shrink = needs_B or needs_gate
@@ -106,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
             shrink = given_shrink
         ctx.save_for_backward(
             x if needs_A or needs_weight else None,
-            weight,
+            weight if weight_of is None else None,
             lora_A,
             lora_B,
             bias,
@@ -121,6 +122,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scaling = scaling
         ctx.dropout_p = dropout_p
         ctx.impl = impl
+        ctx.weight_of = weight_of
         return y
 
     @staticmethod
@@ -139,6 +141,8 @@ class _LoraLinear(torch.autograd.Function):
             scaling_tensor,
             dropout_seed,
         ) = ctx.saved_tensors
+        if weight is None:
+            weight = ctx.weight_of()
         needs = list(ctx.needs_input_grad[:6])
         gradients = _operator(ctx.impl, 1, grad_y, weight, lora_A)(
             grad_y,
@@ -162,7 +166,7 @@ class _LoraLinear(torch.autograd.Function):
         # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             asked = list(_NoDoubleBackward.apply(grad_y, *asked))
-        return *asked, None, None, None, None, None, None, None, None, None
+        return *asked, None, None, None, None, None, None, None, None, None, None
 
 
 def _leave_to_python(*arguments: Any) -> Tensor | None:
@@ -235,6 +239,25 @@ def lora_linear(
         )
         if y is not None:
             return y
+    return _call(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl, None)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    rank_plan: RankPlan | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    shrink: Tensor | None,
+    impl: str,
+    weight_of: Callable[[], Tensor] | None,
+) -> Tensor:
+    """`lora_linear` from its checks on; with ``weight_of``, the weight is not kept for the backward pass."""
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
     device = x.device
     dtype = autocast_dtype(x.dtype, device.type)
@@ -287,6 +310,7 @@ def lora_linear(
             seed,
             shrink,
             chosen,
+            weight_of,
         )
     return _operator(chosen, 0, x, weight, lora_A)(
         x,
@@ -305,6 +329,37 @@ def lora_linear(
         False,
         shrink,
     )[0]
+
+
+def lora_linear_of(
+    weight_of: Callable[[], Tensor],
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    rank_plan: RankPlan | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    shrink: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`lora_linear` over a frozen weight that exists only while a pass uses it, such as a dequantised one.
+
+    weight_of  makes the weight (N, K), frozen, in x's dtype: called for the forward pass and again for the backward
+               pass, the same both times. In between nothing of it is kept
+    impl       "auto" takes "eager" on CPUs, where the C++ kernels would pack each weight for a single use
+
+    Everything else, and errors, as for `lora_linear`.
+    """
+    weight = weight_of()
+    if impl == "auto" and x.device.type == "cpu":
+        impl = "eager"
+    return _call(
+        x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl, weight_of
+    )
 
 
 def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, ...]:

@@ -83,7 +83,7 @@ def served(monkeypatch: pytest.MonkeyPatch, kernelized: Any, repository: Callabl
     """The classes whose calls ran on `lora_linear`, in order."""
     calls: list[str] = []
     package = repository("PeftLinear").load().__module__.removesuffix(".layers")
-    for theirs, ours in importlib.import_module(f"{package}.integrations.peft.layers").CLASSES.items():
+    for theirs, ours in importlib.import_module(f"{package}.integrations.peft.classes").CLASSES.items():
 
         def count(self: Any, *given: Any, original: Any = ours._serve, name: str = theirs.__name__) -> Any:
             calls.append(name)

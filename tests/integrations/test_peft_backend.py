@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 from support.peft_models import TARGETS, adapted, gradients, loss_of, pair, relative_errors, tokens
-from torch import nn
+from torch import Tensor, nn
 
 import peftkernels
-from peftkernels.integrations.peft import NotServedError, layers, versions
+from peftkernels.integrations.peft import NotServedError, dora, layers, versions
 from peftkernels.integrations.peft.dora import row_norms
 
 KINDS = ("lora", "rslora", "dora", "adalora")
@@ -132,6 +132,77 @@ def test_doras_norm_needs_no_product(dtype: torch.dtype) -> None:
     found = row_norms(weight, lora_A, lora_B, 0.7)
     assert found.dtype is torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
+def change_in_place(up: Any, module: Any) -> None:
+    up.weight.mul_(2)
+
+
+def change_by_a_fused_optimizer(up: Any, module: Any) -> None:
+    up.weight.grad = torch.ones_like(up.weight)
+    torch.optim.AdamW([up.weight], lr=0.1, fused=True).step()
+
+
+def change_the_scaling(up: Any, module: Any) -> None:
+    module.scaling["default"] *= 2
+
+
+def change_the_data_and_the_mode(up: Any, module: Any) -> None:
+    up.weight.data.mul_(2)
+    module.train().eval()
+
+
+def change_the_data_and_train(up: Any, module: Any) -> None:
+    up.weight.data.mul_(2)
+    with torch.enable_grad():
+        module(torch.randn(3, 32))
+
+
+def change_the_base(up: Any, module: Any) -> None:
+    module.base_layer.weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_by_a_fused_optimizer,
+        change_the_scaling,
+        change_the_data_and_the_mode,
+        change_the_data_and_train,
+        change_the_base,
+    ],
+)
+@torch.no_grad()
+def test_doras_norms_are_kept_without_gradients_until_they_change(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[None] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(None)
+        return row_norms(*arguments)
+
+    monkeypatch.setattr(dora, "row_norms", counted)
+    stock, patched = pair("dora", "bert")
+    x = torch.randn(5, 32)
+    layers_of = [layer_of(model.eval()) for model in (stock, patched)]
+    for _ in range(3):
+        torch.testing.assert_close(layers_of[1](x), layers_of[0](x), rtol=1e-5, atol=1e-5)
+    assert len(made) == 1
+    for layer in layers_of:
+        change(layer.lora_B["default"], layer)
+    made.clear()
+    for _ in range(2):
+        torch.testing.assert_close(layers_of[1](x), layers_of[0](x), rtol=1e-5, atol=1e-5)
+    assert len(made) == 1
+
+
+def test_doras_norms_are_made_in_every_call_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[None] = []
+    monkeypatch.setattr(dora, "row_norms", lambda *arguments: (made.append(None), row_norms(*arguments))[1])
+    _, patched = pair("dora", "bert")
+    for _ in range(3):
+        layer_of(patched)(torch.randn(5, 32))
+    assert len(made) == 3 and not any("norms" in key for key in vars(layer_of(patched))["_peftkernels"].cache)
 
 
 def test_doras_norm_follows_the_factors() -> None:

@@ -9,6 +9,7 @@ The norm comes from the factors without N·K numbers of a product:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftkernels.functional import lora_linear
-from peftkernels.integrations.peft.served import Service
+from peftkernels.integrations.peft.served import NORMS, Service
+from peftkernels.integrations.peft.steps import steps_made
 
 # Rows of a weight of low precision that are in float32 at a time.
 _ROWS = 1024
@@ -40,9 +42,7 @@ def dora_linear(
     lora_A, lora_B = module.lora_A[name].weight, module.lora_B[name].weight
     magnitude = module.lora_magnitude_vector[name].weight
     scaling = module.scaling[name]
-    # Anew in every call: fused optimizers write parameters without raising their version, so that nothing cheap says
-    # whether a norm that was kept still holds.
-    scale = magnitude / row_norms(weight, lora_A, lora_B, scaling).to(magnitude.dtype)
+    scale = magnitude / _norms(weight, lora_A, lora_B, scaling, name, service).to(magnitude.dtype)
     if dropout_p == 0.0:
         product = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, shrink=shrink, impl=service.impl)
         y = product * scale
@@ -51,6 +51,29 @@ def dora_linear(
     product = lora_linear(dropped, weight, lora_A, lora_B, scaling=scaling, impl=service.impl)
     rest = functional.linear(x - dropped, weight, bias)
     return (rest + product * scale).to(product.dtype)
+
+
+def _norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, name: str, service: Service) -> Tensor:
+    """`row_norms`, kept from one call without gradients to the next while the factors stay what they are.
+
+    Versions and the count of optimizer steps tell of changes, but not of all (writes through `.data`, replays of a
+    captured step): calls that record gradients make norms anew and keep none, and `train` and `eval` forget them.
+    """
+    key, read = f"{NORMS} {name}", (weight, lora_A, lora_B)
+    if torch.is_grad_enabled() or not service.keeps or torch.compiler.is_compiling() or _uncounted(read):
+        service.cache.pop(key, None)
+        return row_norms(weight, lora_A, lora_B, scaling)
+    state = scaling, steps_made(), *((tensor.data_ptr(), tensor._version) for tensor in read)
+    kept = service.cache.get(key)
+    if kept is None or kept[0] != state:
+        kept = service.cache[key] = (state, row_norms(weight, lora_A, lora_B, scaling))
+    norms: Tensor = kept[1]
+    return norms
+
+
+def _uncounted(tensors: Iterable[Tensor]) -> bool:
+    """Whether writes to the tensors are not counted: in inference mode, or in a pass that a CUDA graph captures."""
+    return any(t.is_inference() or (t.is_cuda and torch.cuda.is_current_stream_capturing()) for t in tensors)
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from peftkernels.integrations.peft.dora import dora_linear
 from peftkernels.integrations.peft.served import ATTRIBUTE, Service
 from peftkernels.integrations.peft.sharing import can_share
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 _LOW_RANK_MODULES = (nn.Linear,)
 
 
-class _Served:
+class Served:
     """What both layers share: whether a call can be served, and what the frozen product needs."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,9 +44,27 @@ class _Served:
         service.serve()
         return self._serve(x, names[0], service)
 
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module's; what may have changed since is forgotten."""
+        vars(self)[ATTRIBUTE].forget_norms()
+        return super().train(mode)  # type: ignore[misc]
+
     def _reason(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
         """Why a call cannot be served, None where it can."""
-        return call_reason(x, names, args, kwargs) or base_reason(self) or self._adapter_reason(names[0])
+        return (
+            call_reason(x, names, args, kwargs)
+            or self._moment_reason()
+            or self._base_reason()
+            or self._adapter_reason(names[0])
+        )
+
+    def _moment_reason(self) -> str | None:
+        """Why no call can be served here and now, None where it can."""
+        return None
+
+    def _base_reason(self) -> str | None:
+        """Why the product with the base layer cannot be served, None where it can."""
+        return base_reason(self)
 
     def _adapter_reason(self, name: str) -> str | None:
         raise NotImplementedError
@@ -59,7 +77,7 @@ class _Served:
         return type(self).__mro__[2].__name__
 
 
-class PeftKernelsLinear(_Served, Linear):
+class PeftKernelsLinear(Served, Linear):
     """peft's `lora.Linear`, plain or DoRA: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ with peft's s, rsLoRA's included."""
 
     def _adapter_reason(self, name: str) -> str | None:
@@ -70,18 +88,18 @@ class PeftKernelsLinear(_Served, Linear):
         for module in (down, up):
             if type(module) not in _LOW_RANK_MODULES:
                 return f"the factors are in a {type(module).__name__}"
-            if _hooked(module):
+            if hooked(module):
                 return "a factor has hooks"
-            if type(module._parameters.get("weight")) not in _PLAIN:
+            if type(module._parameters.get("weight")) not in PLAIN:
                 return f"a factor is a {type(module.weight).__name__}"
         if variant is not None and up.bias is not None:
             return "DoRA with lora_bias"
-        return _dropout_reason(self.lora_dropout[name])
+        return dropout_reason(self.lora_dropout[name])
 
     def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
         weight, bias = frozen(self)
         lora_A, up = self.lora_A[name].weight, self.lora_B[name]
-        dropout_p = _dropout_p(self.lora_dropout[name])
+        dropout_p = dropout_of(self.lora_dropout[name])
         shrink = _shared_shrink(self, x, weight, lora_A, dropout_p, service)
         if name in self.lora_variant:
             return dora_linear(self, x, weight, bias, name, dropout_p, shrink, service)
@@ -99,7 +117,7 @@ class PeftKernelsLinear(_Served, Linear):
         return y if up.bias is None else y + (up.bias * self.scaling[name]).to(y.dtype)
 
 
-class PeftKernelsSVDLinear(_Served, SVDLinear):
+class PeftKernelsSVDLinear(Served, SVDLinear):
     """peft's AdaLoRA layer: y = x·Wᵀ + b + σ/(ranknum + 1e-5) · ((drop(x)·Aᵀ) ⊙ E)·Bᵀ.
 
     ranknum is a constant here as in the paper, read once. peft 0.21 makes it trainable on bases that are not float32,
@@ -108,13 +126,13 @@ class PeftKernelsSVDLinear(_Served, SVDLinear):
 
     def _adapter_reason(self, name: str) -> str | None:
         for factor in (self.lora_A[name], self.lora_B[name], self.lora_E[name]):
-            if type(factor) not in _PLAIN:
+            if type(factor) not in PLAIN:
                 return f"a factor is a {type(factor).__name__}"
-        return _dropout_reason(self.lora_dropout[name])
+        return dropout_reason(self.lora_dropout[name])
 
     def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
         weight, bias = frozen(self)
-        lora_A, dropout_p = self.lora_A[name], _dropout_p(self.lora_dropout[name])
+        lora_A, dropout_p = self.lora_A[name], dropout_of(self.lora_dropout[name])
         return lora_linear(
             x,
             weight,
@@ -122,7 +140,7 @@ class PeftKernelsSVDLinear(_Served, SVDLinear):
             self.lora_B[name],
             bias=bias,
             gate=self.lora_E[name],
-            scaling=_scale(self, name, service),
+            scaling=adalora_scale(self, name, service),
             dropout_p=dropout_p,
             shrink=_shared_shrink(self, x, weight, lora_A, dropout_p, service),
             impl=service.impl,
@@ -147,13 +165,13 @@ def _factor_without_dropout(module: Any, x: Tensor) -> Tensor | None:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or not names or module._reason(x, names, (), {}) is not None:
         return None
-    if _dropout_p(module.lora_dropout[names[0]]) > 0:
+    if dropout_of(module.lora_dropout[names[0]]) > 0:
         return None
     factor = module.lora_A[names[0]]
     return factor.weight if isinstance(factor, nn.Linear) else factor
 
 
-def _scale(module: Any, name: str, service: Service) -> float | Tensor:
+def adalora_scale(module: Any, name: str, service: Service) -> float | Tensor:
     """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer."""
     number = module.ranknum[name]
     if torch.compiler.is_dynamo_compiling() or not (service.keeps or number.device.type == "cpu"):
@@ -167,9 +185,6 @@ def _scale(module: Any, name: str, service: Service) -> float | Tensor:
         kept = (key, module.scaling[name] / (float(number) + 1e-5))
         service.cache[f"scale {name}"] = kept
     return kept[1]
-
-
-CLASSES: dict[type, type] = {Linear: PeftKernelsLinear, SVDLinear: PeftKernelsSVDLinear}
 
 
 def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +201,7 @@ def call_reason(x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | No
         return f"the call has the arguments {', '.join(given) or 'of the base layer'}"
     if len(names) > 1:
         return f"{len(names)} adapters are active at once"
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
     return None
 
@@ -196,12 +211,12 @@ def base_reason(module: Any) -> str | None:
     base = module._modules["base_layer"]
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"the base layer is a {type(base).__name__}"
-    if _hooked(base):
+    if hooked(base):
         return "the base layer has hooks"
     if "forward" in base.__dict__:
         return "the base layer has a forward of its own"
     weight = base._parameters.get("weight")
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN:
         return f"the base weight is a {type(getattr(base, 'weight', None)).__name__}"
     if weight.requires_grad:
         return "the base weight is trained"
@@ -210,17 +225,17 @@ def base_reason(module: Any) -> str | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _dropout_reason(dropout: nn.Module) -> str | None:
+def dropout_reason(dropout: nn.Module) -> str | None:
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"the dropout is a {type(dropout).__name__}"
-    return "the dropout has hooks" if _hooked(dropout) else None
+    return "the dropout has hooks" if hooked(dropout) else None
 
 
-def _dropout_p(dropout: nn.Module) -> float:
+def dropout_of(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0

@@ -121,10 +121,10 @@ def apply_to_peft(
 
 def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: bool) -> Report:
     """`apply_to_peft` for the layers alone, whatever the release of peft."""
-    from peftkernels.integrations.peft import layers
+    from peftkernels.integrations.peft.classes import ADALORA, CLASSES
 
-    wanted = {layers.Linear: lora, layers.SVDLinear: adalora}
-    own = {ours: theirs for theirs, ours in layers.CLASSES.items()}
+    wanted = {kind: adalora if kind in ADALORA else lora for kind in CLASSES}
+    own = {ours: theirs for theirs, ours in CLASSES.items()}
     rows = []
     found: list[tuple[str, nn.Module]] = []
     for name, module in _adapted(model):
@@ -144,7 +144,7 @@ def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: 
     families = {name.rpartition(".")[0]: SharedInput() for name, _ in found}
     count_steps()
     for name, module in found:
-        module.__class__ = layers.CLASSES[type(module)]
+        module.__class__ = CLASSES[type(module)]
         module.__dict__[ATTRIBUTE] = Service(impl, strict, input=families[name.rpartition(".")[0]])
     return report
 
@@ -257,10 +257,11 @@ def _patched(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
 
 
 def _reason(module: Any, kind: type, wanted: dict[type, bool]) -> str | None:
-    from peftkernels.integrations.peft.layers import base_reason
+    from peftkernels.integrations.peft.classes import CLASSES
 
     if kind not in wanted:
         return f"{kind.__name__} layers are not served"
     if not wanted[kind]:
         return "not asked for"
-    return base_reason(module)
+    reason: str | None = CLASSES[kind]._base_reason(module)  # type: ignore[attr-defined]
+    return reason

@@ -10,6 +10,8 @@ from torch.compiler import is_dynamo_compiling
 from peftkernels.integrations.peft.sharing import SharedInput
 
 ATTRIBUTE = "_peftkernels"
+# Begins the names of DoRA's norms in a cache.
+NORMS = "norms"
 
 
 class NotServedError(RuntimeError):
@@ -28,7 +30,7 @@ class Service:
     reasons    how many of these for which reason
     shared     served calls whose x·Aᵀ was made together with that of others
     input      what the module shares with its siblings; None where it has none
-    cache      what is computed once (AdaLoRA's scale); not part of copies and files
+    cache      what is computed once (AdaLoRA's scale) or until it changes (DoRA's norms); not part of copies and files
     """
 
     impl: str = "auto"
@@ -58,6 +60,11 @@ class Service:
         if not is_dynamo_compiling():
             self.fell_back += 1
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def forget_norms(self) -> None:
+        """Let DoRA's norms be made anew."""
+        for key in [key for key in self.cache if key.startswith(NORMS)]:
+            del self.cache[key]
 
     def reset(self) -> None:
         """Forget all counts."""
