@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
 from peftkernels.dispatch import Explanation
-from peftkernels.functional import explain, lora_linear, shared_shrink
+from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.shrinks import shared_shrink
 
 if TYPE_CHECKING:
     from peftkernels.integrations.peft import apply_to_peft, revert, stats

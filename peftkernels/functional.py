@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +12,12 @@ from torch.compiler import is_dynamo_compiling
 
 from peftkernels import dispatch
 from peftkernels._autocast import autocast_dtype
-from peftkernels._checks import check_arguments, check_shared_shrink
+from peftkernels._checks import check_arguments
 from peftkernels.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
 _OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
-_SHRINK = torch.ops.peftkernels.lora_shrink
-_SHRINKS = {name: getattr(_SHRINK, name) for name in dispatch.REGISTERED}
 # The functions behind overloads that are written in Python: what runs when nobody watches operators, without the way
 # through torch's dispatcher.
 _FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in dispatch.PYTHON_FUNCTIONS.items()}
@@ -360,35 +358,6 @@ def lora_linear_of(
     return _call(
         x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl, weight_of
     )
-
-
-def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, ...]:
-    """S_j = x·A_jᵀ of several adapters that read the same x, in one pass over it.
-
-    Projections such as q, k and v, or gate and up, take their part as the argument ``shrink`` of `lora_linear`:
-
-        for projection, shrink in zip(projections, shared_shrink(x, [p.lora_A for p in projections])):
-            y = lora_linear(x, projection.weight, projection.lora_A, projection.lora_B, shrink=shrink)
-
-    x       (..., K) float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only), without dropout
-    lora_A  one (r_j, K) of each adapter, any float dtype
-    impl    as for `lora_linear`
-
-    Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast. They carry no
-    gradient: `lora_linear` gives that of x and of A_j as if it had made S_j itself.
-
-    Raises TypeError or ValueError, before any kernel runs, for an argument that cannot be used; RuntimeError when a
-    named `impl` cannot serve.
-    """
-    check_shared_shrink(x, lora_A)
-    x = x.detach()
-    dtype = autocast_dtype(x.dtype, x.device.type)
-    if dtype is not x.dtype:
-        x = x.to(dtype)
-    factors = [factor.detach() for factor in lora_A]
-    chosen = dispatch.choose(impl, x, factors[0])
-    whole: Tensor = _SHRINKS[chosen](x, factors)
-    return whole.split([factor.shape[0] for factor in factors], 1)
 
 
 def explain(
