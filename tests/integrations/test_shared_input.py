@@ -271,6 +271,17 @@ def test_a_disabled_sibling_is_left_out(impl: str) -> None:
     assert shared(model) == 2
 
 
+@torch.no_grad()
+def test_a_sibling_that_was_reverted_by_itself_is_left_out(impl: str) -> None:
+    model, here, x = learned(impl)
+    peftkernels.revert(here.k_proj)
+    expected = fresh(here.k_proj, x)
+    here.q_proj(x)
+    torch.testing.assert_close(here.k_proj(x), expected)
+    here.v_proj(x)
+    assert shared(model) == 2
+
+
 def test_copies_and_pickles_share_among_themselves(impl: str) -> None:
     model = adapted("lora")
     peftkernels.apply_to_peft(model, impl=impl)

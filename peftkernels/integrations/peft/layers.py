@@ -161,7 +161,10 @@ def _shared_shrink(
 
 
 def _factor_without_dropout(module: Any, x: Tensor) -> Tensor | None:
-    """A of a patched module if its call with x would be served and drop nothing, else None."""
+    """A of a module that is patched, if its call with x would be served and drop nothing, else None."""
+    if ATTRIBUTE not in vars(module):
+        # Reverted by itself since it was seen.
+        return None
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or not names or module._reason(x, names, (), {}) is not None:
         return None
