@@ -100,7 +100,7 @@ def test_goals_without_their_peer_or_their_cases_are_not_judged() -> None:
 def _report(tmp_path: Path) -> tuple[str, list[str]]:
     text = "\n".join(
         f"<!-- {name} -->\nold\n<!-- /{name} -->"
-        for name in ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators")
+        for name in ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
     )
     (tmp_path / "README.md").write_text(text)
     arguments = [f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'README.md'}"]

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import DTYPES, GRADIENTS, Call, make_call, run
-from support.checks import contains_dead_ranks, within_budget
+from support.cases import DTYPES, Call, make_call, run
+from support.checks import contains_dead_ranks, reads_a_given_shrink, within_budget
 from support.devices import CPU, device_of
 from support.implementations import skip_unless_served
-from support.oracle import oracle
 from support.routes import representative, shape_for
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftkernels import lora_linear, reference, shared_shrink
+from peftkernels import lora_linear, shared_shrink
 from peftkernels.backends.triton import routes
 from peftkernels.backends.triton.kinds import Kinds
 
@@ -79,26 +78,8 @@ def test_k_is_split_where_rows_are_few(seed: int) -> None:
         within_budget(call, "triton")
 
 
-def test_what_is_given_is_read(impl: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """y follows an S that is not x·Aᵀ, in the forward pass and in the gradients of B and of the gate."""
-    call = make_call(seed, r=6, plan=True)
-    shrink = torch.randn(7, 11)[:, 3:9]
-    assert not shrink.is_contiguous()
-    with routes.forced(routes.Choice(routes.LIBRARY)):
-        found = run(call.replace(shrink=shrink), impl)
-    here = call.on(CPU)
-    gate, state = here.gate, here.state
-    y, _ = reference.lora_linear_forward(
-        here.x, here.weight, here.lora_A, here.lora_B, here.bias, gate, state, 1.7, given_shrink=shrink.to(CPU)
-    )
-    gradients = reference.lora_linear_backward(
-        here.grad_y, here.x, here.weight, here.lora_A, here.lora_B, gate, shrink.to(CPU), state, 1.7
-    )
-    torch.testing.assert_close(found.y.to(CPU), y)
-    for name, expected in zip(GRADIENTS, gradients, strict=True):
-        if name in found.gradients:
-            torch.testing.assert_close(found.gradients[name].to(CPU), expected)
-    assert not torch.allclose(y, oracle(call).y.to(CPU, y.dtype))
+def test_what_is_given_is_read(impl: str, seed: int) -> None:
+    reads_a_given_shrink(make_call(seed, r=6, plan=True), impl)
 
 
 def test_a_dead_rank_stays_dead(impl: str, seed: int) -> None:

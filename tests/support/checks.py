@@ -8,9 +8,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from peftkernels import RankPlan, RankState, lora_linear
+from peftkernels import RankPlan, RankState, lora_linear, reference
+from peftkernels.backends.triton import routes
 from support import philox
-from support.cases import DTYPES, TRAINABLE, Call, Outcome, make_call, run
+from support.cases import DTYPES, GRADIENTS, TRAINABLE, Call, Outcome, make_call, run
 from support.devices import CPU, device_of
 from support.implementations import interpreted, served
 from support.oracle import Budget, oracle
@@ -174,6 +175,28 @@ def subsets_agree(call: Call, impl: str) -> None:
             _same(gradient, full.gradients[name], f"{impl}, {call.label}, needs={needs}, ∂{name}")
 
 
+def reads_a_given_shrink(call: Call, impl: str) -> None:
+    """y and the gradients of B and of the gate follow an S that is given, in place of x·Aᵀ and whatever it holds."""
+    rows = call.x.shape[:-1].numel()
+    generator = torch.Generator().manual_seed(rows)
+    shrink = torch.randn(rows, call.r + 5, generator=generator, device="cpu").to(call.x.dtype)[:, 3:-2]
+    # Where one launch does everything, Triton's kernels make their own.
+    with routes.forced(routes.Choice(routes.LIBRARY)):
+        found = run(call.replace(shrink=shrink.to(call.x.device)), impl).on(CPU)
+    with CPU:
+        here = call.on(CPU)
+        arguments = (here.x, here.weight, here.lora_A, here.lora_B)
+        y, _ = reference.lora_linear_forward(
+            *arguments, here.bias, here.gate, here.state, here.scaling, given_shrink=shrink
+        )
+        gradients = reference.lora_linear_backward(here.grad_y, *arguments, here.gate, shrink, here.state, here.scaling)
+    torch.testing.assert_close(found.y, y, msg=lambda why: f"{impl}, {call.label}, y: {why}")
+    for name, expected in zip(GRADIENTS, gradients, strict=True):
+        if name in found.gradients:
+            why = f"{impl}, {call.label}, ∂{name} "
+            torch.testing.assert_close(found.gradients[name], expected, msg=lambda text, why=why: why + text)
+
+
 # Every check on a call where a fault of its kind shows; each takes an implementation and a seed.
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "budget": lambda impl, seed: within_budget(make_call(seed, leading=(140,), n=70, k=90, r=9), impl),
@@ -190,5 +213,6 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     "NaN propagates": lambda impl, seed: propagates(make_call(seed), impl, "x"),
     "dropout mask": lambda impl, seed: drops_as_philox_says(impl, seed, 0.4),
     "determinism": lambda impl, seed: repeats(make_call(seed), impl),
+    "given shrink": lambda impl, seed: reads_a_given_shrink(make_call(seed, r=6, plan=True), impl),
     "subsets": lambda impl, seed: subsets_agree(make_call(seed, plan=True, dropout_p=0.2), impl),
 }

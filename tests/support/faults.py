@@ -29,7 +29,7 @@ SHARED = (
     "dropout_p",
     "dropout_seed",
 )
-FORWARD = ("x", "weight", "lora_A", "lora_B", "bias", *SHARED, "save_shrink")
+FORWARD = ("x", "weight", "lora_A", "lora_B", "bias", *SHARED, "save_shrink", "given_shrink")
 BACKWARD = ("grad_y", "x", "weight", "lora_A", "lora_B", "bias", "shrink", *SHARED, "needs")
 GRAD_X, GRAD_WEIGHT, GRAD_A, GRAD_B, GRAD_BIAS, GRAD_GATE = range(6)
 
@@ -220,6 +220,12 @@ def _zero(gradient: Tensor, given: Arguments) -> Tensor:
 
 
 FAULTS: dict[str, Mutant] = {
+    "given S ignored": Mutant(forward=_with(given_shrink=None)),
+    "given S in another order": Mutant(
+        forward=_with(
+            given_shrink=lambda given: None if given["given_shrink"] is None else given["given_shrink"].flip(1)
+        )
+    ),
     "adapter dropped": Mutant(forward=_with(**_NO_ADAPTER)),
     "adapter scaled by 1.05": Mutant(forward=_with(**_scaled(1.05))),
     "gradients scaled by 1.05": Mutant(backward=_with(**_scaled(1.05))),

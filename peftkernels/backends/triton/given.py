@@ -63,4 +63,6 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, pack: bool) -> V
     # A part of several adapters' S begins anywhere.
     aligned = kinds.aligned_names(("left_ptr", "right_ptr", "WIDTH"), ("b_ptr",))
     label = f"{kinds.label} r{block_of_places}{' pack' * pack}"
-    return Variant(place_given, types, constants, aligned=aligned, options=options(4, 1), label=label)
+    # Four warps would put a few of 64 places' registers into memory on 9.0 and 10.0.
+    warps = 8 if block_of_places > 32 else 4
+    return Variant(place_given, types, constants, aligned=aligned, options=options(warps, 1), label=label)
