@@ -2,34 +2,38 @@
 # Everything that needs a GPU, in one command of under ten minutes without a network: builds the C++ kernels, runs the
 # tests marked gpu and a memory checker, calibrates dispatch, measures, and writes CSV, JSON and plots.
 #
-#     bench/run_gpu.sh [--smoke] [--tests PATH] [OUT_DIR]
+#     bench/run_gpu.sh [--smoke | --dry-run] [--tests PATH] [OUT_DIR]
 #
-# --smoke   the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
-# --tests   where the tests marked gpu are (default: tests/gpu)
-# OUT_DIR   default: peftkernels-bench-gpu
+# --smoke    the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
+# --dry-run  a rehearsal where there is no GPU, in minutes: --smoke, and the build, every test collected, every kernel
+#            compiled for compute capability 9.0, every case listed; ends at the first thing that fails
+# --tests    where the tests marked gpu are (default: tests/gpu)
+# OUT_DIR    default: peftkernels-bench-gpu
 #
 # PYTHON (default python3) is the interpreter whose torch is used; the package is used from this checkout.
-# RUN_GPU_SECONDS (default 580) is what all of it may take; in a copy without a repository, PEFTKERNELS_COMMIT is the
+# RUN_GPU_SECONDS (default 580, of a rehearsal 1200) is what all of it may take; in a copy without a repository, PEFTKERNELS_COMMIT is the
 # commit that results are labelled with. Exit codes: 0 done, 1 something was wrong or could not be
 # shown to be right, 2 wrong input or no GPU. A missed goal is no failure.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-usage() { sed -n '5,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '5,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 smoke=''
+rehearsal=''
 tests=tests/gpu
 out=''
 while [ $# -gt 0 ]; do
     case $1 in
         --smoke) smoke=yes ;;
+        --dry-run) smoke=yes rehearsal=yes ;;
         --tests)
             [ $# -gt 1 ] || { echo "run_gpu: error: --tests: expected a path" >&2; exit 2; }
             tests=$2
             shift
             ;;
         -h | --help) usage; exit 0 ;;
-        -*) echo "run_gpu: error: found option $1, expected --smoke, --tests or --help" >&2; exit 2 ;;
+        -*) echo "run_gpu: error: found option $1, expected --smoke, --dry-run, --tests or --help" >&2; exit 2 ;;
         *)
             [ -z "$out" ] || { echo "run_gpu: error: found a second folder $1, expected one" >&2; exit 2; }
             out=$1
@@ -41,7 +45,7 @@ out=${out:-peftkernels-bench-gpu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
-limit=${RUN_GPU_SECONDS:-580}
+limit=${RUN_GPU_SECONDS:-$([ -n "$rehearsal" ] && echo 1200 || echo 580)}
 device=cuda
 [ -z "$smoke" ] || device=cpu
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -54,6 +58,7 @@ tee_pid=$!
 failures=()
 # What each step may take at most; the benchmark gets what the others leave.
 build_limit=90 doctor_limit=60 tests_limit=180 checker_limit=80 tune_limit=150 closing=15
+[ -z "$rehearsal" ] || build_limit=300
 
 left() { echo $((limit - SECONDS)); }
 
@@ -76,10 +81,16 @@ step() {
     return $code
 }
 
+# fail WHAT: remember what went wrong; in a rehearsal it is the end.
+fail() {
+    failures+=("$1")
+    [ -z "$rehearsal" ] || finish
+}
+
 finish() {
     if [ ${#failures[@]} -eq 0 ]; then
         echo "run_gpu: passed in $SECONDS s; results in $out"
-        [ -z "$smoke" ] || echo "run_gpu: a smoke run: no figure in it says anything about a GPU"
+        [ -z "$smoke" ] || echo "run_gpu: a ${rehearsal:+rehearsal and a }smoke run: no figure in it says anything about a GPU"
     else
         printf 'run_gpu: FAILED: %s\n' "${failures[@]}"
     fi
@@ -125,38 +136,52 @@ if [ -z "$smoke" ]; then
 fi
 
 # 1. Build. The Triton kernels are compiled as they are first called; only the C++ kernels are built beforehand.
-if [ -n "$smoke" ]; then
+if [ -n "$rehearsal" ]; then
+    # Beside the checkout, whose kernels another process may be using.
+    built=$(mktemp -d)
+    step build "$build_limit" env PEFTKERNELS_BUILD=required \
+        "$python" setup.py --quiet build --build-base "$built"
+    code=$?
+    rm -rf "$built"
+    [ $code -eq 0 ] || fail "the C++ kernels were not built"
+    step kernels "$(left)" env PYTHONPATH="tests:$PYTHONPATH" \
+        "$python" -m compile_only.resources --capability 9.0 --processes "$(nproc)" ||
+        fail "kernels that do not compile for compute capability 9.0, or badly"
+    step cases 60 "$python" -m bench.gpu --list --device cpu || fail "cases: exit code $?"
+elif [ -n "$smoke" ]; then
     echo "build: left out, a smoke run takes the C++ kernels as they lie"
 elif ! command -v "${CXX:-c++}" > /dev/null; then
     echo "build: left out, there is no C++ compiler (${CXX:-c++}); CPU tensors run on the eager backend"
 else
     step build "$(least $build_limit "$(left)")" "$python" setup.py --quiet build_ext --inplace ||
-        failures+=("the C++ kernels were not built")
+        fail "the C++ kernels were not built"
 fi
-step doctor "$(least $doctor_limit "$(left)")" "$python" -m peftkernels doctor || failures+=("doctor")
+step doctor "$(least $doctor_limit "$(left)")" "$python" -m peftkernels doctor || fail "doctor"
 
 # 2. Tests, and a memory checker on a few odd shapes.
 pytest=("$python" -m pytest -m gpu -q -p no:cacheprovider "$tests")
 # Kernels are compiled as tests first call them, each on one core: several processes share that.
-if [ -z "$smoke" ] && "$python" -c 'import xdist' 2> /dev/null; then
+if [ -n "$rehearsal" ]; then
+    pytest+=(--collect-only)
+elif [ -z "$smoke" ] && "$python" -c 'import xdist' 2> /dev/null; then
     pytest+=(-n "$(least 8 "$(nproc)")")
 fi
 if ! "$python" -c 'import pytest' 2> /dev/null; then
     echo "gpu tests: pytest is not installed, nothing was tested"
-    failures+=("gpu tests: pytest is not installed")
+    fail "gpu tests: pytest is not installed"
 else
     step "gpu tests" "$(least $tests_limit "$(left)")" "${pytest[@]}"
     code=$?
-    if [ $code -eq 5 ] && [ -n "$smoke" ]; then
+    if [ $code -eq 5 ] && [ -n "$smoke" ] && [ -z "$rehearsal" ]; then
         echo "gpu tests: none were collected in $tests; nothing was tested"
     elif [ $code -ne 0 ]; then
-        failures+=("gpu tests: exit code $code")
+        fail "gpu tests: exit code $code"
     fi
 fi
 if [ -n "$smoke" ]; then
     # The Triton kernels themselves, interpreted on the CPU.
     TRITON_INTERPRET=1 step "odd shapes" "$(least $checker_limit "$(left)")" \
-        "$python" -m bench.gpu --check --device cpu --impl triton || failures+=("odd shapes: exit code $?")
+        "$python" -m bench.gpu --check --device cpu --impl triton || fail "odd shapes: exit code $?"
 elif ! command -v compute-sanitizer > /dev/null; then
     echo "memory checker: compute-sanitizer is not installed, memory accesses were not checked"
 else
@@ -172,7 +197,7 @@ else
     elif [ $code -ne 0 ] && grep -qi 'not supported' "$checked" 2> /dev/null; then
         echo "memory checker: compute-sanitizer does not support this machine, memory accesses were not checked"
     elif [ $code -ne 0 ]; then
-        failures+=("memory checker: exit code $code")
+        fail "memory checker: exit code $code"
     fi
     rm -f "$checked"
 fi
@@ -184,7 +209,7 @@ tune=("$python" -m bench.tune --out "$out" --device "$device" --limit "$tune_for
 # Its last product, and starting, come on top of its own limit.
 step calibration "$(least $((tune_for + 30)) "$(left)")" "${tune[@]}"
 code=$?
-[ $code -eq 0 ] || failures+=("calibration: exit code $code")
+[ $code -eq 0 ] || fail "calibration: exit code $code"
 [ -n "$smoke" ] ||
     echo "calibration: to keep the table, copy it from $out to peftkernels/backends/triton/configs/"
 
@@ -194,10 +219,10 @@ bench=("$python" -m bench.gpu --out "$out" --device "$device" --limit "$bench_fo
 [ -z "$smoke" ] || bench+=(--smoke --impl eager)
 if [ $bench_for -lt 30 ]; then
     echo "benchmark: left out, only $(left) s are left"
-    failures+=("benchmark: no time was left for it")
+    fail "benchmark: no time was left for it"
 else
     step benchmark $((bench_for + closing - 5)) "${bench[@]}"
     code=$?
-    [ $code -eq 0 ] || failures+=("benchmark: exit code $code")
+    [ $code -eq 0 ] || fail "benchmark: exit code $code"
 fi
 finish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,8 @@ FAKE = """#!/usr/bin/env bash
 case "$*" in
     -c*) [ "$3" = cuda ] && echo "NVIDIA H200, compute capability 9.0"; exit 0 ;;
     setup.py*) step=BUILD ;;
+    *compile_only.resources*) step=KERNELS ;;
+    *--list*) step=CASES ;;
     *" doctor") step=DOCTOR ;;
     "-m pytest"*) step=TESTS ;;
     *--check*) step=CHECK ;;
@@ -150,6 +153,29 @@ def test_no_tests_are_no_failure_of_a_smoke_run_alone(fake: Fake) -> None:
     assert "-m bench.gpu --out" in done.stdout and "--smoke --impl eager" in done.stdout
 
 
+REHEARSED = ("BUILD", "KERNELS", "CASES", "DOCTOR", "TESTS", "CHECK", "TUNE", "BENCH")
+
+
+def test_a_rehearsal_goes_through_all_that_needs_no_gpu(fake: Fake) -> None:
+    done = fake("--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    called = dict(re.findall(r"^called (\w+): (.*)", done.stdout, re.MULTILINE))
+    assert tuple(called) == REHEARSED
+    assert "setup.py --quiet build --build-base" in called["BUILD"] and "--inplace" not in called["BUILD"]
+    assert "compile_only.resources --capability 9.0" in called["KERNELS"]
+    assert "--collect-only" in called["TESTS"] and "--smoke" in called["TUNE"] and "--smoke" in called["BENCH"]
+    assert done.stdout.endswith("run_gpu: a rehearsal and a smoke run: no figure in it says anything about a GPU\n")
+
+
+@pytest.mark.parametrize("failed", REHEARSED)
+def test_a_rehearsal_ends_at_the_first_fault(fake: Fake, failed: str) -> None:
+    done = fake("--dry-run", **{f"CODE_{failed}": "5"})
+    assert done.returncode == 1
+    called = re.findall(r"^called (\w+)", done.stdout, re.MULTILINE)
+    assert called == list(REHEARSED[: REHEARSED.index(failed) + 1])
+    assert done.stdout.count("run_gpu: FAILED: ") == 1
+
+
 def test_time_is_kept(fake: Fake) -> None:
     """Tests that hang are stopped, and there is no time left for what follows: it is left out and named."""
     done = fake(SLEEP_TESTS="60", RUN_GPU_SECONDS="8")
@@ -171,7 +197,7 @@ def test_without_a_gpu_nothing_is_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quick"], "found option --quick, expected --smoke, --tests or --help"),
+        (["--quick"], "found option --quick, expected --smoke, --dry-run, --tests or --help"),
         (["--tests"], "--tests: expected a path"),
         (["one", "two"], "found a second folder two, expected one"),
     ],
@@ -183,5 +209,7 @@ def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
 
 def test_help_is_the_head_of_the_script() -> None:
     done = _run("--help")
-    assert done.returncode == 0 and done.stdout.startswith("    bench/run_gpu.sh [--smoke] [--tests PATH] [OUT_DIR]")
+    assert done.returncode == 0 and done.stdout.startswith(
+        "    bench/run_gpu.sh [--smoke | --dry-run] [--tests PATH] [OUT_DIR]"
+    )
     assert "A missed goal is no failure." in done.stdout and "set -uo" not in done.stdout
