@@ -13,8 +13,8 @@ namespace peftkernels {
 void set_direct_call(
     const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, PyObject* rank_plan);
 
-// The callable `(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl)`: y, or None
-// with nothing done where the call is not for the C++ kernels, an argument is wrong, or anything but plain tensors and
+// The callable `(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl)`: y,
+// or None with nothing done where the call is not for the C++ kernels, an argument is wrong, or anything but plain tensors and
 // plain autograd is at work: then the Python function checks, chooses, computes or raises. New reference.
 PyObject* make_direct_call();
 

@@ -28,33 +28,33 @@ triton.register()
 Result = TypeVar("Result", bound=Callable[..., object])
 
 
-def _constant_when_traced(function: Result) -> Result:
+def constant_when_traced(function: Result) -> Result:
     """What `torch.compiler.assume_constant_result` does, without importing the whole compiler for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant_when_traced
+@constant_when_traced
 def _cpu_unavailable_reason() -> str | None:
     return cpu.unavailable_reason()
 
 
-@_constant_when_traced
+@constant_when_traced
 def _cpu_has_bf16_kernels() -> bool:
     return cpu.has_kernels_for(torch.bfloat16)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _cpu_has_fp16_kernels() -> bool:
     return cpu.has_kernels_for(torch.float16)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton.refusal(device, dtype)
 
 
-@_constant_when_traced
+@constant_when_traced
 def _triton_disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton.disadvantage(device, dtype)
 

@@ -217,8 +217,8 @@ def lora_linear(
     dropout_p     in [0, 1]; drops elements of the adapter's input, never of the frozen product's
     dropout_seed  int or 0-dim int64 tensor: the same seed gives the same mask on every implementation, and the
                   backward pass recomputes it; drawn from torch's generator when None and dropout_p > 0
-    shrink        (M, r) S = x·Aᵀ in the dtype of computation where the caller has it, see `shared_shrink`; taken at its
-                  word, also for gradients, and refused beside dropout_p > 0
+    shrink        (M, r) S = x·Aᵀ in the dtype of computation where the caller has it, see `shared_shrink`: an
+                  implementation reads it or makes its own; refused beside dropout_p > 0
     impl          "auto" (the fastest that can serve; see `explain`), or by name: "reference", "eager", "cpu",
                   "triton", "cuda"; a named implementation is never replaced by another
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkernels import nn as own
+from peftkernels.dispatch import constant_when_traced
 
 __all__ = ["AdaLoRALinear", "LoRALinear", "PeftLinear"]
 
@@ -66,9 +67,6 @@ def _checked_peft() -> bool:
     return True
 
 
+@constant_when_traced
 def _check_peft() -> bool:
     return _checked_peft()
-
-
-# Asked while a program is traced, not in it.
-_check_peft._dynamo_marked_constant = True  # type: ignore[attr-defined]

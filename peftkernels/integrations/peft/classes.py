@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear
 
 from peftkernels.integrations.peft.layers import PeftKernelsLinear, PeftKernelsSVDLinear
 
-CLASSES: dict[type, type] = {Linear: PeftKernelsLinear, SVDLinear: PeftKernelsSVDLinear}
+CLASSES: dict[type, Any] = {Linear: PeftKernelsLinear, SVDLinear: PeftKernelsSVDLinear}
 # Those of them that AdaLoRA makes; LoRA the others.
 ADALORA: set[type] = {SVDLinear}
 

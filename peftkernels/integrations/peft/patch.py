@@ -263,5 +263,5 @@ def _reason(module: Any, kind: type, wanted: dict[type, bool]) -> str | None:
         return f"{kind.__name__} layers are not served"
     if not wanted[kind]:
         return "not asked for"
-    reason: str | None = CLASSES[kind]._base_reason(module)  # type: ignore[attr-defined]
+    reason: str | None = CLASSES[kind]._base_reason(module)
     return reason

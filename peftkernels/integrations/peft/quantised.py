@@ -114,14 +114,14 @@ def _product(module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, **options: 
     base = module._modules["base_layer"]
     dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
     bias = None if base.bias is None else base.bias.to(dtype)
-    weight_of = functools.partial(_dequantised, base.weight, dtype)
+    weight_of = functools.partial(_dequantised, base.weight.data, base.weight.quant_state, dtype)
     # bitsandbytes' product follows the base layer's dtype, not autocast's.
     with without_autocast(x.device.type):
         return lora_linear_of(weight_of, x.to(dtype), lora_A, lora_B, bias=bias, **options).to(x.dtype)
 
 
 @torch.no_grad()
-def _dequantised(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+def _dequantised(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """(N, K)"""
-    found: Tensor = dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    found: Tensor = dequantize_4bit(packed, state).to(dtype)
     return found
