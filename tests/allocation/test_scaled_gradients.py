@@ -139,7 +139,9 @@ def test_a_scaled_run_scores_as_an_unscaled_one(name: str, capturable: bool) -> 
             optimizer.zero_grad()
         assert allocator.steps == 11
         assert allocator.nonfinite_steps == 0
-        assert allocator.skipped_steps == (1 if scaled and "fused" in name else 0)
+        # A scaler calls optimizers that divide by the scale themselves at every step, whatever it found.
+        called = getattr(optimizer, "_step_supports_amp_scaling", False)
+        assert allocator.skipped_steps == (1 if scaled and called else 0)
         outcomes.append((_averages(allocator), allocator.rank_pattern(), [p.detach() for p in trainable(layers)]))
     assert_same_bits(outcomes[1], outcomes[0])
 

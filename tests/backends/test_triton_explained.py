@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -54,6 +56,38 @@ def test_interpreted_kernels_are_never_taken_by_themselves(monkeypatch: pytest.M
     assert "for tests" in str(triton.disadvantage(CPU, torch.float32))
     assert "multiplies wrongly" in str(triton.refusal(CPU, torch.bfloat16))
     assert "x is on cuda:0" in str(triton.refusal(GPU, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.0"}, "the interpreter of Triton 3.6.0 breaks with NumPy 2.4.0"),
+        ({"triton": "3.6.0+git1", "numpy": "2.5.2"}, "the interpreter of Triton 3.6.0+git1 breaks with NumPy 2.5.2"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.1", "numpy": "2.10.0"}, None),
+        ({"triton": "3.10.0"}, "Triton's interpreter needs numpy, which is not installed"),
+    ],
+)
+def test_an_interpreter_that_breaks_is_refused(
+    versions: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton._broken_interpreter.cache_clear()
+    reasons = {triton.refusal(CPU, torch.float32), triton.unavailable_reason()}
+    # Compiled kernels need no interpreter.
+    monkeypatch.delenv("TRITON_INTERPRET")
+    compiled = triton.refusal(CPU, torch.float32)
+    triton._broken_interpreter.cache_clear()
+    assert compiled == "x is on cpu, the Triton kernels run on CUDA devices"
+    assert len(reasons) == 1
+    reason = reasons.pop()
+    assert reason is None if expected is None else expected in str(reason)
 
 
 def test_both_passes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

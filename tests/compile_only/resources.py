@@ -22,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from compile_only import ordering
 
 Capability = tuple[int, int]
 
@@ -66,6 +68,18 @@ class Variant(Protocol):
     def expects_wgmma(self, capability: Capability) -> bool:
         """Whether its products are meant for the warp-group instructions: wgmma on sm_90, tcgen05 on sm_100."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch of it may begin before the one before it has ended."""
+
+    @property
+    def types(self) -> Mapping[str, str | None]:
+        """Its arguments with their types; None for one that is not there."""
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The arguments whose memory the launch before it writes."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -77,6 +91,7 @@ class Resources:
     tensor_memory  columns per block
     instructions   how many matrix instructions of each kind its PTX has
     remarks        the assembler's remarks on serialised wgmma, a fault where wgmma is meant
+    early          what it must not do before it waits for the launch before it; see `ordering`
     error          why it does not compile, where it does not
     seconds        that compiling took
     """
@@ -90,6 +105,7 @@ class Resources:
     tensor_memory: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    early: tuple[str, ...] = ()
     error: str | None = None
     seconds: float = field(default=0.0, compare=False)
 
@@ -98,7 +114,7 @@ class Resources:
         if self.error is not None:
             return [f"does not compile: {self.error}"]
         architecture = ARCHITECTURES[self.capability]
-        found = list(self.remarks) if self.expects_wgmma else []
+        found = [*(self.remarks if self.expects_wgmma else ()), *self.early]
         if self.stack:
             found.append(f"spills: {self.stack} bytes of stack per thread beside {self.registers} registers")
         if self.shared > architecture.shared:
@@ -130,6 +146,10 @@ def measure(variant: Variant, capability: Capability) -> Resources:
         raise RuntimeError(f"{variant.name}: the assembler's log is missing, was it compiled?")
     registers, stack = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
+    early: list[str] = []
+    if variant.overlaps:
+        code = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
+        early = ordering.early_faults(ptx, code, variant.types, variant.awaited)
     counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", ptx)) for name in _MATRIX_INSTRUCTIONS}
     return _with(
         base,
@@ -139,6 +159,7 @@ def measure(variant: Variant, capability: Capability) -> Resources:
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         instructions={name: count for name, count in counts.items() if count},
         remarks=remarks(log.getvalue()),
+        early=tuple(early),
         seconds=seconds,
     )
 
@@ -154,13 +175,7 @@ def remarks(log: str) -> tuple[str, ...]:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack and local memory per thread, the most of any function."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listing = _cuobjdump(cubin, "--dump-resource-usage")
     functions = [
         {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", line)}
         for line in listing.splitlines()
@@ -169,6 +184,17 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     if not functions:
         raise RuntimeError(f"cuobjdump lists no function:\n{listing}")
     return max(one["REG"] for one in functions), max(one["STACK"] + one["LOCAL"] for one in functions)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """What Triton's own cuobjdump lists of machine code."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class Measuring:
@@ -239,7 +265,8 @@ def measure_all(
 
 def _from_json(line: str) -> Resources:
     values = json.loads(line)
-    return Resources(**{**values, "capability": tuple(values["capability"]), "remarks": tuple(values["remarks"])})
+    tuples = {name: tuple(values[name]) for name in ("capability", "remarks", "early")}
+    return Resources(**{**values, **tuples})
 
 
 def _dotted(capability: Capability) -> str:

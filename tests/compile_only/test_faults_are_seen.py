@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from compile_only.ordering import early_faults
 from compile_only.resources import ARCHITECTURES, Capability, Resources, measure_all
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -64,6 +65,77 @@ def test_a_fault_is_seen(
 
 def test_serialised_wgmma_is_seen(toys: dict[tuple[str, Capability], Resources]) -> None:
     assert any("wgmma.mma_async instructions are serialized" in fault for fault in toys["serialised", (9, 0)].faults())
+
+
+@pytest.mark.parametrize(
+    "capability", [one for one in ARCHITECTURES if one >= (9, 0)], ids=lambda one: f"sm_{one[0]}{one[1]}"
+)
+@pytest.mark.parametrize(
+    ("toy", "expected"),
+    [
+        ("follower", []),
+        ("reads_early", ["reads b before it waits for its predecessor"]),
+        ("writes_early", [f"writes before it waits for its predecessor{where}" for where in (": st.", ", in machine")]),
+        (
+            "never_waits",
+            ["reads b before it waits for its predecessor", "writes before it waits for its predecessor: st."],
+        ),
+    ],
+)
+def test_what_comes_before_its_predecessor_has_ended_is_seen(
+    toys: dict[tuple[str, Capability], Resources], toy: str, expected: list[str], capability: Capability
+) -> None:
+    faults = toys[toy, capability].faults()
+    assert bool(faults) == bool(expected)
+    for part in expected:
+        assert any(part in fault for fault in faults), faults
+
+
+def test_an_awaited_argument_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match="awaited: found left, expected some of a, b"):
+        early_faults("", "", {"a": "*bf16", "b": "i32"}, ["left"])
+
+
+# As `cuobjdump` lists it: a load behind the wait, which a later assembler might lift above it.
+LISTING = """
+        /*0000*/                   S2R R0, SR_TID.X ;                      /* 0x0000000000007919 */
+        /*0010*/              @!P0 BRA 0x50 ;                              /* 0x0000000000008947 */
+        /*0020*/                   ACQBULK ;                               /* 0x000000000000782e */
+        /*0030*/                   LDG.E R2, desc[UR4][R2.64] ;            /* 0x0000000402027981 */
+        /*0040*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*0050*/                   {early} ;                               /* 0x0000000000007918 */
+        /*0060*/                   BRA 0x20 ;                              /* 0xfffffff000007947 */
+"""
+PTX = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0
+)
+{
+	ld.param.b64 	%rd1, [kernel_param_0];
+	@%p1 bra 	$L1;
+$L0:
+	griddepcontrol.wait ;
+	ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+	ret;
+$L1:
+	bra.uni 	$L0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "expected"),
+    [
+        ("NOP", []),
+        (
+            "LDG.E R4, desc[UR4][R2.64]",
+            ["reads before it waits for its predecessor: 0 in PTX, 1 in machine code"],
+        ),
+        ("STG.E desc[UR4][R2.64], R4", ["writes before it waits for its predecessor, in machine code"]),
+    ],
+)
+def test_what_the_assembler_moved_across_the_wait_is_seen(early: str, expected: list[str]) -> None:
+    assert early_faults(PTX, LISTING.format(early=early), {"a": "*fp32"}, ["a"]) == expected
 
 
 def test_too_much_tensor_memory_is_seen() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,30 @@ def _missing() -> str | None:
 
 
 @functools.cache
+def _broken_interpreter() -> str | None:
+    """Triton's interpreter up to 3.6 takes the ends of loops from arrays in a way that NumPy has refused since 2.4."""
+    try:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"TRITON_INTERPRET is set, and Triton's interpreter needs {error.name}, which is not installed"
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return (
+        f"TRITON_INTERPRET is set, and the interpreter of Triton {triton} breaks with NumPy {numpy}: "
+        "Triton 3.7 or NumPy below 2.4 is needed"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _absent() -> str | None:
+    """Why there is nothing that could run a kernel, on whatever device; None where there is."""
+    return _missing() or (_broken_interpreter() if interpreting() else None)
+
+
+@functools.cache
 def _old_gpu(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found >= OLDEST:
@@ -44,7 +70,7 @@ def _old_gpu(device: torch.device) -> str | None:
 
 def unavailable_reason() -> str | None:
     """None when the kernels can run in this process, on some device, else why not."""
-    reason = _missing()
+    reason = _absent()
     if reason is not None or interpreting():
         return reason
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -54,7 +80,7 @@ def unavailable_reason() -> str | None:
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the kernels can compute with an x of this device and dtype, else why not."""
-    reason = _missing()
+    reason = _absent()
     if reason is not None:
         return reason
     if dtype is torch.float64:

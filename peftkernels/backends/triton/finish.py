@@ -159,6 +159,7 @@ def rows_variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool,
         constants,
         aligned=kinds.aligned_names(own, ("a_ptr", "K")),
         options=options(4, 1, kinds.pdl),
+        awaited=("slots_ptr",),
         label=f"{kinds.label} r{block_of_places}{' keep' * keep}{' left' * left}{' pack' * pack}",
     )
 

@@ -132,6 +132,7 @@ def pointer_variant(kinds: Kinds, tile: Tile, transposed: bool, even: bool) -> V
         constants,
         aligned=kinds.aligned_names(own, ("x_ptr", "w_ptr", "right_ptr", "P", "Q", "stride_x")),
         options=options(tile.warps, tile.stages, kinds.pdl),
+        awaited=("left_ptr", "right_ptr"),
         wgmma=_wgmma(kinds, tile),
         label=f"{kinds.label} {tile.name}{' transposed' * transposed}{' even' * even}",
     )
@@ -173,6 +174,7 @@ def tma_variant(kinds: Kinds, tile: Tile, transposed: bool) -> Variant:
         constants,
         aligned=kinds.aligned_names(own, ("right_ptr", "P", "Q")),
         options=options(tile.warps, tile.stages, kinds.pdl),
+        awaited=("left_ptr", "right_ptr"),
         wgmma=_wgmma(kinds, tile),
         label=f"{kinds.label} {tile.name}{' transposed' * transposed}",
     )

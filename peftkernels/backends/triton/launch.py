@@ -71,6 +71,8 @@ class Variant:
     constants  for each constant its value
     aligned    arguments that are multiples of 16 (pointers: of 16 bytes)
     options    num_warps, num_stages, launch_pdl, …
+    awaited    arguments whose memory the launch before this one writes: where launches overlap (launch_pdl), the
+               compiled code may read them, and write anything at all, only after its wait
     wgmma      whether the compiled code must multiply with a warpgroup's instructions where the GPU has them
     """
 
@@ -82,6 +84,7 @@ class Variant:
         *,
         aligned: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
+        awaited: tuple[str, ...] = (),
         wgmma: bool = False,
         label: str = "",
     ) -> None:
@@ -93,6 +96,7 @@ class Variant:
         self.constants = dict(constants)
         self.aligned = aligned
         self.options = dict(options or {})
+        self.awaited = awaited
         self.wgmma = wgmma
         self.label = label
         self._loaded: dict[int, CompiledKernel] = {}
@@ -102,6 +106,11 @@ class Variant:
     def name(self) -> str:
         """The kernel's name and what sets this form apart."""
         return f"{self.function.__name__}[{self.label}]" if self.label else str(self.function.__name__)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch of it may begin before the one before it has ended."""
+        return bool(self.options.get("launch_pdl"))
 
     def expects_wgmma(self, capability: tuple[int, int]) -> bool:
         """Whether the code for this compute capability must hold wgmma (9.x) or tcgen05 (10.x) instructions."""
