@@ -2,38 +2,42 @@
 # Everything that needs a GPU, in one command of under ten minutes without a network: builds the C++ kernels, runs the
 # tests marked gpu and a memory checker, calibrates dispatch, measures, and writes CSV, JSON and plots.
 #
-#     bench/run_gpu.sh [--smoke | --dry-run] [--tests PATH] [OUT_DIR]
+#     bench/run_gpu.sh [--smoke | --dry-run | --questions] [--tests PATH] [OUT_DIR]
 #
-# --smoke    the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
-# --dry-run  a rehearsal where there is no GPU, in minutes: --smoke, and the build, every test collected, every kernel
-#            compiled for compute capability 9.0, every case listed; ends at the first thing that fails
-# --tests    where the tests marked gpu are (default: tests/gpu)
-# OUT_DIR    default: peftkernels-bench-gpu
+# --smoke      the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
+# --dry-run    a rehearsal where there is no GPU, in minutes: --smoke, and the build, every test collected, every kernel
+#              compiled for compute capability 9.0, every case listed, the questions asked of tiny shapes; ends at the
+#              first thing that fails
+# --questions  instead of all that: what docs/notes/gpu.md leaves open, measured in a run of its own
+# --tests      where the tests marked gpu are (default: tests/gpu)
+# OUT_DIR      default: peftkernels-bench-gpu
 #
 # PYTHON (default python3) is the interpreter whose torch is used; the package is used from this checkout.
-# RUN_GPU_SECONDS (default 580, of a rehearsal 1200) is what all of it may take; in a copy without a repository, PEFTKERNELS_COMMIT is the
-# commit that results are labelled with. Exit codes: 0 done, 1 something was wrong or could not be
-# shown to be right, 2 wrong input or no GPU. A missed goal is no failure.
+# RUN_GPU_SECONDS (default 580, of a rehearsal 1200) is what all of it may take; in a copy without a repository,
+# PEFTKERNELS_COMMIT is the commit that results are labelled with. Exit codes: 0 done, 1 something was wrong or could
+# not be shown to be right, 2 wrong input or no GPU. A missed goal is no failure.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-usage() { sed -n '5,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '5,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 smoke=''
 rehearsal=''
+questions=''
 tests=tests/gpu
 out=''
 while [ $# -gt 0 ]; do
     case $1 in
         --smoke) smoke=yes ;;
         --dry-run) smoke=yes rehearsal=yes ;;
+        --questions) questions=yes ;;
         --tests)
             [ $# -gt 1 ] || { echo "run_gpu: error: --tests: expected a path" >&2; exit 2; }
             tests=$2
             shift
             ;;
         -h | --help) usage; exit 0 ;;
-        -*) echo "run_gpu: error: found option $1, expected --smoke, --dry-run, --tests or --help" >&2; exit 2 ;;
+        -*) echo "run_gpu: error: found option $1, expected --smoke, --dry-run, --questions, --tests or --help" >&2; exit 2 ;;
         *)
             [ -z "$out" ] || { echo "run_gpu: error: found a second folder $1, expected one" >&2; exit 2; }
             out=$1
@@ -41,6 +45,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ -n "$smoke" ] && [ -n "$questions" ]; then
+    echo "run_gpu: error: --questions: found it beside --smoke or --dry-run, expected it by itself" >&2
+    exit 2
+fi
 out=${out:-peftkernels-bench-gpu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
@@ -135,6 +143,14 @@ if [ -z "$smoke" ]; then
         echo "nvidia-smi: not here, driver and clocks are not shown"
 fi
 
+ask() { step questions "$1" "$python" -m bench.gpu.questions --out "$out" --device "$device" "${@:2}"; }
+
+if [ -n "$questions" ]; then
+    # Its last product comes on top of its own limit.
+    ask $(($(left) - 5)) --limit $(($(left) - 30)) || fail "questions: exit code $?"
+    finish
+fi
+
 # 1. Build. The Triton kernels are compiled as they are first called; only the C++ kernels are built beforehand.
 if [ -n "$rehearsal" ]; then
     # Beside the checkout, whose kernels another process may be using.
@@ -212,6 +228,8 @@ code=$?
 [ $code -eq 0 ] || fail "calibration: exit code $code"
 [ -n "$smoke" ] ||
     echo "calibration: to keep the table, copy it from $out to peftkernels/backends/triton/configs/"
+
+[ -z "$rehearsal" ] || ask 120 --smoke || fail "questions: exit code $?"
 
 # 4. and 5. Measure and write; its tables are the last to be printed.
 bench_for=$(($(left) - closing))

@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 
+from peftkernels._tracing import constant_when_traced
+
 # Autocast leaves every other dtype, float64 among them, as it is.
 CASTABLE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+@constant_when_traced
+def _knows_autocast(device_type: str) -> bool:
+    # torch 2.11's compiler does not trace this question.
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; False for types that know no autocast, such as "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from peftkernels import _ops
 from peftkernels._checks import FLOATS
+from peftkernels._tracing import constant_when_traced
 from peftkernels.backends import cpu, eager, oracle, triton
 from peftkernels.rank_plan import RankPlan
 
@@ -23,15 +23,6 @@ PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
 oracle.register()
 eager.register()
 triton.register()
-
-
-Result = TypeVar("Result", bound=Callable[..., object])
-
-
-def constant_when_traced(function: Result) -> Result:
-    """What `torch.compiler.assume_constant_result` does, without importing the whole compiler for it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_when_traced

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkernels import nn as own
-from peftkernels.dispatch import constant_when_traced
+from peftkernels._tracing import constant_when_traced
 
 __all__ = ["AdaLoRALinear", "LoRALinear", "PeftLinear"]
 

@@ -65,6 +65,7 @@ case "$*" in
     "-m pytest"*) step=TESTS ;;
     *--check*) step=CHECK ;;
     "-m bench.tune"*) step=TUNE ;;
+    "-m bench.gpu.questions"*) step=QUESTIONS ;;
     "-m bench.gpu"*) step=BENCH ;;
 esac
 echo "called $step: $* [$PEFTKERNELS_TRITON_TABLES]"
@@ -153,7 +154,7 @@ def test_no_tests_are_no_failure_of_a_smoke_run_alone(fake: Fake) -> None:
     assert "-m bench.gpu --out" in done.stdout and "--smoke --impl eager" in done.stdout
 
 
-REHEARSED = ("BUILD", "KERNELS", "CASES", "DOCTOR", "TESTS", "CHECK", "TUNE", "BENCH")
+REHEARSED = ("BUILD", "KERNELS", "CASES", "DOCTOR", "TESTS", "CHECK", "TUNE", "QUESTIONS", "BENCH")
 
 
 def test_a_rehearsal_goes_through_all_that_needs_no_gpu(fake: Fake) -> None:
@@ -163,7 +164,8 @@ def test_a_rehearsal_goes_through_all_that_needs_no_gpu(fake: Fake) -> None:
     assert tuple(called) == REHEARSED
     assert "setup.py --quiet build --build-base" in called["BUILD"] and "--inplace" not in called["BUILD"]
     assert "compile_only.resources --capability 9.0" in called["KERNELS"]
-    assert "--collect-only" in called["TESTS"] and "--smoke" in called["TUNE"] and "--smoke" in called["BENCH"]
+    assert "--collect-only" in called["TESTS"]
+    assert all("--smoke" in called[step] for step in ("TUNE", "QUESTIONS", "BENCH"))
     assert done.stdout.endswith("run_gpu: a rehearsal and a smoke run: no figure in it says anything about a GPU\n")
 
 
@@ -174,6 +176,15 @@ def test_a_rehearsal_ends_at_the_first_fault(fake: Fake, failed: str) -> None:
     called = re.findall(r"^called (\w+)", done.stdout, re.MULTILINE)
     assert called == list(REHEARSED[: REHEARSED.index(failed) + 1])
     assert done.stdout.count("run_gpu: FAILED: ") == 1
+
+
+@pytest.mark.parametrize("code", ["0", "1"])
+def test_questions_are_a_run_of_their_own(fake: Fake, tmp_path: Path, code: str) -> None:
+    done = fake("--questions", CODE_QUESTIONS=code)
+    assert done.returncode == int(code)
+    (called,) = re.findall(r"^called (.*) \d+ \[", done.stdout, re.MULTILINE)
+    assert called == f"QUESTIONS: -m bench.gpu.questions --out {tmp_path / 'out'} --device cuda --limit"
+    assert ("run_gpu: FAILED: questions: exit code 1" in done.stdout) == (code == "1")
 
 
 def test_time_is_kept(fake: Fake) -> None:
@@ -197,7 +208,8 @@ def test_without_a_gpu_nothing_is_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quick"], "found option --quick, expected --smoke, --dry-run, --tests or --help"),
+        (["--quick"], "found option --quick, expected --smoke, --dry-run, --questions, --tests or --help"),
+        (["--dry-run", "--questions"], "--questions: found it beside --smoke or --dry-run"),
         (["--tests"], "--tests: expected a path"),
         (["one", "two"], "found a second folder two, expected one"),
     ],
@@ -210,6 +222,6 @@ def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
 def test_help_is_the_head_of_the_script() -> None:
     done = _run("--help")
     assert done.returncode == 0 and done.stdout.startswith(
-        "    bench/run_gpu.sh [--smoke | --dry-run] [--tests PATH] [OUT_DIR]"
+        "    bench/run_gpu.sh [--smoke | --dry-run | --questions] [--tests PATH] [OUT_DIR]"
     )
     assert "A missed goal is no failure." in done.stdout and "set -uo" not in done.stdout

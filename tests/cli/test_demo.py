@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +136,7 @@ def test_table_shows_every_run(finished: Finished) -> None:
 
 
 def test_results_say_what_they_were_measured_on(finished: Finished) -> None:
-    assert finished.results["versions"]["torch"] == torch.__version__
+    assert finished.results["versions"]["torch"] == version("torch")
     assert finished.results["machine"]["threads"] == 1
     assert finished.results["arguments"]["--seed"] == 0
     assert finished.results["data"]["training_texts"] + finished.results["data"]["test_texts"] == 240

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def test_json_report_of_this_installation(capsys: pytest.CaptureFixture[str]) ->
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     assert {"peftkernels", "python", "torch", "triton", "peft", "transformers"} == set(found["versions"])
     assert {"avx2", "avx512", "avx512_bf16", "amx"} == set(found["machine"]["features"])
     assert found["machine"]["threads"] == torch.get_num_threads()

@@ -295,7 +295,8 @@ def test_a_copy_beside_the_package(folder: Path) -> None:
     """Both register operators in one process: each has its own."""
     kernel = kernels.get_local_kernel(folder)
     assert kernel.lora_linear is not peftkernels.lora_linear
-    assert Metadata.read_from_file(folder / "build" / "torch-cpu" / "metadata.json").id == kernel.__name__
+    variant = "torch-cuda" if torch.version.cuda else "torch-cpu"
+    assert Metadata.read_from_file(folder / "build" / variant / "metadata.json").id == kernel.__name__
     name = str(getattr(torch.ops, kernel.__name__).lora_linear_fwd.eager)
     assert name == f"{kernel.__name__}.lora_linear_fwd.eager"
     assert str(torch.ops.peftkernels.lora_linear_fwd.eager) == "peftkernels.lora_linear_fwd.eager"

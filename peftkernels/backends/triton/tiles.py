@@ -83,10 +83,10 @@ _DECODE = (
     Tile(DECODE_TILE, 16, 64, 128, 4, 3),
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
-_POINTER_FP32 = (
-    Tile(POINTER, 64, 64, 32, 8, 3),
-    Tile(POINTER, 16, 64, 64, 4, 3),
-)
+_WIDE_FP32 = Tile(POINTER, 64, 64, 32, 8, 3)
+# For 10.0 Triton 3.6 spills registers of eight warps in the single launch; for 8.0 it does so with four.
+_WIDE_FP32_FROM_10 = Tile(POINTER, 64, 64, 32, 4, 3)
+_NARROW_FP32 = Tile(POINTER, 16, 64, 64, 4, 3)
 _DECODE_FP32 = (Tile(DECODE_TILE, 16, 32, 32, 4, 4),)
 
 
@@ -138,7 +138,8 @@ def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
 def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """Every tile that may be chosen for operands of `dtype` on a GPU of this compute capability."""
     if dtype == "float32":
-        return (*_POINTER_FP32, *_DECODE_FP32)
+        wide = _WIDE_FP32 if capability < (10, 0) else _WIDE_FP32_FROM_10
+        return (wide, _NARROW_FP32, *_DECODE_FP32)
     if capability < (9, 0):
         return (*_POINTER, *_DECODE)
     # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there.

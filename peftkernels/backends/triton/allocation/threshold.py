@@ -16,7 +16,7 @@ import triton.language as tl
 from peftkernels.backends.triton.launch import Variant, options
 
 # Scores that the program holds at a time.
-SCORES = 4096
+SCORES = 2048
 
 
 @triton.jit
@@ -24,13 +24,13 @@ def ordered_key(score):
     """fp32 as uint32 in the same order; -0 counts as 0."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
     negative = (bits >> 31) != 0
-    return tl.where(negative, ~bits, bits | 0x80000000)
+    return tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def score_of_key(key):
     """The fp32 number that `ordered_key` was given."""
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
+    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
