@@ -6,8 +6,8 @@
 #
 # --smoke      the same steps on tiny shapes on the CPU, in a minute: shows that the code works, measures nothing
 # --dry-run    a rehearsal where there is no GPU, in minutes: --smoke, and the build, every test collected, every kernel
-#              compiled for compute capability 9.0, every case listed, the questions asked of tiny shapes; ends at the
-#              first thing that fails
+#              compiled for compute capability 9.0 and launched onto a driver that computes nothing, every case listed,
+#              the questions asked of tiny shapes; ends at the first thing that fails
 # --questions  instead of all that: what docs/notes/gpu.md leaves open, measured in a run of its own
 # --tests      where the tests marked gpu are (default: tests/gpu)
 # OUT_DIR      default: peftkernels-bench-gpu
@@ -163,6 +163,8 @@ if [ -n "$rehearsal" ]; then
     step kernels "$(left)" env PYTHONPATH="tests:$PYTHONPATH" \
         "$python" -m compile_only.resources --capability 9.0 --processes "$(nproc)" ||
         fail "kernels that do not compile for compute capability 9.0, or badly"
+    step launches "$(left)" "$python" -m pytest -q -p no:cacheprovider tests/backends/test_triton_driver.py ||
+        fail "launches that a driver would not take, or that bring a kernel something else"
     step cases 60 "$python" -m bench.gpu --list --device cpu || fail "cases: exit code $?"
 elif [ -n "$smoke" ]; then
     echo "build: left out, a smoke run takes the C++ kernels as they lie"

@@ -60,6 +60,7 @@ case "$*" in
     -c*) [ "$3" = cuda ] && echo "NVIDIA H200, compute capability 9.0"; exit 0 ;;
     setup.py*) step=BUILD ;;
     *compile_only.resources*) step=KERNELS ;;
+    *test_triton_driver.py) step=LAUNCHES ;;
     *--list*) step=CASES ;;
     *" doctor") step=DOCTOR ;;
     "-m pytest"*) step=TESTS ;;
@@ -154,7 +155,7 @@ def test_no_tests_are_no_failure_of_a_smoke_run_alone(fake: Fake) -> None:
     assert "-m bench.gpu --out" in done.stdout and "--smoke --impl eager" in done.stdout
 
 
-REHEARSED = ("BUILD", "KERNELS", "CASES", "DOCTOR", "TESTS", "CHECK", "TUNE", "QUESTIONS", "BENCH")
+REHEARSED = ("BUILD", "KERNELS", "LAUNCHES", "CASES", "DOCTOR", "TESTS", "CHECK", "TUNE", "QUESTIONS", "BENCH")
 
 
 def test_a_rehearsal_goes_through_all_that_needs_no_gpu(fake: Fake) -> None:
