@@ -1,11 +1,12 @@
-"""Writes the README's tables and the plots from the files under `bench/results/`.
+"""Writes the README's tables, those of `docs/notes/gpu.md` and the plots from the files under `bench/results/`.
 
     python -m bench.report [--demo peftkernels-demo/results.json] [--comparison peftkernels-comparison/comparison.json]
-                           [--results DIR] [--readme FILE] [--plots DIR]
+                           [--results DIR] [--readme FILE] [--notes FILE] [--plots DIR]
 
 `--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`; `--comparison` those of
 a comparison of strategies, as `bench/results/allocators-<machine>.json`. The figures of HF peft on peftkernels are
-those that `python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`.
+those that `python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`; the notes are
+answered from `bench/results/questions-<gpu>.json`, which `bench/run_gpu.sh --questions` writes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from . import readme_allocators, readme_peft, readme_tables, results
 from .goals import judge
 from .gpu import plots as gpu_plots
 from .gpu import readme as gpu_readme
+from .gpu.questions import page as questions
 from .plots import Plot, draw_all
 from .results import CPU, ResultsError, Row
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOTS, README = HERE / "results", HERE / "plots", HERE.parent / "README.md"
+NOTES = HERE.parent / "docs" / "notes" / "gpu.md"
 
 
 class ReportError(Exception):
@@ -38,7 +41,7 @@ def replace_between(text: str, marker: str, content: str) -> str:
     """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if begin not in text or end not in text.split(begin, 1)[1]:
-        raise ReportError(f"README: found no markers {begin} and {end}")
+        raise ReportError(f"found no markers {begin} and {end}")
     head, rest = text.split(begin, 1)
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
@@ -85,7 +88,7 @@ def load(folder: Path) -> dict[Path, list[Row]]:
     return files
 
 
-def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
+def write_report(folder: Path, readme: Path, notes: Path, plots: Path) -> list[Path]:
     """Write everything; returns the files."""
     loaded = load(folder)
     files = {path: rows for path, rows in loaded.items() if all(row.device == CPU for row in rows)}
@@ -93,10 +96,7 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
     demos = sorted(folder.glob("demo-*.json"))
     if not demos:
         raise ReportError(f"{folder}: found no demo-*.json; run `make demo`, then `make report ARGS='--demo FILE'`")
-    try:
-        text = readme.read_text()
-    except OSError as error:
-        raise ReportError(f"--readme: {readme}: {error.strerror}") from error
+    texts = {"--readme": _text("--readme", readme), "--notes": _text("--notes", notes)}
     pages = {
         "goals": [f"{readme_tables.goals(judge(rows))}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
         "layers": [readme_tables.layers(readme_tables.Figures(rows)) for rows in files.values()],
@@ -132,9 +132,26 @@ def write_report(folder: Path, readme: Path, plots: Path) -> list[Path]:
         pages["allocators"] = [readme_allocators.NOTHING]
     pages["allocators"] += [part for part in map(readme_allocators.steps, files.values()) if part is not None]
     for marker, parts in pages.items():
-        text = replace_between(text, marker, "\n\n".join(parts))
-    replace_file(readme, text)
-    return [readme, *drawn]
+        texts["--readme"] = replace_between(texts["--readme"], marker, "\n\n".join(parts))
+    answers = [_answers(path) for path in sorted(folder.glob("questions-*.json"))] or [questions.NOTHING]
+    texts["--notes"] = replace_between(texts["--notes"], "questions", "\n\n".join(answers))
+    for path, text in ((readme, texts["--readme"]), (notes, texts["--notes"])):
+        replace_file(path, text)
+    return [readme, notes, *drawn]
+
+
+def _text(option: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ReportError(f"{option}: {path}: {error.strerror}") from error
+
+
+def _answers(path: Path) -> str:
+    try:
+        return questions.page(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: cannot be read as answers of bench.gpu.questions: {error!r}") from error
 
 
 def _peft(path: Path) -> str:
@@ -151,12 +168,14 @@ def _link(plot: Plot, readme: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description="Write README.md's tables and bench/plots/ from bench/results/."
+        prog="python -m bench.report",
+        description="Write the tables of README.md and docs/notes/gpu.md, and bench/plots/, from bench/results/.",
     )
     parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
     parser.add_argument("--comparison", type=Path, metavar="FILE", help="comparison.json to keep first")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: README.md")
+    parser.add_argument("--notes", type=Path, default=NOTES, metavar="FILE", help="default: docs/notes/gpu.md")
     parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
     options = parser.parse_args(arguments)
     try:
@@ -164,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_demo(options.demo, options.results)
         if options.comparison is not None:
             keep_comparison(options.comparison, options.results)
-        for path in write_report(options.results, options.readme, options.plots):
+        for path in write_report(options.results, options.readme, options.notes, options.plots):
             print(f"written: {path}")
     except (ReportError, ResultsError) as error:
         print(f"report: error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import pytest
 
 from peftkernels.bench import readme_tables, report, results
 from peftkernels.bench.cases import GROUPS, all_cases
+from peftkernels.bench.gpu.questions import page
 
 MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,11 @@ def _readme(path: Path) -> Path:
 
 
 def _arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "gpu.md").write_text("<!-- questions -->\nold questions\n<!-- /questions -->\n")
     return [
         f"--results={tmp_path / 'results'}",
         f"--readme={_readme(tmp_path / 'README.md')}",
+        f"--notes={tmp_path / 'gpu.md'}",
         f"--plots={tmp_path / 'plots'}",
     ]
 
@@ -55,6 +58,7 @@ def test_the_readme_has_every_marker() -> None:
     text = (ROOT / "README.md").read_text()
     for marker in MARKERS:
         report.replace_between(text, marker, "")
+    report.replace_between(report.NOTES.read_text(), "questions", "")
 
 
 def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +78,7 @@ def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFi
     pictures = sorted((tmp_path / "plots").iterdir())
     assert len(pictures) == 4 and all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
     assert all(f"](plots/{p.name})" in text for p in pictures)
-    assert capsys.readouterr().out.count("written: ") == 5
+    assert capsys.readouterr().out.count("written: ") == 6
     before = [p.read_bytes() for p in pictures]
     assert report.main(_arguments(tmp_path)) == 0
     assert [p.read_bytes() for p in pictures] == before
@@ -125,6 +129,7 @@ def test_a_file_that_has_no_figures_of_hf_peft_is_an_error(tmp_path: Path, capsy
     assert report.main(_arguments(tmp_path)) == 2
     assert "peft-backend-x.json: cannot be read as figures of bench.peft_backend" in capsys.readouterr().err
     assert "old peft" in (tmp_path / "README.md").read_text()
+    assert "old questions" in (tmp_path / "gpu.md").read_text()
 
 
 def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +164,7 @@ def test_few_cases_make_no_plots(tmp_path: Path) -> None:
     assert report.main(_arguments(tmp_path)) == 0
     assert list((tmp_path / "plots").iterdir()) == []
     assert "Too few cases were measured to draw any." in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "gpu.md").read_text() == f"<!-- questions -->\n{page.NOTHING}\n<!-- /questions -->\n"
 
 
 def test_a_missing_marker_is_an_error_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

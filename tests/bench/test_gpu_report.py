@@ -53,6 +53,8 @@ def test_goals_are_reached_on_all_of_their_cases() -> None:
         (f"replayed from a graph, never slower than {lineup.FLOOR} (2% for measuring)", 1.02 / 1.5),
         # 2 % of 100 µs.
         ("forward, host time of a call over F.linear's, µs", 2.0),
+        # 1.02 of the same.
+        ("allocator step, µs", 102.0),
     ):
         assert judged[title].value == pytest.approx(value, abs=1e-3), title
 
@@ -103,7 +105,9 @@ def _report(tmp_path: Path) -> tuple[str, list[str]]:
         for name in ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
     )
     (tmp_path / "README.md").write_text(text)
-    arguments = [f"--results={tmp_path / 'results'}", f"--readme={tmp_path / 'README.md'}"]
+    (tmp_path / "gpu.md").write_text("<!-- questions -->\n<!-- /questions -->")
+    names = {"results": "results", "readme": "README.md", "notes": "gpu.md"}
+    arguments = [f"--{option}={tmp_path / name}" for option, name in names.items()]
     assert report.main([*arguments, f"--plots={tmp_path / 'plots'}"]) == 0
     return (tmp_path / "README.md").read_text(), sorted(path.name for path in (tmp_path / "plots").iterdir())
 

@@ -12,7 +12,7 @@ from support.cases import Call, Outcome, make_call, run
 from support.implementations import served
 from support.routes import choices, representative
 
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton import launch, routes
 from peftkernels.backends.triton.routes import Choice
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -48,6 +48,21 @@ def test_repeated_calls(device: torch.device, size: str, seed: int) -> None:
         with routes.forced(way):
             expected = run(call, "triton")
             for turn in range(20 if device.type == "cuda" else 2):
+                _assert_same(run(call, "triton"), expected, f"{way}, {call.label}, run {turn}")
+
+
+@pytest.mark.gpu
+@in_every_size
+def test_launches_that_overlap(device: torch.device, size: str, seed: int) -> None:
+    """A kernel that begins beside the one before it takes nothing that is not written yet."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("launches overlap from compute capability 9.0 on")
+    call = _call(seed, size).on(device)
+    for way in _ways(call):
+        with routes.forced(way):
+            with launch.apart():
+                expected = run(call, "triton")
+            for turn in range(20):
                 _assert_same(run(call, "triton"), expected, f"{way}, {call.label}, run {turn}")
 
 

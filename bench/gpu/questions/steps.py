@@ -88,7 +88,7 @@ class Found:
 
 def contestants() -> list[str]:
     """Names of all trainings beside the frozen step."""
-    return [f"{kind}, {library}" for library in LIBRARIES for kind in KINDS]
+    return [f"{kind}, {library}" for kind in KINDS for library in LIBRARIES]
 
 
 class Steps:
