@@ -87,7 +87,7 @@ def early_faults(ptx: str, sass: str, types: Mapping[str, str | None], awaited: 
     found = []
     for one in early:
         if one.reads:
-            read = {names[number] for number in _named(one.source, origins)}
+            read = {names.get(number, "memory of Triton's own") for number in _named(one.source, origins)}
             found += [f"reads {name} before it waits for its predecessor" for name in awaited if name in read]
             if not read:
                 found.append(f"reads what no argument points to before it waits for its predecessor: {one.opcode}")
@@ -134,7 +134,7 @@ def _before_wait(statements: Sequence[Instruction | str]) -> list[Instruction | 
         if isinstance(one, str):
             return [place + 1]
         if one.opcode in (WAIT, "ret", "exit"):
-            return [place + 1] if one.guarded and one.opcode != WAIT else []
+            return [place + 1] if one.guarded else []
         if one.opcode.split(".")[0] == "brx":
             raise ValueError(f"a branch to one of several labels: {one.operands.strip()}")
         if one.opcode.split(".")[0] != "bra":
@@ -153,7 +153,7 @@ def _machine_before_wait(sass: str) -> list[str]:
 
     def follow(place: int) -> list[int]:
         _, guard, opcode, _, operands = instructions[place]
-        if opcode == MACHINE_WAIT or (opcode == "EXIT" and guard is None):
+        if opcode in (MACHINE_WAIT, "EXIT") and guard is None:
             return []
         targets = []
         if opcode in ("BRA", "BSSY", "CALL", "WARPSYNC"):
