@@ -38,7 +38,8 @@ def test_the_suite_is_part_of_the_package() -> None:
     found = setuptools.find_namespace_packages(str(root), **settings)
     assert "peftkernels.bench" in found and "peftkernels.cli" in found
     assert not [name for name in found if name.startswith("bench")]
-    assert [name for name in found if name.startswith("peftkernels.bench.")] == ["peftkernels.bench.gpu"]
+    parts = ["peftkernels.bench.gpu", "peftkernels.bench.gpu.questions"]
+    assert [name for name in found if name.startswith("peftkernels.bench.")] == parts
     assert (root / "peftkernels" / "bench").resolve() == root / "bench"
 
 
