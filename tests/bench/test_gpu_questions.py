@@ -18,7 +18,9 @@ from torch.autograd import DeviceType
 from peftkernels.backends.triton import launch, routes, tiles
 from peftkernels.backends.triton.routes import BACKWARD, FORWARD, Product
 from peftkernels.bench import report
+from peftkernels.bench.gpu import device
 from peftkernels.bench.gpu.device import find
+from peftkernels.bench.gpu.questions import __main__ as command
 from peftkernels.bench.gpu.questions import page, parts, specialised, steps
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +213,24 @@ def test_wrong_options_are_refused(arguments: list[str], message: str, tmp_path:
     )  # fmt: skip
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_breaks_is_kept_and_a_dead_device_ends_it(
+    alive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(parts, "measure_product", broken)
+    monkeypatch.setattr(device, "answers", lambda found: alive)
+    answers, kept = command.Answers(), []
+    clock = command.Clock(None, 0.0)
+    command._ask_products(find("cpu"), True, clock, answers, lambda: kept.append(list(answers.wrong)))
+    lines = [
+        f"{direction} M=33 N=48 K=64 float16: RuntimeError: an illegal memory access"
+        for direction in ("forward", "backward")
+    ]
+    assert answers.wrong == (lines if alive else lines[:1])
+    assert kept[0] == lines[:1]
+    assert ("the device no longer answers" in capsys.readouterr().out) != alive

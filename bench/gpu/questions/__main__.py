@@ -7,12 +7,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftkernels.backends.triton.routes import Product
+
     from ..device import Device
     from . import parts, steps
 
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
     # Steps first: there are few, and products take whatever time there is.
     if STEPS in topics:
         _ask_steps(device, options.smoke, clock, answers)
-        _write(path, facts, answers)
+    _write(path, facts, answers)
     if PRODUCTS in topics:
         _ask_products(device, options.smoke, clock, answers, lambda: _write(path, facts, answers))
     _print(path)
@@ -151,7 +153,8 @@ def _step_record(found: steps.Found) -> dict[str, Any]:
     }
 
 
-def _ask_products(device: Device, smoke: bool, clock: Clock, answers: Answers, keep: Any) -> None:
+def _ask_products(device: Device, smoke: bool, clock: Clock, answers: Answers, keep: Callable[[], None]) -> None:
+    from .. import device as devices
     from ..cases import MIDDLE_TOKENS, SHAPES
     from . import parts
 
@@ -173,6 +176,10 @@ def _ask_products(device: Device, smoke: bool, clock: Clock, answers: Answers, k
         except Exception as error:
             answers.wrong.append(f"{_name(product)}: {type(error).__name__}: {error}")
             print(f"FAILED: {answers.wrong[-1]}")
+            keep()
+            if not devices.answers(device):
+                print("the device no longer answers")
+                break
             continue
         answers.products.append(_product_record(found))
         taken.append(time.perf_counter() - began)
@@ -190,7 +197,7 @@ def _product_record(found: parts.Found) -> dict[str, Any]:
     }
 
 
-def _name(product: Any) -> str:
+def _name(product: Product) -> str:
     return f"{product.direction} M={product.m} N={product.n} K={product.k} {product.dtype}"
 
 
