@@ -60,6 +60,8 @@ class StandIn:
         """Let the next launch keep its parameters, as the kernel declares them; returns how many there are."""
         declared = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
         sizes = [_BYTES[kind] * int(count or 1) for kind, count in _DECLARED.findall(declared)]
+        if len(sizes) > MOST_PARAMETERS or max(sizes) > LARGEST_PARAMETER:
+            raise ValueError(f"found {len(sizes)} parameters of up to {max(sizes)} bytes, libcuda.c has less room")
         self._library.expect_parameters((ctypes.c_int32 * len(sizes))(*sizes), len(sizes))
         return len(sizes)
 
