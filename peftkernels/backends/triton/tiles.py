@@ -84,8 +84,8 @@ _DECODE = (
 )
 # Four bytes an element, and no tensor cores unless TF32 is allowed.
 _WIDE_FP32 = Tile(POINTER, 64, 64, 32, 8, 3)
-# For 10.0 Triton 3.6 spills registers of eight warps in the single launch; for 8.0 it does so with four.
-_WIDE_FP32_FROM_10 = Tile(POINTER, 64, 64, 32, 4, 3)
+# For 10.0 some release of Triton spills registers of eight warps, or of four with three stages; for 8.0 of four.
+_WIDE_FP32_FROM_10 = Tile(POINTER, 64, 64, 32, 4, 2)
 _NARROW_FP32 = Tile(POINTER, 16, 64, 64, 4, 3)
 _DECODE_FP32 = (Tile(DECODE_TILE, 16, 32, 32, 4, 4),)
 
