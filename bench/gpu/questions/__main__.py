@@ -23,7 +23,6 @@ PRODUCTS, STEPS = TOPICS = ("products", "steps")
 STARTED = time.perf_counter()
 # What a model of the larger shape takes to build, to warm up and to time, at the least.
 STEP_SECONDS = 25.0
-LINES_WIDTH = 220
 
 EPILOG = """\
 written to --out:
@@ -64,7 +63,9 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("topics", nargs="*", choices=[[], *TOPICS], metavar="TOPIC", help=f"{' or '.join(TOPICS)}")
+    parser.add_argument(
+        "topics", nargs="*", choices=[[], *TOPICS], metavar="TOPIC", help=f"{' or '.join(TOPICS)} (default: both)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the file")
     parser.add_argument("--limit", type=float, metavar="S", help="seconds (default: as long as it takes)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --smoke alone")
@@ -202,11 +203,9 @@ def _name(product: Product) -> str:
 
 
 def _write(path: Path, facts: dict[str, Any], answers: Answers) -> None:
-    """Beside `path`, then in its place."""
-    beside = path.with_name(path.name + ".partial")
-    content = {name: value for name, value in facts.items() if name != "slug"}
-    beside.write_text(json.dumps({**content, **asdict(answers)}, indent=1) + "\n")
-    os.replace(beside, path)
+    from peftkernels.cli.demo.checkpoint import write_json
+
+    write_json(path, {**{name: value for name, value in facts.items() if name != "slug"}, **asdict(answers)})
 
 
 def _print(path: Path) -> None:

@@ -6,10 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...readme_tables import markdown
+from .names import (
+    AFTER,
+    APART,
+    FIRST,
+    FROZEN,
+    KINDS,
+    LIBRARIES,
+    LIBRARY_SHRINK,
+    PLAIN,
+    SHRINK,
+    SPECIALISED,
+    training,
+)
 
 NOTHING = "Not measured: no GPU was available so far, and nothing on this page says how fast anything is on one."
-_AFTER, _FIRST = "library, S·Bᵀ after", "library, S·Bᵀ first"
-_STEPS = ("LoRA, peft", "AdaLoRA, peft", "LoRA, ours", "AdaLoRA, ours")
 Ratios = Mapping[str, Mapping[str, float]]
 
 
@@ -58,7 +69,7 @@ def _shares(products: Sequence[Mapping[str, Any]]) -> list[str]:
     for each in products:
         product = each["product"]
         rate = 2e-6 * product["m"] * product["n"] * product["k"] / each["bare_us"]
-        shares = [*_share(_best(each["ratios"], "plain")), *_share(_best(each["ratios"], "specialised"))]
+        shares = [*_share(_best(each["ratios"], PLAIN)), *_share(_best(each["ratios"], SPECIALISED))]
         lines.append([product["direction"], *_place(product), f"{rate:.0f}", *shares])
     if not lines:
         return []
@@ -72,7 +83,7 @@ def _median(ratios: Ratios, name: str | None) -> str:
 
 def _of_kind(ratios: Ratios, kind: str, apart: bool = False) -> str | None:
     """The one contestant of a kind, its launches overlapping or apart; None where it could not run."""
-    return next((n for n in ratios if n.startswith(f"{kind} ") and n.endswith(", apart") == apart), None)
+    return next((n for n in ratios if n.startswith(f"{kind} ") and n.endswith(APART) == apart), None)
 
 
 def _composed(products: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -83,9 +94,9 @@ def _composed(products: Sequence[Mapping[str, Any]]) -> list[str]:
         hidden = "–"
         if tail is not None and apart is not None:
             hidden = f"{each['bare_us'] * (ratios[apart]['median'] - ratios[tail]['median']):+.1f}"
-        names = ("shrink", "shrink, library", tail, apart)
+        names = (SHRINK, LIBRARY_SHRINK, tail, apart)
         single = _median(ratios, _of_kind(ratios, "single"))
-        libraries = [_median(ratios, name) for name in (_AFTER, _FIRST)]
+        libraries = [_median(ratios, name) for name in (AFTER, FIRST)]
         measured = [f"{each['bare_us']:.0f}", *(_median(ratios, name) for name in names), hidden, single, *libraries]
         lines.append([*_place(each["product"]), *measured])
     if not lines:
@@ -102,14 +113,15 @@ def _training(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for each in steps:
         profiles = each["profiles"]
-        for name in ("frozen", *_STEPS):
-            ratio = "1" if name == "frozen" else _median(each["ratios"], name)
+        for name in (FROZEN, *(training(kind, library) for library in LIBRARIES for kind in KINDS)):
+            ratio = "1" if name == FROZEN else _median(each["ratios"], name)
             one = profiles[name]
             numbers = (one["launches"], one["waits"], round(one["microseconds"]), one["operators"])
             lines.append([each["title"], name, ratio, *(f"{number:,}" for number in numbers)])
         over = {
-            library: each["ratios"][f"AdaLoRA, {library}"]["median"] / each["ratios"][f"LoRA, {library}"]["median"]
-            for library in ("peft", "ours")
+            library: each["ratios"][training("AdaLoRA", library)]["median"]
+            / each["ratios"][training("LoRA", library)]["median"]
+            for library in LIBRARIES
         }
         lines.append(
             [each["title"], "AdaLoRA over LoRA", f"peft {over['peft']:.3f}, ours {over['ours']:.3f}", *[""] * 4]

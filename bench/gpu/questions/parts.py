@@ -35,11 +35,9 @@ from ..device import Cuda, Device
 from ..layer import copies, normal
 from ..verify import poisoned_allocations, sampled_rows
 from . import specialised
+from .names import AFTER, APART, FIRST, LIBRARY_SHRINK, PLAIN, SHRINK, SPECIALISED
 
 BARE = "F.linear"
-PLAIN, SPECIALISED, APART = "plain", "specialised", ", apart"
-SHRINK, LIBRARY_SHRINK = "shrink", "shrink, library"
-AFTER, FIRST = "library, S·Bᵀ after", "library, S·Bᵀ first"
 BRIEF, LONG = Effort(0.0, 3, 1.0), Effort(0.3, 7, 2.0)
 SMOKE = Effort(0.0, 1, 0.1)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -25,10 +25,9 @@ from peftkernels import apply_to_peft
 from ...timing import Effort, Spread, interleave, spread
 from ...verify import WrongResultError
 from ..device import Cuda, Device
+from .names import FROZEN, KINDS, LIBRARIES, training
 
-FROZEN = "frozen"
 STEP = "a whole training step"
-KINDS, LIBRARIES = ("LoRA", "AdaLoRA"), ("peft", "ours")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, TARGET_RANK = 16, 8
 # So many that the budget falls at every step that is measured.
@@ -88,7 +87,7 @@ class Found:
 
 def contestants() -> list[str]:
     """Names of all trainings beside the frozen step."""
-    return [f"{kind}, {library}" for kind in KINDS for library in LIBRARIES]
+    return [training(kind, library) for kind in KINDS for library in LIBRARIES]
 
 
 class Steps:
@@ -106,7 +105,7 @@ class Steps:
             patched = copy.deepcopy(stock)
             apply_to_peft(patched)
             for model, library in zip((stock, patched), LIBRARIES, strict=True):
-                self.contestants[f"{kind}, {library}"] = _training_step(model, self._ids)
+                self.contestants[training(kind, library)] = _training_step(model, self._ids)
 
     def prepare(self, name: str) -> None:
         """Let whatever came before end."""

@@ -55,9 +55,9 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _absent() -> str | None:
+def _absent(interpreted: bool) -> str | None:
     """Why there is nothing that could run a kernel, on whatever device; None where there is."""
-    return _missing() or (_broken_interpreter() if interpreting() else None)
+    return _missing() or (_broken_interpreter() if interpreted else None)
 
 
 @functools.cache
@@ -70,8 +70,9 @@ def _old_gpu(device: torch.device) -> str | None:
 
 def unavailable_reason() -> str | None:
     """None when the kernels can run in this process, on some device, else why not."""
-    reason = _absent()
-    if reason is not None or interpreting():
+    interpreted = interpreting()
+    reason = _absent(interpreted)
+    if reason is not None or interpreted:
         return reason
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch sees no CUDA device"
@@ -80,12 +81,13 @@ def unavailable_reason() -> str | None:
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the kernels can compute with an x of this device and dtype, else why not."""
-    reason = _absent()
+    interpreted = interpreting()
+    reason = _absent(interpreted)
     if reason is not None:
         return reason
     if dtype is torch.float64:
         return "x is torch.float64, the Triton kernels compute in float32, float16 and bfloat16"
-    if interpreting():
+    if interpreted:
         if device.type != "cpu":
             return f"x is on {device}, and TRITON_INTERPRET is set, which runs kernels on the CPU"
         if dtype is torch.bfloat16:
