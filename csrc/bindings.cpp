@@ -109,6 +109,7 @@ PYBIND11_MODULE(_C, m) {
     cpu::set_pack_limit({bytes, share});
   });
   m.def("refuses_packs", [](const at::Tensor& weight) { return cpu::is_refused(weight) && !cpu::ask_again(weight); });
+  m.def("forget_weight", &cpu::forget_weight, py::call_guard<py::gil_scoped_release>());
   m.def("clear_pack_cache", &cpu::clear_pack_cache);
   m.def("available_memory", &cpu::available_memory, py::arg("root") = "");
 }

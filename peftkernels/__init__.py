@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
+from peftkernels._weights import weights_changed
 from peftkernels.dispatch import Explanation
 from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
@@ -23,6 +24,7 @@ __all__ = [
     "revert",
     "shared_shrink",
     "stats",
+    "weights_changed",
 ]
 
 

@@ -52,9 +52,11 @@ inline uint32_t version_of(const at::Tensor& weight) {
 
 // What the cache knows of a weight.
 struct KnownWeight {
-  explicit KnownWeight(const at::Tensor& weight)
-      : storage(weight.storage().getWeakStorageImpl()),
+  KnownWeight(const at::Tensor& weight, int64_t serial)
+      : serial(serial),
+        storage(weight.storage().getWeakStorageImpl()),
         memory(weight.storage().data()),
+        memory_bytes(weight.storage().nbytes()),
         data(weight.const_data_ptr()),
         version(version_of(weight)),
         sample(weight) {}
@@ -62,6 +64,13 @@ struct KnownWeight {
   // Whether the weight is as it was.
   bool is(const at::Tensor& weight) const {
     return data == weight.const_data_ptr() && version == version_of(weight) && sample.matches(data);
+  }
+
+  // Whether it lies in memory that `other` has a part of.
+  bool shares_memory_with(const c10::Storage& other) const {
+    const auto begin = reinterpret_cast<uintptr_t>(memory), other_begin = reinterpret_cast<uintptr_t>(other.data());
+    return storage._unsafe_get_target() == other.unsafeGetStorageImpl() ||
+        (begin < other_begin + other.nbytes() && other_begin < begin + memory_bytes);
   }
 
   // Its pack of this kind, if there is one.
@@ -82,9 +91,13 @@ struct KnownWeight {
     return sum;
   }
 
+  // No two have the same: a weight that is forgotten and known again is another one.
+  int64_t serial;
   // Weak: keeps the storage's address from being used again, but not its memory.
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void *memory, *data;
+  const void* memory;
+  size_t memory_bytes;
+  const void* data;
   uint32_t version;
   WeightSample sample;
   std::vector<Pack> packs;

@@ -44,7 +44,7 @@ struct Cache {
   std::atomic<PackMode> mode{PackMode::Both}; // read without the mutex too
   PackLimit limit;
   int64_t promised = 0; // bytes of packs that are being made
-  int64_t hits = 0, misses = 0, clock = 0;
+  int64_t hits = 0, misses = 0, clock = 0, serials = 0;
   std::atomic<int64_t> refused{0}; // weights; read without the mutex too
 
   int64_t held() const {
@@ -218,6 +218,7 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
   auto& state = cache();
   Dropped dropped;
   bool keep = false;
+  int64_t serial = 0;
   {
     const std::lock_guard<std::mutex> guard(state.mutex);
     if (++state.clock % kCallsPerSweep == 0) {
@@ -235,10 +236,11 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
     if (keeps(state.mode, direction)) {
       state.erase_dead(dropped);
       if (known == nullptr) {
-        known = &state.weights.emplace(key, KnownWeight(weight)).first->second;
+        known = &state.weights.emplace(key, KnownWeight(weight, ++state.serials)).first->second;
         known->used = state.clock;
         watch(weight);
       }
+      serial = known->serial;
       keep = state.admit(*known, bytes, dropped);
     }
   }
@@ -252,8 +254,9 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
   auto panels = pack(weight, dtype, direction, group, /*kept=*/true);
   const std::lock_guard<std::mutex> guard(state.mutex);
   auto* const known = state.find(key, weight, dropped);
-  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread.
-  if (known == nullptr || known->wanted > 0 || !keeps(state.mode, direction)) {
+  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread; and the
+  // weight may have changed and been met again by another thread, as it is now and not as it was packed.
+  if (known == nullptr || known->serial != serial || known->wanted > 0 || !keeps(state.mode, direction)) {
     return panels;
   }
   if (const auto* const found = known->find(dtype, direction, group)) {
@@ -322,6 +325,17 @@ PackCacheStats pack_cache_stats() {
     stats.packs += static_cast<int64_t>(weight.packs.size());
   }
   return stats;
+}
+
+void forget_weight(const at::Tensor& weight) {
+  if (!weight.key_set().has_backend(c10::BackendComponent::CPUBit) || !weight.has_storage()) {
+    return;
+  }
+  auto& state = cache();
+  Dropped dropped;
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  const auto& storage = weight.storage();
+  state.erase_if([&storage](const KnownWeight& known) { return known.shares_memory_with(storage); }, dropped);
 }
 
 void clear_pack_cache() {

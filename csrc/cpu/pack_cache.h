@@ -51,6 +51,8 @@ void set_pack_mode(PackMode mode);
 // Packs beyond the new limit are dropped, those of the weights first that have not been used for longest.
 void set_pack_limit(const PackLimit& limit);
 PackCacheStats pack_cache_stats();
+// Forgets the weight and every other one in the same memory.
+void forget_weight(const at::Tensor& weight);
 void clear_pack_cache();
 
 } // namespace peftkernels::cpu

@@ -157,6 +157,13 @@ def available_memory() -> int | None:
     return None if available is None else int(available)
 
 
+def forget_weight(weight: Tensor) -> None:
+    """Free the packs of `weight` and of every other weight in the same memory; nothing where there are no kernels."""
+    extension = _load()[0]
+    if extension is not None:
+        extension.forget_weight(weight)
+
+
 def clear_pack_cache() -> None:
     """Free every pack; the next call on a weight packs it again."""
     _extension().clear_pack_cache()

@@ -186,3 +186,27 @@ def test_inside_another_parallel_region(
             _assert_same(outcome, expected[thread], f"thread {thread}, {calls[thread].label}")
     assert sorted(found) == [0, 1, 2]
     assert count("weights") == 2
+
+
+def test_a_weight_changed_by_one_thread_while_another_packs_it(seed: int) -> None:
+    """What the first thread packed must not be kept for the weight that a second one meets after the change."""
+    call = make_call(seed, leading=(1,), n=3000, k=2048, r=2)
+
+    def pack() -> threading.Thread:
+        misses = count("misses")
+        thread = threading.Thread(target=lambda: run(call, "cpu", ()))
+        thread.start()
+        while count("misses") == misses:  # until it packs
+            pass
+        return thread
+
+    for _ in range(10):
+        cpu.clear_pack_cache()
+        first = pack()
+        call.weight.neg_()
+        second = pack()
+        for thread in (first, second):
+            thread.join()
+        found = run(call, "cpu", ()).y
+        exact = run(call, "eager", ()).y
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
