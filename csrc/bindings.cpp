@@ -92,8 +92,9 @@ py::dict pack_cache_stats() {
 
 // The entry that `functional.py` tries first; the arguments are what `dispatch.py` says of this process.
 py::object direct_call(
-    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan) {
-  set_direct_call(automatic, named, rank_plan.ptr());
+    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan,
+    const py::function& second_derivatives) {
+  set_direct_call(automatic, named, rank_plan.ptr(), second_derivatives.ptr());
   return py::reinterpret_steal<py::object>(make_direct_call());
 }
 

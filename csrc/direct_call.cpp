@@ -5,8 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randint.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <initializer_list>
 #include <limits>
@@ -272,14 +274,51 @@ PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
+py::object tensor_or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? py::cast(tensor) : py::none();
+}
+
+// Calls Python's `composition.second_derivatives`.
+std::vector<at::Tensor> call_second_derivatives(
+    PyObject* function, const std::array<at::Tensor, 6>& grads, const std::vector<at::Tensor>& arguments,
+    const cpu::BackwardPass& pass) {
+  const py::gil_scoped_acquire locked;
+  py::list weights, asked;
+  for (const auto& grad : grads) {
+    weights.append(tensor_or_none(grad));
+  }
+  for (const auto& argument : arguments) {
+    asked.append(argument.defined() && argument.requires_grad());
+  }
+  const auto scaling = pass.scaling_tensor.defined() ? py::cast(pass.scaling_tensor) : py::cast(pass.scaling);
+  const auto constants =
+      py::make_tuple(tensor_or_none(pass.state), scaling, pass.dropout_p, tensor_or_none(pass.seed));
+  const py::list found = py::reinterpret_borrow<py::object>(function)(
+      weights, tensor_or_none(arguments[0]), tensor_or_none(arguments[1]), tensor_or_none(arguments[2]),
+      tensor_or_none(arguments[3]), tensor_or_none(arguments[4]), tensor_or_none(pass.bias),
+      tensor_or_none(arguments[5]), tensor_or_none(pass.shrink), constants, py::cast(pass.needs), asked);
+  std::vector<at::Tensor> derivatives;
+  for (const auto& derivative : found) {
+    derivatives.push_back(derivative.is_none() ? at::Tensor() : derivative.cast<at::Tensor>());
+  }
+  return derivatives;
+}
+
 } // namespace
 
 void set_direct_call(
-    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, PyObject* rank_plan) {
+    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, PyObject* rank_plan,
+    PyObject* second_derivatives) {
   TORCH_CHECK_TYPE(PyType_Check(rank_plan), "rank_plan: expected the class RankPlan");
   Py_INCREF(rank_plan);
   Py_XDECREF(reinterpret_cast<PyObject*>(served.rank_plan));
   served = {DtypeSet(automatic), DtypeSet(named), reinterpret_cast<PyTypeObject*>(rank_plan)};
+  // Never released: threads may run a backward pass while the interpreter goes down.
+  Py_INCREF(second_derivatives);
+  cpu::set_second_derivatives(
+      [second_derivatives](const auto& grads, const auto& arguments, const auto& pass) {
+        return call_second_derivatives(second_derivatives, grads, arguments, pass);
+      });
 }
 
 PyObject* make_direct_call() {

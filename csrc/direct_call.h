@@ -9,9 +9,11 @@
 namespace peftkernels {
 
 // What `peftkernels.dispatch` decided once for the process: the dtypes of x in which the C++ kernels serve impl="auto"
-// and impl="cpu", for x on the CPU and a frozen weight. `rank_plan` is the class RankPlan.
+// and impl="cpu", for x on the CPU and a frozen weight. `rank_plan` is the class RankPlan, `second_derivatives` the function
+// of `peftkernels.composition`.
 void set_direct_call(
-    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, PyObject* rank_plan);
+    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, PyObject* rank_plan,
+    PyObject* second_derivatives);
 
 // The callable `(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl)`: y,
 // or None with nothing done where the call is not for the C++ kernels, an argument is wrong, or anything but plain tensors and

@@ -146,7 +146,7 @@ def sharing_disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def direct_call() -> Callable[..., Tensor | None] | None:
+def direct_call(second_derivatives: Callable[..., list[Tensor | None]]) -> Callable[..., Tensor | None] | None:
     """The C++ entry for plain calls on the C++ kernels (csrc/direct_call.h), or None where they cannot run.
 
     It is told what `choose` answers for each dtype of x, and leaves to Python every call whose choice depends on more.
@@ -154,7 +154,8 @@ def direct_call() -> Callable[..., Tensor | None] | None:
     if _cpu_unavailable_reason() is not None:
         return None
     named = [dtype for dtype in FLOATS if _unserved_dtype(dtype) is None]
-    return cpu.direct_call([dtype for dtype in named if _slow_dtype(dtype) is None], named, RankPlan)
+    automatic = [dtype for dtype in named if _slow_dtype(dtype) is None]
+    return cpu.direct_call(automatic, named, RankPlan, second_derivatives)
 
 
 @dataclass(frozen=True)

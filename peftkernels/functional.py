@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from peftkernels import dispatch
+from peftkernels import composition, dispatch
 from peftkernels._autocast import autocast_dtype
 from peftkernels._checks import check_arguments
 from peftkernels.rank_plan import RankPlan
@@ -25,20 +26,39 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 # Implementations that are not made of torch's own operators.
 _KERNELS = ("cpu", "triton")
 _SEED_END = 2**63 - 1
+_FORWARD_MODE = "forward-mode differentiation"
 
 
-class _NoDoubleBackward(torch.autograd.Function):
-    """Passes first-order gradients through and raises when somebody differentiates them again."""
+class _Gradients(torch.autograd.Function):
+    """Gradients that are there, as functions of what they depend on: for those who differentiate them again."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        at: composition.Constants,
+        needs: Sequence[bool],
+        shrink: Tensor | None,
+        bias: Tensor | None,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gate: Tensor | None,
+        *gradients: Tensor | None,
+    ) -> Any:
+        ctx.save_for_backward(grad_y, x, weight, lora_A, lora_B, gate, shrink, bias)
+        ctx.at, ctx.needs = at, needs
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated"
+        grad_y, x, weight, lora_A, lora_B, gate, shrink, bias = ctx.saved_tensors
+        asked = ctx.needs_input_grad[4:10]
+        found = composition.second_derivatives(
+            grads, grad_y, x, weight, lora_A, lora_B, bias, gate, shrink, ctx.at, ctx.needs, asked
         )
+        return None, None, None, None, *found, *(None for _ in grads)
 
 
 def _operator(impl: str, direction: int, first: Tensor, weight: Tensor, lora_A: Tensor) -> Callable[..., Any]:
@@ -47,8 +67,6 @@ def _operator(impl: str, direction: int, first: Tensor, weight: Tensor, lora_A: 
     behind = _FUNCTIONS.get(impl)
     if (
         behind is None
-        # A backward pass that is itself recorded (create_graph): autograd must see one operator, not its parts.
-        or (direction == 1 and torch.is_grad_enabled())
         or behind[0] is not overloads
         or is_dynamo_compiling()
         or type(first) is not Tensor
@@ -142,29 +160,44 @@ class _LoraLinear(torch.autograd.Function):
         if weight is None:
             weight = ctx.weight_of()
         needs = list(ctx.needs_input_grad[:6])
-        gradients = _operator(ctx.impl, 1, grad_y, weight, lora_A)(
-            grad_y,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            bias,
-            shrink,
-            gate,
-            rank_state,
-            rank_order,
-            rank_counts,
-            ctx.scaling,
-            scaling_tensor,
-            ctx.dropout_p,
-            dropout_seed,
-            needs,
-        )
-        asked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
         # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            asked = list(_NoDoubleBackward.apply(grad_y, *asked))
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if differentiable else nullcontext():
+            gradients = _operator(ctx.impl, 1, grad_y, weight, lora_A)(
+                grad_y,
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                bias,
+                shrink,
+                gate,
+                rank_state,
+                rank_order,
+                rank_counts,
+                ctx.scaling,
+                scaling_tensor,
+                ctx.dropout_p,
+                dropout_seed,
+                needs,
+            )
+        asked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        if differentiable:
+            scale = ctx.scaling if scaling_tensor is None else scaling_tensor
+            at = composition.Constants(rank_state, scale, ctx.dropout_p, dropout_seed)
+            asked = list(_Gradients.apply(at, needs, shrink, bias, grad_y, x, weight, lora_A, lora_B, gate, *asked))
         return *asked, None, None, None, None, None, None, None, None, None, None
+
+
+def _transform(arguments: Iterable[Tensor | None]) -> str | None:
+    """What is at work on a call, where it is something that only operations of torch follow, else None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0 and any(
+        value is not None and forward_ad.unpack_dual(value).tangent is not None for value in arguments
+    ):
+        return _FORWARD_MODE
+    return None
 
 
 def _leave_to_python(*arguments: Any) -> Tensor | None:
@@ -177,7 +210,7 @@ def _load_direct_call(*arguments: Any) -> Tensor | None:
     global _direct_call
     if arguments[-1] not in ("auto", "cpu"):
         return None
-    _direct_call = dispatch.direct_call() or _leave_to_python
+    _direct_call = dispatch.direct_call(composition.second_derivatives) or _leave_to_python
     return _direct_call(*arguments)
 
 
@@ -226,8 +259,12 @@ def lora_linear(
     bias and gate may require grad; gradients come in each parameter's dtype and nothing else is computed. Saved for
     backward: x, S = drop(x)·Aᵀ (M, r), and the parameters themselves. Sums are float32 (float64 for float64).
 
+    Gradients can be differentiated again (create_graph), and with "auto" the transforms of torch.func and forward-mode
+    differentiation apply: these derivatives are operations of torch, on every implementation. A PROBE rank's factors
+    must be finite there.
+
     Raises TypeError or ValueError, before any kernel runs, for an argument of the wrong type, dtype, shape, device or
-    range; RuntimeError when a named `impl` cannot serve, and when the gradients are differentiated again.
+    range; RuntimeError when a named `impl` cannot serve.
 
     Source: LoRA (arXiv 2106.09685), AdaLoRA's gates and masks (arXiv 2303.10512), Philox4x32-10 (Salmon et al. 2011).
     """
@@ -277,21 +314,17 @@ def _call(
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
 
-    if (
-        (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or lora_A.requires_grad
-                or lora_B.requires_grad
-                or weight.requires_grad
-                or (gate is not None and gate.requires_grad)
-                or (bias is not None and bias.requires_grad)
+    arguments = (x, weight, lora_A, lora_B, bias, gate)
+    recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in arguments)
+    if not is_dynamo_compiling() and (transform := _transform(arguments)) is not None:
+        if impl == "auto" or chosen not in _KERNELS:
+            return composition.forward(*arguments, composition.Constants(state, scaling, dropout_p, seed))
+        if recorded or transform == _FORWARD_MODE:
+            raise RuntimeError(
+                f"impl={impl!r} cannot serve this call: it is differentiated by {transform}, which kernels do not "
+                "follow; impl='auto' runs it as operations of torch"
             )
-        )
-        # Kernels drop the tangents of forward-mode differentiation; the boundary refuses inputs that have one.
-        or (forward_ad._current_level >= 0 and chosen in _KERNELS and not is_dynamo_compiling())
-    ):
+    if recorded:
         return _LoraLinear.apply(
             x,
             weight,

@@ -45,19 +45,21 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-variable_list only_defined(at::TensorList tensors) {
-  variable_list defined;
-  for (const auto& tensor : tensors) {
-    if (tensor.defined()) {
-      defined.push_back(tensor);
-    }
-  }
-  return defined;
-}
+SecondDerivatives second_derivatives;
 
-// Passes first-order gradients through and raises when somebody differentiates them again.
-struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
-  static variable_list forward(AutogradContext*, at::TensorList gradients, at::TensorList /*depend_on*/) {
+// Gradients that are there, as functions of what they depend on: for those who differentiate them again.
+struct Gradients : torch::autograd::Function<Gradients> {
+  // `arguments` are grad_y, x, weight, lora_A, lora_B and gate, undefined where there is none.
+  static variable_list forward(
+      AutogradContext* context, at::TensorList gradients, at::TensorList arguments, const BackwardPass& pass) {
+    variable_list saved = arguments.vec();
+    for (const auto* const tensor : {&pass.bias, &pass.shrink, &pass.state, &pass.scaling_tensor, &pass.seed}) {
+      saved.push_back(*tensor);
+    }
+    context->save_for_backward(std::move(saved));
+    context->saved_data["needs"] = c10::List<bool>(pass.needs);
+    context->saved_data["scaling"] = pass.scaling;
+    context->saved_data["dropout_p"] = pass.dropout_p;
     variable_list views;
     for (const auto& gradient : gradients) {
       views.push_back(gradient.view_as(gradient));
@@ -65,17 +67,41 @@ struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
     return views;
   }
 
-  static variable_list backward(AutogradContext*, const variable_list& /*grads*/) {
-    TORCH_CHECK(
-        false, "lora_linear: double backward is not implemented; the gradients of lora_linear cannot be differentiated");
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const auto needs = context->saved_data["needs"].toBoolList();
+    const variable_list arguments(saved.begin(), saved.begin() + 6);
+    BackwardPass pass{{}, saved[6], saved[7], saved[8], saved[9], saved[10], context->saved_data["scaling"].toDouble(),
+                      context->saved_data["dropout_p"].toDouble()};
+    // Only gradients that were asked for have a place among `grads`.
+    std::array<at::Tensor, 6> weights;
+    auto next = grads.begin();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      pass.needs[i] = needs[i];
+      if (pass.needs[i]) {
+        weights[i] = *next++;
+      }
+    }
+    TORCH_CHECK(second_derivatives, "lora_linear: nothing was set that computes second derivatives");
+    variable_list results(grads.size());
+    for (auto& derivative : second_derivatives(weights, arguments, pass)) {
+      results.push_back(std::move(derivative));
+    }
+    results.emplace_back();
+    return results;
   }
 };
 
-// Makes the defined gradients raise when somebody differentiates them by anything that they depend on.
-void refuse_derivatives(variable_list& gradients, at::TensorList depend_on) {
-  const auto asked = only_defined(gradients), arguments = only_defined(depend_on);
-  auto refusing = NoDoubleBackward::apply(at::TensorList(asked), at::TensorList(arguments));
-  auto next = refusing.begin();
+// Lets the gradients that are there be differentiated again.
+void make_differentiable(variable_list& gradients, at::TensorList arguments, const BackwardPass& pass) {
+  variable_list asked;
+  for (const auto& gradient : gradients) {
+    if (gradient.defined()) {
+      asked.push_back(gradient);
+    }
+  }
+  auto views = Gradients::apply(at::TensorList(asked), arguments, pass);
+  auto next = views.begin();
   for (auto& gradient : gradients) {
     if (gradient.defined()) {
       gradient = *next++;
@@ -84,6 +110,10 @@ void refuse_derivatives(variable_list& gradients, at::TensorList depend_on) {
 }
 
 } // namespace
+
+void set_second_derivatives(SecondDerivatives function) {
+  second_derivatives = std::move(function);
+}
 
 // Outside the unnamed namespace because autograd prints this name as that of y's node.
 struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
@@ -143,7 +173,10 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     };
     variable_list gradients{asked(0, x), asked(2, lora_A), asked(3, lora_B), asked(4, bias), asked(5, gate), {}};
     if (at::GradMode::is_enabled()) {
-      refuse_derivatives(gradients, {grads[0], saved[kX], saved[kA], saved[kB], saved[kBias], saved[kGate]});
+      const BackwardPass pass{needs, saved[kBias], saved[kShrink], saved[kState], saved[kScaling], saved[kSeed],
+                              context->saved_data["scaling"].toDouble(), dropout_p};
+      make_differentiable(
+          gradients, {grads[0], saved[kX], saved[kWeight], saved[kA], saved[kB], saved[kGate]}, pass);
     }
     return gradients;
   }

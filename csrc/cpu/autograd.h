@@ -3,8 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <vector>
 
 namespace peftkernels::cpu {
 
@@ -22,5 +25,20 @@ struct Call {
 // y, through the dispatcher, so that profilers and modes see the operators. Where gradients are recorded, it saves and
 // computes what the Python function `_LoraLinear` does.
 at::Tensor lora_linear(const Call& call);
+
+// What a backward pass had beside the tensors that it may be differentiated by; undefined where there is nothing.
+struct BackwardPass {
+  std::array<bool, 6> needs;
+  at::Tensor bias, shrink, state, scaling_tensor, seed;
+  double scaling, dropout_p;
+};
+
+// `composition.second_derivatives`: by grad_y, x, weight, lora_A, lora_B and gate, which are `arguments`, of the six
+// gradients weighted with `grads`.
+using SecondDerivatives = std::function<std::vector<at::Tensor>(
+    const std::array<at::Tensor, 6>& grads, const std::vector<at::Tensor>& arguments, const BackwardPass& pass)>;
+
+// Chooses what computes them, once for the process.
+void set_second_derivatives(SecondDerivatives function);
 
 } // namespace peftkernels::cpu

@@ -71,13 +71,17 @@ def keeps_packs() -> bool:
 
 
 def direct_call(
-    automatic: Sequence[torch.dtype], named: Sequence[torch.dtype], rank_plan: type
+    automatic: Sequence[torch.dtype],
+    named: Sequence[torch.dtype],
+    rank_plan: type,
+    second_derivatives: Callable[..., list[Tensor | None]],
 ) -> Callable[..., torch.Tensor | None]:
     """The C++ entry for plain calls, for the dtypes of x that are served when "auto" and when "cpu" is asked for.
 
-    It takes lora_linear's arguments by position and returns y, or None with nothing done.
+    It takes lora_linear's arguments by position and returns y, or None with nothing done. Its gradients are
+    differentiated by `second_derivatives`, that of `composition`.
     """
-    return _extension().direct_call(automatic, named, rank_plan)
+    return _extension().direct_call(automatic, named, rank_plan, second_derivatives)
 
 
 def refuses_packs(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Autograd's other doors: checkpointing, functional_call, second derivatives, version counters, copies, hooks."""
+"""Autograd's other doors: checkpointing, functional_call, create_graph, version counters, copies, hooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from support.cases import Call, make_call, run
 from support.devices import FROZEN_WEIGHTS
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from peftkernels import RankPlan, lora_linear
@@ -93,57 +92,6 @@ def test_functional_call(impl: str, seed: int) -> None:
     assert other.lora_A.grad is not None
     assert layer.lora_A.grad is None
     assert layer.lora_B.grad is not None
-
-
-@pytest.mark.parametrize("of", ["x", "lora_A", "lora_B", "gate", "bias"])
-def test_double_backward_says_that_it_is_not_implemented(impl: str, of: str, seed: int) -> None:
-    call = make_call(seed)
-    leaves = _leaves(call, impl)
-    y = _apply(leaves, call, impl)
-    grad_y = call.grad_y.requires_grad_()
-    (gradient,) = torch.autograd.grad(y, leaves[of], grad_y, create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
-        gradient.square().sum().backward()
-
-
-def test_double_backward_through_a_loss(impl: str, seed: int) -> None:
-    """The gradient depends on the arguments even where the incoming gradient does not require grad."""
-    call = make_call(seed)
-    leaves = _leaves(call, impl)
-    loss = _apply(leaves, call, impl).square().sum()
-    (gradient,) = torch.autograd.grad(loss, leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
-        gradient.square().sum().backward()
-
-
-def test_double_backward_with_a_constant_incoming_gradient(impl: str, seed: int) -> None:
-    """∂x still depends on the factors: a penalty on it, beside another loss, must not be left out in silence."""
-    call = make_call(seed)
-    leaves = _leaves(call, impl)
-    y = _apply(leaves, call, impl)
-    (gradient,) = torch.autograd.grad(y, leaves["x"], call.grad_y, create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
-        (gradient.square().sum() + y.sum()).backward()
-
-
-def test_double_backward_through_the_incoming_gradient_alone(impl: str, seed: int) -> None:
-    """With frozen factors ∂x depends on nothing but G, and that is no less a second derivative."""
-    call = make_call(seed)
-    y = lora_linear(call.x.requires_grad_(), call.weight, call.lora_A, call.lora_B, impl=impl)
-    (gradient,) = torch.autograd.grad(y, call.x, call.grad_y.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
-        gradient.square().sum().backward()
-
-
-@pytest.mark.parametrize("of", ["lora_A", "lora_B"])
-def test_double_backward_through_the_factors_alone(impl: str, of: str, seed: int) -> None:
-    """∂A depends on B and ∂B on A, whatever else is frozen."""
-    call = make_call(seed)
-    factors = {"lora_A": call.lora_A.requires_grad_(), "lora_B": call.lora_B.requires_grad_()}
-    y = lora_linear(call.x, call.weight, **factors, impl=impl)
-    (gradient,) = torch.autograd.grad(y, factors[of], call.grad_y, create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
-        gradient.square().sum().backward()
 
 
 def test_create_graph_without_a_second_derivative(impl: str, seed: int) -> None:
@@ -258,22 +206,3 @@ def test_anomaly_mode_and_hooks(impl: str, seed: int) -> None:
         y.register_hook(lambda gradient: 3 * gradient)
         y.backward(call.grad_y)
     assert torch.equal(seen[0], run(call.replace(grad_y=3 * call.grad_y), impl).gradients["lora_A"])
-
-
-def test_forward_mode_is_right_or_refused(impl: str, seed: int) -> None:
-    """A tangent is never dropped in silence: implementations made of torch's operators carry it, kernels refuse it."""
-    call = make_call(seed, bias=False, gate=False)
-    tangent = torch.randn(call.x.shape)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(call.x, tangent)
-
-        def apply() -> Tensor:
-            return lora_linear(dual, call.weight, call.lora_A, call.lora_B, scaling=call.scaling, impl=impl)
-
-        if impl in ("cpu", "triton"):
-            with pytest.raises(NotImplementedError, match="forward mode AD"):
-                apply()
-        else:
-            found = forward_ad.unpack_dual(apply()).tangent
-            expected = tangent @ call.weight.T + call.scaling * (tangent @ call.lora_A.T) @ call.lora_B.T
-            torch.testing.assert_close(found, expected)
