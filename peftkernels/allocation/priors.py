@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from peftkernels._module_names import named_modules
 from peftkernels.allocation.files import read_json, write_json
 from peftkernels.allocation.module_groups import projection_type
 from peftkernels.allocation.protocol import GatedLayer
@@ -179,7 +180,7 @@ def initial_ranks(
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(N, K) of every nn.Linear of a model by name, in order: what `match` and `initial_ranks` want of a model that has
     no adapters yet. Leave out those that will have none."""
-    return {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: (m.out_features, m.in_features) for name, m in named_modules(model) if isinstance(m, nn.Linear)}
 
 
 def gated_shapes(names: Sequence[str], layers: Sequence[GatedLayer]) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftkernels._module_names import named_modules
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.rank_plan import RankPlan
@@ -163,7 +164,7 @@ def find_gated_layers(source: nn.Module | Mapping[str, Any]) -> dict[str, GatedL
     gated layer, where one is given twice or where its factors disagree in rank.
     """
     if isinstance(source, nn.Module):
-        layers = {name: module for name, module in source.named_modules() if _is_gated(module)}
+        layers: dict[str, Any] = {name: module for name, module in named_modules(source) if _is_gated(module)}
         if not layers:
             raise ValueError(
                 f"model: found no AdaLoRALinear layer in {type(source).__name__}, expected at least one; "

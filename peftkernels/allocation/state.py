@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from peftkernels._module_names import names_without_wrappers
+from peftkernels._reading import check_number, check_object, check_whole, shown
 from peftkernels.allocation.json_tensor import METADATA, decode, encode
 from peftkernels.allocation.selection import Decision
 
@@ -44,16 +46,19 @@ def pack_state(allocator: BudgetAllocator) -> dict[str, Tensor]:
     return {METADATA: encode(facts), **owned}
 
 
-def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The JSON part of a state that belongs to `allocator`, whose tensors are checked too. Raises ValueError, without
-    a change, for any other."""
+def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """The JSON part and the tensors of a state that belongs to `allocator`, with its names of the layers. Raises
+    ValueError, without a change, for any other."""
     facts = decode(state)
     found = facts.get("format")
     if found != _FORMAT:
-        raise ValueError(f"state: found format {found!r}, expected {_FORMAT} as given by state_dict()")
+        raise ValueError(f"state: found format {shown(found)}, expected {_FORMAT} as given by state_dict()")
     expected = _identity(allocator)
-    if facts["strategy"] != expected["strategy"]:
-        raise ValueError(f"state: found the strategy {facts['strategy']!r}, expected {expected['strategy']!r}")
+    for name in ("settings", "ranks"):
+        check_object(facts.get(name), _fact(name))
+    if facts.get("strategy") != expected["strategy"]:
+        raise ValueError(f"state: found the strategy {shown(facts.get('strategy'))}, expected {expected['strategy']!r}")
+    facts, state = _with_own_names(facts, state, list(expected["ranks"]))
     differences = [
         f"{name} (found {facts['settings'].get(name)!r}, expected {value!r})"
         for name, value in expected["settings"].items()
@@ -67,23 +72,36 @@ def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> dict
     if differences:
         raise ValueError(f"state: it was saved by an allocator with other settings: {', '.join(differences)}")
     _check_layers(facts, expected)
+    _check_facts(facts)
     keep = allocator.masks.keep
     _check_tensor(state, "keep", keep.shape, keep.dtype)
-    _check_tensor(state, "losses", None, None)
+    _check_numbers(state, "losses", None)
     if facts["decision"] is not None:
-        _check_tensor(state, "decision.scores", keep.shape, None)
+        _check_numbers(state, "decision.scores", keep.shape)
         shares = len(allocator.statistics.shares.shares)
-        _check_tensor(state, "decision.thresholds", torch.Size([shares]), None)
+        _check_numbers(state, "decision.thresholds", torch.Size([shares]))
     if not facts["released"]:
         _check_strategy(allocator, _strategy_tensors(state))
-    return facts
+    return facts, state
 
 
 def unpack_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> None:
     """Write a state into the allocator and the layers' rank plans. Raises ValueError, before any change, where it
-    belongs to another allocator."""
-    facts = check_state(allocator, state)
+    belongs to another allocator; where writing fails or is interrupted, the allocator is what it was."""
+    facts, state = check_state(allocator, state)
     allocator.masks.check_writable()
+    before = pack_state(allocator)
+    gates = [gate.detach().clone() for gate in allocator.masks.gates()]
+    try:
+        _write(allocator, facts, state)
+    except BaseException:
+        _write(allocator, decode(before), before)
+        with torch.no_grad():
+            torch._foreach_copy_(allocator.masks.gates(), gates)
+        raise
+
+
+def _write(allocator: BudgetAllocator, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     strategy, bus = allocator.strategy, allocator.statistics
     if not facts["released"]:
         if allocator.released:
@@ -96,6 +114,57 @@ def unpack_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> Non
         scores, thresholds = state["decision.scores"].clone(), state["decision.thresholds"].clone()
         decision = Decision(facts["decision"]["step"], facts["decision"]["budget"], scores, thresholds)
     allocator.take_over(facts, state["keep"], decision, state["losses"])
+
+
+def _fact(name: str) -> str:
+    return f"state[{METADATA!r}]: {name}"
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """What a state says of the run: counts, flags, frozen layers and the last decision."""
+    for name in ("step", "nonfinite_steps", "skipped_steps", "rollbacks"):
+        check_whole(facts.get(name), _fact(name))
+    for name in ("released", "all_active"):
+        if not isinstance(facts.get(name), bool):
+            raise ValueError(f"{_fact(name)}: found {shown(facts.get(name))}, expected true or false")
+    frozen = facts.get("frozen")
+    if not isinstance(frozen, list) or not all(isinstance(name, str) and name in facts["ranks"] for name in frozen):
+        raise ValueError(f"{_fact('frozen')}: found {shown(frozen)}, expected names of the layers")
+    if "decision" not in facts:
+        raise ValueError(f"{_fact('decision')}: found nothing, expected the last decision or null")
+    if facts["decision"] is not None:
+        decision = check_object(facts["decision"], _fact("decision"))
+        check_whole(decision.get("step"), _fact("decision.step"), most=facts["step"])
+        if check_number(decision.get("budget"), _fact("decision.budget")) < 0:
+            raise ValueError(f"{_fact('decision.budget')}: found {decision['budget']}, expected at least 0")
+
+
+def _with_own_names(
+    facts: dict[str, Any], state: Mapping[str, Tensor], own: Sequence[str]
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """A state with the allocator's own names, where the saved ones differ by what the model was wrapped in alone."""
+    saved = list(facts["ranks"])
+    if saved == list(own) or names_without_wrappers(saved) != names_without_wrappers(own):
+        return facts, state
+    names = dict(zip(saved, own, strict=True))
+    facts = {**facts, "ranks": {names[name]: rank for name, rank in facts["ranks"].items()}}
+    if isinstance(facts["settings"].get("costs"), dict):
+        costs = {names.get(name, name): cost for name, cost in facts["settings"]["costs"].items()}
+        facts["settings"] = {**facts["settings"], "costs": costs}
+    if isinstance(facts.get("frozen"), list):
+        facts["frozen"] = [names.get(name, name) if isinstance(name, str) else name for name in facts["frozen"]]
+    return facts, {_renamed(name, names): tensor for name, tensor in state.items()}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A strategy's name of a tensor, with the layer's name in it replaced."""
+    parts = name.split(".")
+    for begin in range(len(parts)):
+        for end in range(len(parts), begin, -1):
+            found = names.get(".".join(parts[begin:end]))
+            if found is not None:
+                return ".".join([*parts[:begin], found, *parts[end:]])
+    return name
 
 
 def _strategy_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,11 +223,23 @@ def _check_strategy(allocator: BudgetAllocator, found: Mapping[str, Tensor]) -> 
 
 
 def _check_tensor(
-    found: Mapping[str, Tensor], name: str, shape: torch.Size | None, dtype: torch.dtype | None, prefix: str = ""
+    found: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, prefix: str = ""
 ) -> None:
     own = found.get(name)
-    right = isinstance(own, Tensor) and shape in (None, own.shape) and dtype in (None, own.dtype)
-    if not right:
+    if not (isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype):
         described = f"{tuple(own.shape)} {own.dtype}" if isinstance(own, Tensor) else "nothing"
-        wanted = "a tensor" if shape is None else f"{tuple(shape)} {'' if dtype is None else dtype}".rstrip()
-        raise ValueError(f"state[{prefix + name!r}]: found {described}, expected {wanted}")
+        raise ValueError(f"state[{prefix + name!r}]: found {described}, expected {tuple(shape)} {dtype}")
+
+
+def _check_numbers(found: Mapping[str, Tensor], name: str, shape: torch.Size | None) -> None:
+    """Floating-point numbers of any precision, of this shape; of any length where it is None."""
+    own = found.get(name)
+    if (
+        isinstance(own, Tensor)
+        and own.is_floating_point()
+        and (own.dim() == 1 if shape is None else own.shape == shape)
+    ):
+        return
+    described = f"{tuple(own.shape)} {own.dtype}" if isinstance(own, Tensor) else "nothing"
+    wanted = "a tensor of one dimension" if shape is None else tuple(shape)
+    raise ValueError(f"state[{name!r}]: found {described}, expected {wanted} of floating-point numbers")

@@ -223,7 +223,7 @@ def test_layers_in_another_order_are_refused() -> None:
     [
         (lambda state: state.pop("metadata"), r"state\['metadata'\]: found NoneType"),
         (lambda state: state.update(metadata=torch.ones(3)), r"state\['metadata'\]: found Tensor"),
-        (lambda state: state.update(metadata=torch.ones(3, dtype=torch.uint8)), "no JSON object"),
+        (lambda state: state.update(metadata=torch.ones(3, dtype=torch.uint8)), "found no JSON"),
         (lambda state: state.pop("keep"), r"state\['keep'\]: found nothing, expected \(12,\) torch.bool"),
         (lambda state: state.update(keep=state["keep"][1:].clone()), r"state\['keep'\]: found \(11,\) torch.bool"),
         (lambda state: state.pop("decision.scores"), r"state\['decision.scores'\]: found nothing, expected \(12,\)"),

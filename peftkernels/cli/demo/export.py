@@ -24,7 +24,7 @@ from peftkernels.cli.demo.requirements import has_peft
 from peftkernels.cli.demo.train import Record
 from peftkernels.cli.machine import PACKAGES, versions
 from peftkernels.integrations.peft import save_adapter
-from peftkernels.integrations.peft.adapter_save import CONFIG_NAME
+from peftkernels.integrations.peft.adapter_files import CONFIG_NAME
 
 EXPORTED_RUNS = ("lora", "adalora")
 ADAPTERS = "adapters"

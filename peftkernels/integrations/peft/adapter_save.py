@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftkernels._module_names import named_modules, named_places, named_tensors, unwrapped
 from peftkernels.allocation.settings import AdaLoraSettings, AllocatorSettings
+from peftkernels.integrations.peft.adapter_files import write_adapter_files
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 from peftkernels.rank_plan import RankState
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
@@ -64,11 +61,14 @@ def save_adapter(
                              stands for it, and AdaLoRA's defaults for what another strategy does not have. None writes
                              a schedule that is over, since the ranks are decided
 
-    Merged layers are written like unmerged ones. Both files are written beside their targets first and renamed when
-    complete, so an interrupted call leaves the old ones. Raises TypeError or ValueError, naming what was found and
-    expected, before anything is written: no adapter layers, LoRA and AdaLoRA layers mixed or AdaLoRA layers of
-    different r, lora_alpha or lora_dropout (peft's format holds one of each; as_lora=True lifts all but the last),
-    unknown names, patterns of another length.
+    Merged layers are written like unmerged ones. Names are those of the model without torch.compile, DDP, FSDP and
+    activation checkpointing around it or its parts. Both files are written beside their targets first and renamed when
+    complete. An interrupted call leaves the adapter that was there before or the new one, never a part of each:
+    `load_adapter` reads it; peft does too or, for the moment between the renames, finds no adapter_config.json. Raises
+    TypeError or ValueError, naming what was found and expected, before anything is written: no adapter layers, LoRA and
+    AdaLoRA layers mixed or AdaLoRA layers of different r, lora_alpha or lora_dropout (peft's format holds one of each;
+    as_lora=True lifts all but the last), unknown names, patterns of another length, a wrapper of a class that is not
+    known to be one.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -106,32 +106,46 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    for path in saved_modules:
-        for name, value in model.get_submodule(path).state_dict().items():
+    for path, module in saved_modules.items():
+        for name, value in named_tensors(module):
             tensors[f"{path}.{name}"] = value
-    _write(directory, config, {PREFIX + name: value for name, value in tensors.items()})
+    # safetensors refuses tensors that share memory, as tied weights and slices do.
+    owned = {
+        PREFIX + name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    write_adapter_files(directory, config, owned)
 
 
 def _adapter_layers(model: nn.Module) -> dict[str, LoRALinear | AdaLoRALinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected a torch.nn.Module")
-    modules = model.named_modules()
-    layers = {path: module for path, module in modules if isinstance(module, (LoRALinear, AdaLoRALinear))}
+    layers = {path: module for path, module in named_modules(model) if isinstance(module, (LoRALinear, AdaLoRALinear))}
     if not layers:
         raise ValueError(f"model: found no LoRALinear or AdaLoRALinear in {type(model).__name__}, expected some")
     if "" in layers:
         raise ValueError(f"model: found a {type(model).__name__} itself, expected a module that holds it")
+    if all(path.startswith("module.") for path in layers) and _holds_only(unwrapped(model), "module"):
+        raise ValueError(
+            f"model: found {type(unwrapped(model)).__name__}, which holds nothing but `module`, as wrappers of a model "
+            "do: its name would be in every tensor's; expected the model itself, model.module"
+        )
     return layers
+
+
+def _holds_only(module: nn.Module, name: str) -> bool:
+    return [*module._modules] == [name] and not module._parameters and not module._buffers
 
 
 def _modules_to_save(
     model: nn.Module, names: Sequence[str], layers: Mapping[str, LoRALinear | AdaLoRALinear]
-) -> list[str]:
+) -> dict[str, nn.Module]:
     if isinstance(names, str):
         raise TypeError(f"modules_to_save: found the str {names!r}, expected a sequence of names")
-    paths: dict[str, None] = {}
+    modules = _base_modules(model, layers)
+    saved: dict[str, nn.Module] = {}
     for name in names:
-        found = [path for path in _base_paths(model, layers) if path.endswith(name)]
+        found = [path for path in modules if path.endswith(name)]
         if not found or not name:
             raise ValueError(f"modules_to_save: found {name!r}, which no module's path ends with")
         for path in found:
@@ -140,14 +154,15 @@ def _modules_to_save(
                 raise ValueError(
                     f"modules_to_save: found {name!r}, and the module {path!r} holds adapter {inside[0]!r}"
                 )
-            paths[path] = None
-    return list(paths)
+            saved[path] = modules[path]
+    return saved
 
 
-def _base_paths(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The module paths of the base model: those of `model` without the inside of its adapter layers."""
+def _base_modules(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of the base model by path: those of `model` without the inside of its adapter layers."""
     insides = tuple(path + "." for path in layers)
-    return [path for path, _ in model.named_modules(remove_duplicate=False) if path and not path.startswith(insides)]
+    places = named_places(model, remove_duplicate=False)
+    return {path: place.module for path, place in places if path and not path.startswith(insides)}
 
 
 def _kept_ranks(
@@ -253,24 +268,9 @@ def _pattern_key(path: str, others: Iterable[str]) -> str:
 
 def _target_modules(model: nn.Module, layers: Iterable[str], targets: Sequence[str]) -> list[str] | str:
     """The shortest of peft's ways to name exactly the modules in `targets`: last names, paths, or an expression."""
-    paths = _base_paths(model, layers)
+    paths = _base_modules(model, layers)
     for names in (sorted({path.rpartition(".")[2] for path in targets}), list(targets)):
         hits = [path for path in paths if path in names or path.endswith(tuple("." + name for name in names))]
         if sorted(hits) == sorted(targets):
             return names
     return "|".join(re.escape(path) for path in targets)
-
-
-def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share memory, as tied weights and slices do.
-    owned = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    beside = {name: directory / f".{name}.{os.getpid()}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    try:
-        save_file(owned, beside[WEIGHTS_NAME], metadata={"format": "pt"})
-        beside[CONFIG_NAME].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name, path in beside.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
