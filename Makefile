@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install test demo lint bench report wheel hub clean
+.PHONY: help install test demo lint bench report attacks wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,9 @@ bench: install  ## measure all cases, or CASE=..., into bench/results/ (under ha
 
 report: install  ## write the tables of README.md and bench/plots/ from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
+
+attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; about an hour on two cores)
+	cd tests && ../$(BIN)/python -m attacks $(or $(ARGS),--keep ../bench/results)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,12 +1,13 @@
-"""Writes the README's tables, those of `docs/notes/gpu.md` and the plots from the files under `bench/results/`.
+"""Writes the tables of README, `docs/notes/gpu.md` and `docs/attacks.md`, and the plots, from `bench/results/`.
 
     python -m bench.report [--demo peftkernels-demo/results.json] [--comparison peftkernels-comparison/comparison.json]
-                           [--results DIR] [--readme FILE] [--notes FILE] [--plots DIR]
+                           [--results DIR] [--readme FILE] [--notes FILE] [--attacks FILE] [--plots DIR]
 
 `--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`; `--comparison` those of
 a comparison of strategies, as `bench/results/allocators-<machine>.json`. The figures of HF peft on peftkernels are
 those that `python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`; the notes are
-answered from `bench/results/questions-<gpu>.json`, which `bench/run_gpu.sh --questions` writes.
+answered from `bench/results/questions-<gpu>.json`, which `bench/run_gpu.sh --questions` writes; the attacks' table is
+that of `bench/results/attacks-<machine>.json`, which `make attacks` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from peftkernels.cli.demo.compare.plot import write_plot
 
-from . import readme_allocators, readme_peft, readme_tables, results
+from . import attacks_page, readme_allocators, readme_peft, readme_tables, results
 from .goals import judge
 from .gpu import plots as gpu_plots
 from .gpu import readme as gpu_readme
@@ -31,6 +32,7 @@ from .results import CPU, ResultsError, Row
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOTS, README = HERE / "results", HERE / "plots", HERE.parent / "README.md"
 NOTES = HERE.parent / "docs" / "notes" / "gpu.md"
+ATTACKS = HERE.parent / "docs" / "attacks.md"
 
 
 class ReportError(Exception):
@@ -88,7 +90,7 @@ def load(folder: Path) -> dict[Path, list[Row]]:
     return files
 
 
-def write_report(folder: Path, readme: Path, notes: Path, plots: Path) -> list[Path]:
+def write_report(folder: Path, readme: Path, notes: Path, attacks: Path, plots: Path) -> list[Path]:
     """Write everything; returns the files."""
     loaded = load(folder)
     files = {path: rows for path, rows in loaded.items() if all(row.device == CPU for row in rows)}
@@ -96,7 +98,8 @@ def write_report(folder: Path, readme: Path, notes: Path, plots: Path) -> list[P
     demos = sorted(folder.glob("demo-*.json"))
     if not demos:
         raise ReportError(f"{folder}: found no demo-*.json; run `make demo`, then `make report ARGS='--demo FILE'`")
-    texts = {"--readme": _text("--readme", readme), "--notes": _text("--notes", notes)}
+    written = {"--readme": readme, "--notes": notes, "--attacks": attacks}
+    texts = {option: _text(option, path) for option, path in written.items()}
     pages = {
         "goals": [f"{readme_tables.goals(judge(rows))}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
         "layers": [readme_tables.layers(readme_tables.Figures(rows)) for rows in files.values()],
@@ -135,9 +138,11 @@ def write_report(folder: Path, readme: Path, notes: Path, plots: Path) -> list[P
         texts["--readme"] = replace_between(texts["--readme"], marker, "\n\n".join(parts))
     answers = [_answers(path) for path in sorted(folder.glob("questions-*.json"))] or [questions.NOTHING]
     texts["--notes"] = replace_between(texts["--notes"], "questions", "\n\n".join(answers))
-    for path, text in ((readme, texts["--readme"]), (notes, texts["--notes"])):
-        replace_file(path, text)
-    return [readme, notes, *drawn]
+    tried = [_attacks(path) for path in sorted(folder.glob("attacks-*.json"))] or [attacks_page.NOTHING]
+    texts["--attacks"] = replace_between(texts["--attacks"], "attacks", "\n\n".join(tried))
+    for option, path in written.items():
+        replace_file(path, texts[option])
+    return [*written.values(), *drawn]
 
 
 def _text(option: str, path: Path) -> str:
@@ -152,6 +157,13 @@ def _answers(path: Path) -> str:
         return questions.page(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: cannot be read as answers of bench.gpu.questions: {error!r}") from error
+
+
+def _attacks(path: Path) -> str:
+    try:
+        return attacks_page.page(attacks_page.load(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path}: cannot be read as counts of attacks: {error!r}") from error
 
 
 def _peft(path: Path) -> str:
@@ -169,13 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
-        description="Write the tables of README.md and docs/notes/gpu.md, and bench/plots/, from bench/results/.",
+        description="Write the tables of README.md, docs/notes/gpu.md and docs/attacks.md, and bench/plots/, "
+        "from bench/results/.",
     )
     parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
     parser.add_argument("--comparison", type=Path, metavar="FILE", help="comparison.json to keep first")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: README.md")
     parser.add_argument("--notes", type=Path, default=NOTES, metavar="FILE", help="default: docs/notes/gpu.md")
+    parser.add_argument("--attacks", type=Path, default=ATTACKS, metavar="FILE", help="default: docs/attacks.md")
     parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
     options = parser.parse_args(arguments)
     try:
@@ -183,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_demo(options.demo, options.results)
         if options.comparison is not None:
             keep_comparison(options.comparison, options.results)
-        for path in write_report(options.results, options.readme, options.notes, options.plots):
+        for path in write_report(options.results, options.readme, options.notes, options.attacks, options.plots):
             print(f"written: {path}")
     except (ReportError, ResultsError) as error:
         print(f"report: error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 
 from attacks import ATTACKS
 from attacks.attack import load
+from peftkernels.bench.results import file_name
 from peftkernels.cli.machine import PACKAGES, machine, versions
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each; default: each attack's long run")
     parser.add_argument("--short", action="store_true", help="as many rounds as `make test` runs")
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="repeats a run; default: a new one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts as JSON, for `make report`")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the counts into DIR, for `make report`")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in ATTACKS]
     if unknown:
@@ -53,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "seconds": round(seconds, 1),
             }
         )
-    if options.out is not None:
+    if options.keep is not None:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         found = {"date": date, "seed": seed, "machine": machine(), "versions": versions(PACKAGES), "attacks": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        (options.keep / f"attacks-{Path(file_name()).stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     return 1 if any(row["faults"] for row in rows) else 0
 
 

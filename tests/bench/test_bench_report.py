@@ -46,10 +46,12 @@ def _readme(path: Path) -> Path:
 
 def _arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "gpu.md").write_text("<!-- questions -->\nold questions\n<!-- /questions -->\n")
+    (tmp_path / "attacks.md").write_text("<!-- attacks -->\nold attacks\n<!-- /attacks -->\n")
     return [
         f"--results={tmp_path / 'results'}",
         f"--readme={_readme(tmp_path / 'README.md')}",
         f"--notes={tmp_path / 'gpu.md'}",
+        f"--attacks={tmp_path / 'attacks.md'}",
         f"--plots={tmp_path / 'plots'}",
     ]
 
@@ -59,6 +61,7 @@ def test_the_readme_has_every_marker() -> None:
     for marker in MARKERS:
         report.replace_between(text, marker, "")
     report.replace_between(report.NOTES.read_text(), "questions", "")
+    report.replace_between(report.ATTACKS.read_text(), "attacks", "")
 
 
 def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +81,7 @@ def test_report_writes_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFi
     pictures = sorted((tmp_path / "plots").iterdir())
     assert len(pictures) == 4 and all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
     assert all(f"](plots/{p.name})" in text for p in pictures)
-    assert capsys.readouterr().out.count("written: ") == 6
+    assert capsys.readouterr().out.count("written: ") == 7
     before = [p.read_bytes() for p in pictures]
     assert report.main(_arguments(tmp_path)) == 0
     assert [p.read_bytes() for p in pictures] == before
@@ -130,6 +133,32 @@ def test_a_file_that_has_no_figures_of_hf_peft_is_an_error(tmp_path: Path, capsy
     assert "peft-backend-x.json: cannot be read as figures of bench.peft_backend" in capsys.readouterr().err
     assert "old peft" in (tmp_path / "README.md").read_text()
     assert "old questions" in (tmp_path / "gpu.md").read_text()
+
+
+def test_counts_of_attacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(made_up.rows(GROUPS["bias"]), tmp_path / "results" / "machine.csv")
+    (tmp_path / "results" / "demo-x.json").write_text(json.dumps(DEMO))
+    assert report.main(_arguments(tmp_path)) == 0
+    assert "No long run was kept yet" in (tmp_path / "attacks.md").read_text()
+    counts = {"name": "kills", "title": "writes are killed", "rounds": 9, "seconds": 61.2, "faults": ["one"]}
+    found = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "seed": 7,
+        "machine": {"processor": "a processor", "cores": 2, "threads": 1},
+        "versions": {"torch": "2.13.0", "peft": "0.21.2", "transformers": "5.23.0"},
+        "attacks": [{**counts, "tried": {"logs": 1200, "reports": 34}}],
+    }
+    path = tmp_path / "results" / "attacks-x.json"
+    path.write_text(json.dumps(found))
+    assert report.main(_arguments(tmp_path)) == 0
+    text = (tmp_path / "attacks.md").read_text()
+    assert "| `kills` | writes are killed | 1,234 | 1,200 logs, 34 reports | 1 | 61 |" in text
+    assert (
+        "a processor, 2 cores, 1 threads, torch 2.13.0, peft 0.21.2, transformers 5.23.0, 2026-01-02, seed 7." in text
+    )
+    path.write_text("[]")
+    assert report.main(_arguments(tmp_path)) == 2
+    assert "attacks-x.json: cannot be read as counts of attacks" in capsys.readouterr().err
 
 
 def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

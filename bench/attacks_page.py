@@ -1,0 +1,40 @@
+"""The table of docs/attacks.md, from what `python -m attacks --keep` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .readme_tables import markdown
+
+NOTHING = "No long run was kept yet: `make attacks`, then `make report`."
+HEADINGS = ("attack", "what is tried", "tried", "of these", "faults", "seconds")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of an attacks file."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Table and provenance."""
+    rows = [
+        [
+            f"`{attack['name']}`",
+            attack["title"],
+            f"{sum(attack['tried'].values()):,}",
+            ", ".join(f"{count:,} {kind}" for kind, count in attack["tried"].items()),
+            f"{len(attack['faults']):,}",
+            f"{attack['seconds']:,.0f}",
+        ]
+        for attack in found["attacks"]
+    ]
+    machine, versions = found["machine"], found["versions"]
+    provenance = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}, "
+        f"peft {versions['peft']}, transformers {versions['transformers']}, {found['date'][:10]}, seed {found['seed']}."
+    )
+    return f"{markdown(HEADINGS, rows, left=2)}\n\n{provenance}"
