@@ -1,29 +1,58 @@
 # Every target sets up what it needs: a virtual environment, torch, the package with its C++ kernels.
 PYTHON ?= python3
 VENV ?= .venv
-# torch is installed first and by itself: the kernels are built against it (--no-build-isolation), and pinned so that
-# what is measured here can be measured again. Any torch >= 2.11 works: make TORCH="torch==2.11.0".
-TORCH ?= torch==2.13.0
+# Exact versions of all that is installed, those that were tested together: make upgrade writes them.
+CONSTRAINTS ?= constraints.txt
+# torch is installed first and by itself: the kernels are built against it (--no-build-isolation). Any torch >= 2.11
+# works: make TORCH="torch==2.11.0" leaves torch, and the Triton that belongs to it, out of the constraints.
+TORCH ?= torch
+# Processes that run tests side by side.
+PROCESSES ?= 2
+UPGRADE := .venv-upgrade
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
+PYTEST := $(BIN)/python -m pytest $(ARGS)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# What a change is most likely to break. A file belongs here while its tests take a few seconds.
+QUICK := $(addprefix tests/, test_nn.py \
+    $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py gradcheck.py pack_cache.py rank_plan.py) \
+    $(addprefix allocation/test_, adalora.py rank_budgets.py selection_and_plans.py) \
+    $(addprefix integrations/test_, peft_backend.py quantised.py) \
+    $(addprefix cli/test_, checkpoint.py doctor.py main.py report.py))
 
-.PHONY: help install test demo lint bench report attacks wheel hub clean
+.PHONY: help install check test upgrade demo lint bench report attacks wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 install: $(INSTALLED)  ## make the virtual environment and build the package into it
 
-$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "pybind11>=2.12"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,lint]"
+	@$(BIN)/python .ci/versions.py check $(CONSTRAINTS)
+	sed -E '$(if $(filter-out torch,$(TORCH)),/^(torch|triton)==/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]" $(HOLD)
 	touch $@
 
-test: install  ## run every test
-	$(BIN)/python -m pytest
+check: lint  ## lint, and the tests that a change is most likely to break (under two minutes on two cores)
+	$(PYTEST) -q -n $(PROCESSES) --dist loadfile -m "not alone" -k "not triton" $(QUICK)
+
+test: install  ## run every test, those that need the machine for themselves at the end
+	@status=0; \
+	$(PYTEST) -n $(PROCESSES) --dist loadfile -m "not alone" || status=$$?; \
+	$(PYTEST) -m alone || status=$$?; \
+	exit $$status
+
+# Kept back: TORCH="torch==2.13.0", others by HOLD="triton==3.7.1 'peft<1'".
+upgrade:  ## write the newest versions into constraints.txt, once all tests pass with them in an environment of their own
+	rm -rf $(UPGRADE) $(INSTALLED)
+	$(MAKE) install VENV=$(UPGRADE) CONSTRAINTS=/dev/null
+	$(UPGRADE)/bin/python .ci/versions.py write > $(UPGRADE)/tested.txt
+	$(MAKE) test VENV=$(UPGRADE) CONSTRAINTS=/dev/null
+	mv $(UPGRADE)/tested.txt constraints.txt
 
 demo: install  ## fine-tune a pretrained model under a rank budget (about five minutes on two cores)
 	$(BIN)/peftkernels demo $(ARGS)
@@ -49,4 +78,4 @@ hub: install  ## write the package as a kernel of the Hugging Face Hub into dist
 	$(BIN)/python -m peftkernels.integrations.hub dist/hub
 
 clean:  ## remove what was built, and the virtual environment
-	rm -rf $(VENV) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UPGRADE) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,8 @@
 import sys
 
 from peftkernels.cli.main import main
+from peftkernels.cli.process import prepare_process
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main(["bench", *sys.argv[1:]]))

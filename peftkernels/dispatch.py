@@ -138,9 +138,7 @@ def sharing_disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
     """None when projections of the same x gain by one x·Aᵀ for all of them, else why not. Raises as `choose`."""
     chosen = choose(impl, x, weight)
     if chosen == "cpu":
-        return (
-            "the C++ kernels make x·Aᵀ while rows of x are in cache for the frozen product: a pass by itself costs more"
-        )
+        return "the C++ kernels make x A^T while rows of x are in cache for the frozen product: a pass of it costs more"
     if chosen == "triton":
         return triton.sharing_disadvantage(x)
     return None

@@ -8,6 +8,12 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+# Processes that test side by side share the cores, and threads that wait for one keep it busy. torch reads this once.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -29,6 +35,11 @@ settings.load_profile("operators")
 
 def pytest_report_header() -> str:
     return f"random numbers: PEFTKERNELS_TEST_SEED={_RUN_SEED} repeats this run's"
+
+
+def pytest_configure() -> None:
+    """Processes that test side by side draw from one seed."""
+    os.environ["PEFTKERNELS_TEST_SEED"] = str(_RUN_SEED)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,8 +89,6 @@ def run(options: Options) -> int:
             file=sys.stderr,
         )
         return 2
-    # Before the first import of transformers: nothing may be looked up on the network.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     from peftkernels.bench.job import run_bench
 
     return run_bench(options)

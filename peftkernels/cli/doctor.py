@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear
 from peftkernels.backends import triton
+from peftkernels.cli.agreement import disagreements
 from peftkernels.cli.machine import machine, versions
 from peftkernels.dispatch import backend_status
 
@@ -34,6 +35,7 @@ def run_doctor(*, as_json: bool) -> int:
 def examine() -> dict[str, Any]:
     """Versions, machine, GPU, backends and pack cache, as JSON values.
 
+    ``disagreements`` names libraries that do not take the installed release of another (`agreement.disagreements`).
     ``backends`` maps each name to ``usable``, ``reason`` (why it is not, else None) and ``error`` (greatest difference
     of a small call's output and gradients to the float64 reference, relative to the greatest value; None where it was
     not run). ``ok`` is true when every backend that says it can run computes right.
@@ -44,6 +46,7 @@ def examine() -> dict[str, Any]:
     return {
         "ok": all(backends[name]["usable"] for name, reason in status.items() if reason is None),
         "versions": versions(_PACKAGES),
+        "disagreements": disagreements(),
         "machine": machine(),
         "gpu": _examine_gpu(),
         "backends": backends,
@@ -126,6 +129,9 @@ def describe(found: dict[str, Any]) -> str:
     """The report of ``examine`` for people."""
     lines = ["versions"]
     lines += [f"  {name:<14}{value or 'not installed'}" for name, value in found["versions"].items()]
+    if found["disagreements"]:
+        lines.append("libraries that do not agree: calls that need both of them may be refused")
+        lines += [f"  {sentence}" for sentence in found["disagreements"]]
     cpu = found["machine"]
     features = [name if has else f"no {name}" for name, has in cpu["features"].items() if has is not None]
     lines += [

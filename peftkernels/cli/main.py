@@ -14,11 +14,18 @@ from peftkernels.cli.demo.compare import options as comparison
 from peftkernels.cli.demo.compare.options import ComparisonOptions
 from peftkernels.cli.demo.options import DEFAULT_OUT, QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options, parse_runs
 from peftkernels.cli.demo.recipe import RUN_NAMES
+from peftkernels.cli.process import prepare_process
 from peftkernels.cli.report import command as report
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _NOT_OF_THE_DEMO = ("command", "allocators", "seeds", "jobs")
+
+
+def console() -> int:
+    """The command ``peftkernels`` in a process of its own; returns what `main` does."""
+    prepare_process()
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,8 +269,6 @@ def _demo(chosen: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return EXIT_USAGE
-    # Before the first import of transformers: nothing may be looked up on the network, nothing drawn over the bars.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     try:
         if chosen.allocators is not None:
             from peftkernels.cli.demo.compare.job import run_comparison

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from peftkernels.cli.demo import model as demo_model
 from peftkernels.cli.demo import prepare as demo_prepare
 from peftkernels.cli.demo.batches import Encoded
 from peftkernels.cli.demo.measure import typical_and_longest_batches
-from peftkernels.cli.demo.recipe import RUN_NAMES
+from peftkernels.cli.demo.recipe import RUN_NAMES, TITLES
 from peftkernels.cli.main import main
 
 STEPS = 30
@@ -242,6 +245,23 @@ def test_timing_leaves_the_trained_weights_alone(finished: Finished, small_optio
         exported = load_file(finished.out / "adapters" / kind / "adapter_model.safetensors")
         kept = [name for name in exported if name.endswith(("lora_A", "lora_A.weight"))]
         assert len(kept) == 12
+
+
+def test_a_clean_run_prints_nothing_but_its_progress(small_options: list[str], tmp_path: Path) -> None:
+    """bitsandbytes, which peft imports where it is installed, told at length which kernels it could not download."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS")
+    done = subprocess.run(
+        [sys.executable, "-m", "peftkernels", *small_options, "--runs", "head,peft-lora", "--out", str(tmp_path)],
+        env={name: value for name, value in os.environ.items() if name not in offline},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = tuple(f"{title}: " for title in (TITLES["head"], TITLES["peft-lora"], "timing"))
+    assert done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
 
 
 def _no_timing(*arguments: object, **options: object) -> None:

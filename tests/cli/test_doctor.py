@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
-from support.implementations import skip_unless_served
+from support.packs import fresh_cache
 
 from peftkernels import lora_linear
-from peftkernels.cli import doctor
+from peftkernels.cli import agreement, doctor
 from peftkernels.cli.main import main
 
 
@@ -40,6 +41,34 @@ def test_text_report_names_every_backend(capsys: pytest.CaptureFixture[str]) -> 
     assert "can serve calls" in text
 
 
+def test_libraries_that_do_not_agree_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks for a release of peft in the calls that need it, not when it is installed."""
+    installed = {"transformers": "5.24.0", "peft": "0.21.2", "safetensors": "0.2"}
+    asked = {"transformers": ["safetensors>=0.4.3", "torch>=2.6; extra == 'torch'", "tokenizers>=99"], "peft": []}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(agreement, "version", version)
+    monkeypatch.setattr(agreement, "requires", lambda name: version(name) and asked.get(name))
+    monkeypatch.setattr(agreement, "_asked_later", lambda: ["peft>=0.22.0"])
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  transformers 5.24.0 asks for safetensors>=0.4.3, found 0.2\n" in text
+    assert "\n  transformers 5.24.0 asks for peft>=0.22.0, found 0.21.2\n" in text
+    assert text.count(" asks for ") == 2
+
+
+def test_transformers_says_which_peft_it_asks_for() -> None:
+    """The table that `agreement` reads is the one by which transformers decides."""
+    integration = pytest.importorskip("transformers.integrations.peft", reason="transformers is not installed")
+    assert f"peft>={integration.MIN_PEFT_VERSION}" in agreement._asked_later()
+
+
 @pytest.mark.parametrize(
     ("setting", "limit", "meaning"),
     [
@@ -61,8 +90,15 @@ def test_text_report_of_the_pack_cache(setting: str, limit: int | None, meaning:
     ]
 
 
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    """No packs of other tests, whose dead weights may be freed at any moment."""
+    with fresh_cache():
+        yield
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_the_report_counts_the_packs_of_this_process() -> None:
-    skip_unless_served("cpu")
     x, weight, lora_A, lora_B = (torch.randn(*shape) for shape in ((1, 8), (64, 8), (2, 8), (64, 2)))
     before = doctor.examine()["pack_cache"]
     lora_linear(x, weight, lora_A, lora_B, impl="cpu")

@@ -1,4 +1,4 @@
-"""The shipped kernels, compiled beside the other tests, most of which take one processor: it lasts minutes."""
+"""The shipped kernels, compiled once by as many processes as there are cores: it lasts minutes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ import os
 
 import pytest
 
-from compile_only.resources import Measuring, Resources
-
-_MEASURING = pytest.StashKey[Measuring]()
+from compile_only.resources import Resources, measure_all
 
 
-def _waits_for_kernels(item: pytest.Item) -> bool:
-    return "shipped_kernels" in getattr(item, "fixturenames", ())
-
-
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for the kernels comes last."""
-    items.sort(key=_waits_for_kernels)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start compiling, where a test will ask for it, with less priority than the tests that run meanwhile."""
-    if not session.config.option.collectonly and any(map(_waits_for_kernels, session.items)):
-        processes = min(os.cpu_count() or 1, 8)
-        session.config.stash[_MEASURING] = Measuring(processes=processes, priority=5)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _MEASURING in config.stash:
-        config.stash[_MEASURING].end()
+    """Nothing that measures time runs beside the compilers, and they run once however many processes test."""
+    for item in items:
+        if "shipped_kernels" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
-def shipped_kernels(request: pytest.FixtureRequest) -> list[Resources]:
+def shipped_kernels() -> list[Resources]:
     """What every shipped kernel takes on every architecture."""
-    return request.config.stash[_MEASURING].results()
+    return measure_all(processes=min(os.cpu_count() or 1, 8))

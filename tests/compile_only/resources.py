@@ -200,8 +200,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 class Measuring:
     """Processes that compile, with an empty cache, every variant that the module `variants` lists, each its share.
 
-    They start at once; `results` waits for them. To be ended, as a context manager or by `end`. A `priority` above 0,
-    to 19, gives way to other processes; much of it means waiting for ever where others keep all processors busy.
+    They start at once; `results` waits for them, and the end of the block ends them.
     """
 
     def __init__(
@@ -209,7 +208,6 @@ class Measuring:
         capabilities: Sequence[Capability] = tuple(ARCHITECTURES),
         variants: str = SHIPPED,
         processes: int = 2,
-        priority: int = 0,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         # The interpreter would stand in for the compiler.
@@ -228,14 +226,16 @@ class Measuring:
                     [*command, "--share", f"{share}/{processes}"], env=environment, stdout=stdout, stderr=stderr
                 )
             self._running.append((process, out, log))
-            if priority:
-                os.setpriority(os.PRIO_PROCESS, process.pid, priority)
 
     def __enter__(self) -> Measuring:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        """End what still runs, and remove what was written."""
+        for process, _, _ in self._running:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
 
     def results(self) -> list[Resources]:
         """All that was measured; raises RuntimeError when a process died, with the variant that it died of."""
@@ -246,13 +246,6 @@ class Measuring:
                 raise RuntimeError(f"a process that compiles kernels died ({code}):\n{log.read_text()[-3000:]}")
             found += [_from_json(line) for line in out.read_text().splitlines()]
         return found
-
-    def end(self) -> None:
-        """End what still runs, and remove what was written."""
-        for process, _, _ in self._running:
-            process.kill()
-            process.wait()
-        self._folder.cleanup()
 
 
 def measure_all(

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.agreement import skip_unless_they_agree, transformers_takes_this_peft
 from support.peft_models import (
     TARGETS,
     adapted,
@@ -286,6 +287,7 @@ def test_inference_keeps_nothing(kind: str) -> None:
 
 def test_adapters_of_transformers_own() -> None:
     """`model.add_adapter` puts peft's layers into a model without a PeftModel around it."""
+    skip_unless_they_agree(transformers_takes_this_peft)
     model = bert()
     torch.manual_seed(0)
     model.add_adapter(config("lora", "bert", init_lora_weights=False))

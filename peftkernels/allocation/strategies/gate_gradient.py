@@ -56,7 +56,7 @@ class GateGradient(Strategy):
         ]
         if unmatched:
             raise ValueError(
-                f"priorities: found no module for {unmatched[0]!r}; modules: {', '.join(bus.names[:4])}, …"
+                f"priorities: found no module for {unmatched[0]!r}; modules: {', '.join(bus.names[:4])}, ..."
             )
         factors = [
             math.prod(factor for pattern, factor in self.priorities.items() if fnmatchcase(name, pattern))

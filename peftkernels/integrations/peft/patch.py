@@ -66,7 +66,7 @@ class Stats:
     def __str__(self) -> str:
         lines = _share("adapter calls", self.served, self.fell_back, self.reasons)
         if self.shared:
-            lines.append(f"  {self.shared} of them with an x·Aᵀ made for several at once")
+            lines.append(f"  {self.shared} of them with an x A^T made for several at once")
         if self.allocation is not None:
             lines += _share("calls of AdaLoRA's allocation", *self.allocation)
         return "\n".join(lines)
@@ -77,7 +77,7 @@ def _share(what: str, served: int, fell_back: int, reasons: dict[str, int]) -> l
     share = f" ({100 * served / calls:.0f} %)" if calls else ""
     return [
         f"{served} of {calls} {what} served{share}",
-        *(f"  {count} × {reason}" for reason, count in sorted(reasons.items())),
+        *(f"  {count} x {reason}" for reason, count in sorted(reasons.items())),
     ]
 
 

@@ -67,7 +67,7 @@ class TritonKernels:
 
     def select(self, scores: Tensor, budget: int | Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         if scores.dtype is not torch.float32 or scores.dim() != 1:
-            raise TypeError(f"scores: found {scores.dtype} {tuple(scores.shape)}, expected float32 (Σ r,)")
+            raise TypeError(f"scores: found {scores.dtype} {tuple(scores.shape)}, expected float32 (sum of r,)")
         count = scores.numel()
         on_device, number = None, 0
         if isinstance(budget, Tensor):

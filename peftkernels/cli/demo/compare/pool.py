@@ -18,6 +18,7 @@ from peftkernels.cli.demo.compare.settings import Design, Trial
 from peftkernels.cli.demo.compare.store import ComparisonStore
 from peftkernels.cli.demo.compare.trial import run_trial
 from peftkernels.cli.demo.options import Options
+from peftkernels.cli.process import prepare_process
 
 
 def run_trials(
@@ -63,6 +64,7 @@ def run_trials(
 
 
 def _begin_worker(threads: int) -> None:
+    prepare_process()
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
