@@ -10,12 +10,12 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <utility>
 
 #include "cpu/autograd.h"
+#include "cpu/check_call.h"
 #include "cpu/pack_cache.h"
 
 namespace peftkernels {
@@ -24,7 +24,6 @@ namespace {
 class DtypeSet {
  public:
   DtypeSet() = default;
-  DtypeSet(std::initializer_list<at::ScalarType> dtypes) : DtypeSet(std::vector<at::ScalarType>(dtypes)) {}
   explicit DtypeSet(const std::vector<at::ScalarType>& dtypes) {
     for (const auto dtype : dtypes) {
       bits_ |= bit(dtype);
@@ -79,15 +78,6 @@ std::optional<at::Tensor> plain_tensor(PyObject* object) {
   return tensor;
 }
 
-bool floating(const at::Tensor& tensor) {
-  static const DtypeSet floats{at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
-  return floats.contains(tensor.scalar_type());
-}
-
-bool has_shape(const at::Tensor& tensor, at::IntArrayRef shape) {
-  return tensor.sizes() == shape;
-}
-
 // The value of a float or an int that is neither a bool nor of another subclass.
 std::optional<double> number(PyObject* object) {
   if (PyFloat_CheckExact(object)) {
@@ -114,37 +104,12 @@ bool read_optional_tensor(PyObject* object, std::optional<at::Tensor>* to) {
   return true;
 }
 
-bool read_matrices(PyObject* const* arguments, cpu::Call* call) {
-  auto x = plain_tensor(arguments[0]), weight = plain_tensor(arguments[1]);
-  auto lora_A = plain_tensor(arguments[2]), lora_B = plain_tensor(arguments[3]);
-  if (!x || !weight || !lora_A || !lora_B || x->dim() == 0 || weight->dim() != 2 || lora_A->dim() != 2) {
+bool read_tensor(PyObject* object, at::Tensor* to) {
+  auto tensor = plain_tensor(object);
+  if (!tensor) {
     return false;
   }
-  const int64_t n = weight->size(0), k = weight->size(1), r = lora_A->size(0);
-  const bool fits = x->size(-1) == k && lora_A->size(1) == k && has_shape(*lora_B, {n, r}) &&
-      weight->scalar_type() == x->scalar_type() && floating(*lora_A) &&
-      lora_B->scalar_type() == lora_A->scalar_type() && !weight->requires_grad();
-  if (!fits) {
-    return false;
-  }
-  call->x = *std::move(x);
-  call->weight = *std::move(weight);
-  call->lora_A = *std::move(lora_A);
-  call->lora_B = *std::move(lora_B);
-  return true;
-}
-
-bool read_bias_and_gate(PyObject* bias, PyObject* gate, cpu::Call* call) {
-  if (!read_optional_tensor(bias, &call->bias) || !read_optional_tensor(gate, &call->gate)) {
-    return false;
-  }
-  const int64_t n = call->weight.size(0), r = call->lora_A.size(0);
-  if (call->bias && !(has_shape(*call->bias, {n}) && call->bias->scalar_type() == call->x.scalar_type())) {
-    return false;
-  }
-  if (call->gate && !(floating(*call->gate) && (has_shape(*call->gate, {r}) || has_shape(*call->gate, {r, 1})))) {
-    return false;
-  }
+  *to = *std::move(tensor);
   return true;
 }
 
@@ -167,8 +132,7 @@ bool read_rank_plan(PyObject* plan, cpu::Call* call) {
   static PyObject* const state = PyUnicode_InternFromString("state");
   static PyObject* const order = PyUnicode_InternFromString("order");
   static PyObject* const counts = PyUnicode_InternFromString("counts");
-  return read(state, &call->rank_state) && read(order, &call->rank_order) && read(counts, &call->rank_counts) &&
-      call->rank_state->dim() > 0 && call->rank_state->size(0) == call->lora_A.size(0);
+  return read(state, &call->rank_state) && read(order, &call->rank_order) && read(counts, &call->rank_counts);
 }
 
 bool read_scaling(PyObject* scaling, cpu::Call* call) {
@@ -177,38 +141,30 @@ bool read_scaling(PyObject* scaling, cpu::Call* call) {
     return true;
   }
   call->scaling_tensor = plain_tensor(scaling);
-  const auto& tensor = call->scaling_tensor;
-  return tensor && tensor->dim() == 0 && floating(*tensor) && !tensor->requires_grad();
+  return call->scaling_tensor.has_value();
 }
 
-// S, where the caller has it already: in the dtype of computation and without a gradient.
-bool read_shrink(PyObject* shrink, cpu::Call* call) {
-  if (!read_optional_tensor(shrink, &call->given_shrink)) {
-    return false;
-  }
-  const auto& given = call->given_shrink;
-  if (!given) {
-    return true;
-  }
-  int64_t rows = 1;
-  for (int64_t dim = 0; dim + 1 < call->x.dim(); ++dim) {
-    rows *= call->x.size(dim);
-  }
-  return has_shape(*given, {rows, call->lora_A.size(0)}) &&
-      given->scalar_type() == call->x.scalar_type() && !given->requires_grad();
+bool read_dropout_p(PyObject* p, cpu::Call* call) {
+  const auto probability = number(p);
+  call->dropout_p = probability.value_or(0.0);
+  return probability.has_value();
+}
+
+// What the public function asks beyond what the operators ask, which is asked here too: an error is Python's to raise.
+bool fits(const cpu::Call& call) {
+  const cpu::CallRecord record{
+      &call.x, nullptr, &call.weight, &call.lora_A, &call.lora_B, cpu::or_null(call.bias), cpu::or_null(call.gate),
+      cpu::or_null(call.rank_state), cpu::or_null(call.rank_order), cpu::or_null(call.rank_counts),
+      cpu::or_null(call.scaling_tensor), call.dropout_p, nullptr, cpu::or_null(call.given_shrink), true};
+  const auto dtype = call.x.scalar_type();
+  return call.weight.scalar_type() == dtype && (!call.bias || call.bias->scalar_type() == dtype) &&
+      !call.weight.requires_grad() && !(call.scaling_tensor && call.scaling_tensor->requires_grad()) &&
+      !(call.given_shrink && call.given_shrink->requires_grad()) && cpu::check_call<cpu::OnFault::Decline>(record);
 }
 
 // Makes or draws the seed as the Python function does, and so comes last: nothing may be drawn for a declined call.
-bool read_dropout(PyObject* p, PyObject* seed, cpu::Call* call) {
-  const auto probability = number(p);
-  if (!probability || !(*probability >= 0.0 && *probability <= 1.0)) {
-    return false;
-  }
-  call->dropout_p = *probability;
+bool read_seed(PyObject* seed, cpu::Call* call) {
   const bool drops = call->dropout_p > 0.0;
-  if (drops && call->given_shrink) {
-    return false;
-  }
   if (seed == Py_None) {
     if (drops) {
       call->dropout_seed = at::randint(std::numeric_limits<int64_t>::max(), {}, at::kLong);
@@ -251,11 +207,13 @@ const DtypeSet* dtypes_for(PyObject* impl) {
 
 bool read(PyObject* const* arguments, cpu::Call* call) {
   const DtypeSet* const dtypes = dtypes_for(arguments[11]);
-  return dtypes != nullptr && plain_thread() && read_matrices(arguments, call) &&
-      dtypes->contains(call->x.scalar_type()) && (dtypes != &served.automatic || !cpu::is_refused(call->weight)) &&
-      read_bias_and_gate(arguments[4], arguments[5], call) &&
-      read_rank_plan(arguments[6], call) && read_scaling(arguments[7], call) &&
-      read_shrink(arguments[10], call) && read_dropout(arguments[8], arguments[9], call);
+  return dtypes != nullptr && plain_thread() && read_tensor(arguments[0], &call->x) &&
+      dtypes->contains(call->x.scalar_type()) && read_tensor(arguments[1], &call->weight) &&
+      read_tensor(arguments[2], &call->lora_A) && read_tensor(arguments[3], &call->lora_B) &&
+      read_optional_tensor(arguments[4], &call->bias) && read_optional_tensor(arguments[5], &call->gate) &&
+      read_rank_plan(arguments[6], call) && read_scaling(arguments[7], call) && read_dropout_p(arguments[8], call) &&
+      read_optional_tensor(arguments[10], &call->given_shrink) && fits(*call) &&
+      (dtypes != &served.automatic || !cpu::is_refused(call->weight)) && read_seed(arguments[9], call);
 }
 
 PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t count) {

@@ -15,12 +15,13 @@ LiveRanks live_ranks(
   if (counts) {
     const auto* const values = counts->const_data_ptr<int32_t>();
     ranks.active = values[0];
-    live = with_probe ? values[1] : values[0];
+    live = with_probe ? values[counts->stride(0)] : values[0];
   }
   ranks.index.resize(static_cast<size_t>(live));
   const auto* const places = order ? order->const_data_ptr<int32_t>() : nullptr;
+  const int64_t step = order ? order->stride(0) : 0;
   for (int64_t i = 0; i < live; ++i) {
-    ranks.index[i] = places != nullptr ? places[i] : i;
+    ranks.index[i] = places != nullptr ? places[i * step] : i;
     ranks.in_place = ranks.in_place && ranks.index[i] == i;
   }
   ranks.factor.assign(static_cast<size_t>(ranks.active), ranks.scaling);

@@ -43,6 +43,7 @@ struct LiveRanks {
   }
 };
 
+// Of a call that was checked: order and counts hold ranks.
 LiveRanks live_ranks(
     int64_t r, const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& order,
     const std::optional<at::Tensor>& counts, double scaling, const std::optional<at::Tensor>& scaling_tensor,

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "adapter.h"
+#include "check_call.h"
 #include "gradient.h"
 #include "lora_linear.h"
 #include "operands.h"
@@ -366,13 +367,18 @@ class Backward {
 Gradients lora_linear_backward(
     const at::Tensor& grad_y, const std::optional<at::Tensor>& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& shrink,
-    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& /*rank_state*/,
+    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& rank_state,
     const std::optional<at::Tensor>& rank_order, const std::optional<at::Tensor>& rank_counts, double scaling,
     const std::optional<at::Tensor>& scaling_tensor, double dropout_p, const std::optional<at::Tensor>& dropout_seed,
     std::array<bool, 6> needs) {
+  const CallRecord record{
+      or_null(x), &grad_y, &weight, &lora_A, &lora_B, or_null(bias), or_null(gate), or_null(rank_state),
+      or_null(rank_order), or_null(rank_counts), or_null(scaling_tensor), dropout_p, or_null(dropout_seed),
+      or_null(shrink)};
+  check_call<OnFault::Raise>(record);
+  check_needs(record, needs);
   const auto dtype = grad_y.scalar_type();
   const int64_t r = lora_A.size(0);
-  TORCH_CHECK(!needs[1], "lora_linear_bwd.cpu: the weight's gradient was asked for; this kernel serves frozen weights");
   const Needs wanted{needs[0], needs[2], needs[3], needs[4], needs[5]};
 
   const auto grads = as_rows(grad_y, weight.size(0));
@@ -386,15 +392,20 @@ Gradients lora_linear_backward(
   auto shape = grad_y.sizes().vec();
   shape.back() = weight.size(1);
   auto grad_x = wanted.x ? at::empty(shape, grad_y.options()) : at::empty({0}, grad_y.options());
+  // Sums over nothing, whatever the number of rows: that of rows without elements may be of any magnitude.
+  const bool sums = grads.size(0) > 0 && (weight.size(0) > 0 || weight.size(1) > 0);
   FactorGradients gradients{
-      Gradient(wanted.A, lora_A, ranks.active == r), Gradient(wanted.B, lora_B, ranks.active > 0),
-      Gradient(wanted.bias, bias ? *bias : grad_y, true), Gradient(wanted.gate, gate ? *gate : lora_A, ranks.live() == r)};
+      Gradient(wanted.A, lora_A, sums && ranks.active == r), Gradient(wanted.B, lora_B, sums && ranks.active > 0),
+      Gradient(wanted.bias, bias ? *bias : grad_y, sums),
+      Gradient(wanted.gate, gate ? *gate : lora_A, sums && ranks.live() == r)};
 
-  AT_DISPATCH_SWITCH(
-      dtype, "lora_linear_bwd.cpu",
-      AT_DISPATCH_CASE(at::kFloat, [&] { Backward<float>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { Backward<at::Half>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); }));
+  if (sums) {
+    AT_DISPATCH_SWITCH(
+        dtype, "lora_linear_bwd.cpu",
+        AT_DISPATCH_CASE(at::kFloat, [&] { Backward<float>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
+        AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
+        AT_DISPATCH_CASE(at::kHalf, [&] { Backward<at::Half>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); }));
+  }
   return {
       grad_x,
       at::empty({0}, weight.options()),

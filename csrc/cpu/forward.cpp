@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "adapter.h"
+#include "check_call.h"
 #include "lora_linear.h"
 #include "operands.h"
 #include "pack_cache.h"
@@ -233,6 +234,9 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const std::optional<at::Tensor>& rank_counts, double scaling, const std::optional<at::Tensor>& scaling_tensor,
     double dropout_p, const std::optional<at::Tensor>& dropout_seed, bool save_shrink,
     const std::optional<at::Tensor>& given_shrink) {
+  check_call<OnFault::Raise>(
+      {&x, nullptr, &weight, &lora_A, &lora_B, or_null(bias), or_null(gate), or_null(rank_state), or_null(rank_order),
+       or_null(rank_counts), or_null(scaling_tensor), dropout_p, or_null(dropout_seed), or_null(given_shrink)});
   const auto dtype = x.scalar_type();
   const int64_t r = lora_A.size(0);
   const auto rows = as_rows(x, weight.size(1));
@@ -248,6 +252,9 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
   const bool every_rank = ranks.live() == r;
   const int64_t shrink_rows = saves ? rows.size(0) : 0;
   auto shrink = every_rank ? at::empty({shrink_rows, r}, x.options()) : at::zeros({shrink_rows, r}, x.options());
+  if (y.numel() == 0 && shrink.numel() == 0) {
+    return {y, shrink}; // Sizes of what is empty may be of any magnitude.
+  }
   const auto factor_A = readable_factor(lora_A, dtype);
   const auto factor_B = readable_factor(lora_B, dtype);
   const auto bias_row = bias ? bias->to(dtype).contiguous() : at::Tensor();

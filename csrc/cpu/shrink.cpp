@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "adapter.h"
+#include "check_call.h"
 #include "lora_linear.h"
 #include "operands.h"
 #include "product.h"
@@ -37,6 +38,7 @@ void shrink_all(const at::Tensor& x, const at::Tensor& factors, at::Tensor& shri
 } // namespace
 
 at::Tensor lora_shrink(const at::Tensor& x, at::TensorList lora_A) {
+  check_shrink(x, lora_A);
   const auto dtype = x.scalar_type();
   const auto rows = as_rows(x, x.size(-1));
   std::vector<at::Tensor> parts;

@@ -232,16 +232,17 @@ def test_errors_of_hooks_come_through(seed: int) -> None:
 
 
 def test_errors_of_the_kernel_come_through(seed: int) -> None:
-    """A plan whose order has the wrong dtype, which nobody checks before the kernel, is refused the same way."""
-    plan = RankPlan(torch.full((5,), 2, dtype=torch.uint8), torch.arange(5), torch.full((2,), 5, dtype=torch.int32))
+    """A plan whose order names a rank that there is not, which is known when its values are read, is refused the same way."""
+    order = torch.tensor([0, 1, 2, 3, 5], dtype=torch.int32)
+    plan = RankPlan(torch.full((5,), 2, dtype=torch.uint8), order, torch.full((2,), 5, dtype=torch.int32))
     arguments = {**arguments_of(make_call(seed)), "rank_plan": plan}
     messages = []
     for way in (lambda function: function(), by_python):
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises(ValueError, match="rank_plan") as error:
             way(lambda: lora_linear(**arguments))
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-    assert "expected scalar type Int but found Long" in messages[0]
+    assert messages[0].startswith("rank_plan.order: found rank 5 at place 4, expected ranks from 0 to 4")
 
 
 def test_the_profiler_sees_the_operators(seed: int) -> None:
