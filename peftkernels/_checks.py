@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels._autocast import CASTABLE, autocast_dtype, autocast_enabled
+from peftkernels._ops import rank_dtype
 from peftkernels.rank_plan import RankPlan
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -90,9 +91,10 @@ def _check_dropout(p: Any, seed: Any, x: Tensor) -> None:
 def _check_shrink(shrink: Any, r: int, dropout_p: float, x: Tensor) -> None:
     _float_tensor("shrink", shrink)
     _shape("shrink", shrink, (x.shape[:-1].numel(), r), "(M, r)")
-    expected = autocast_dtype(x.dtype, x.device.type)
+    computed = autocast_dtype(x.dtype, x.device.type)
+    expected = rank_dtype(computed)
     if shrink.dtype != expected:
-        raise TypeError(f"shrink: found dtype {shrink.dtype}, expected the dtype of computation, {expected}")
+        raise TypeError(f"shrink: found dtype {shrink.dtype}, expected {expected} where x is computed in {computed}")
     _device("shrink", shrink, x)
     if shrink.requires_grad:
         raise ValueError("shrink: found a tensor that requires grad, expected one that does not (x and lora_A may)")

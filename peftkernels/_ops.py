@@ -3,7 +3,8 @@
 `peftkernels::lora_linear_fwd` and `peftkernels::lora_linear_bwd` have one overload per implementation (`.reference`,
 `.eager`, `.cpu`, `.triton`), all with the same arguments, so that the choice made by `dispatch` is part of a traced
 program; so has `peftkernels::lora_shrink`, which makes S for several adapters of one x. `reference.py` says what they
-compute. The dtype of x is the dtype of computation: weight, bias, factors and gate are cast to it, x never is.
+compute. The dtype of x is the dtype of computation: weight, bias, factors and gate are cast to it, x never is. What has
+one number per rank (factors, S, H) is float32 where x is float16: see `rank_dtype`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ _SHRINK = "lora_shrink.{name}(Tensor x, Tensor[] lora_A) -> Tensor"
 library = torch.library.Library("peftkernels", "DEF")
 
 
+def rank_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of factors, S and H in a call whose x has `dtype`: float32 for float16, else that of x.
+
+    Float16 ends at 65504 and at 6e-8: G·B of a young B, or S times a large scaling, would become zeros or infinities.
+    """
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def shrink_shape(x: Tensor, lora_A: Tensor, save_shrink: bool) -> tuple[int, int]:
     """(M, r) when the backward pass needs an S that the caller does not have, else (0, r)."""
     return (math.prod(x.shape[:-1]) if save_shrink else 0, lora_A.shape[0])
@@ -60,11 +69,12 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     save_shrink = save_shrink and given_shrink is None
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty(shrink_shape(x, lora_A, save_shrink))
+    return y, x.new_empty(shrink_shape(x, lora_A, save_shrink), dtype=rank_dtype(x.dtype))
 
 
 def _shrink_fake(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    return x.new_empty((math.prod(x.shape[:-1]), sum(factor.shape[0] for factor in lora_A)))
+    ranks = sum(factor.shape[0] for factor in lora_A)
+    return x.new_empty((math.prod(x.shape[:-1]), ranks), dtype=rank_dtype(x.dtype))
 
 
 def empty_gradients(

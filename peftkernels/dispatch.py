@@ -32,12 +32,7 @@ def _cpu_unavailable_reason() -> str | None:
 
 @constant_when_traced
 def _cpu_has_bf16_kernels() -> bool:
-    return cpu.has_kernels_for(torch.bfloat16)
-
-
-@constant_when_traced
-def _cpu_has_fp16_kernels() -> bool:
-    return cpu.has_kernels_for(torch.float16)
+    return cpu.has_bf16_kernels()
 
 
 @constant_when_traced
@@ -63,8 +58,8 @@ def backend_status() -> dict[str, str | None]:
 
 def _unserved_dtype(dtype: torch.dtype) -> str | None:
     """Why the C++ kernels cannot serve x of this dtype; None when they can."""
-    if dtype is torch.float64 or (dtype is torch.float16 and not _cpu_has_fp16_kernels()):
-        return f"x is {dtype}, which this processor's matrix kernels do not compute in"
+    if dtype in (torch.float64, torch.float16):
+        return f"x is {dtype}, the C++ kernels compute in float32 and bfloat16"
     return None
 
 

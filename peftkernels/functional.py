@@ -239,7 +239,7 @@ def lora_linear(
 
     x             (..., K)  float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only)
     weight        (N, K)    frozen; x's dtype (under autocast any autocast dtype)
-    lora_A        (r, K)    any float dtype; cast to x's dtype, x never to it
+    lora_A        (r, K)    any float dtype; cast to x's dtype, or to float32 where that is float16
     lora_B        (N, r)    lora_A's dtype
     bias          (N,)      weight's dtype
     gate          (r,) or (r, 1), any float dtype; None means ones
@@ -250,8 +250,8 @@ def lora_linear(
     dropout_p     in [0, 1]; drops elements of the adapter's input, never of the frozen product's
     dropout_seed  int or 0-dim int64 tensor: the same seed gives the same mask on every implementation, and the
                   backward pass recomputes it; drawn from torch's generator when None and dropout_p > 0
-    shrink        (M, r) S = x·Aᵀ in the dtype of computation where the caller has it, see `shared_shrink`: an
-                  implementation reads it or makes its own; refused beside dropout_p > 0
+    shrink        (M, r) S = x·Aᵀ where the caller has it, as `shared_shrink` makes it: an implementation reads it or
+                  makes its own; refused beside dropout_p > 0
     impl          "auto" (the fastest that can serve; see `explain`), or by name: "reference", "eager", "cpu",
                   "triton", "cuda"; a named implementation is never replaced by another
 
@@ -262,6 +262,10 @@ def lora_linear(
     Gradients can be differentiated again (create_graph), and with "auto" the transforms of torch.func and forward-mode
     differentiation apply: these derivatives are operations of torch, on every implementation. A PROBE rank's factors
     must be finite there.
+
+    Where x is float16, all that has one number per rank is float32: the factors, S, H = G·B, and both times the gate and
+    the scaling. In float16 they would end at 65504 and at 6e-8: a young B would leave A without a gradient. Where x is
+    bfloat16, which reaches as far as float32, they are bfloat16.
 
     Raises TypeError or ValueError, before any kernel runs, for an argument of the wrong type, dtype, shape, device or
     range; RuntimeError when a named `impl` cannot serve.

@@ -63,6 +63,11 @@ def dropout_factor(seed: Tensor, p: float, rows: int, columns: int) -> Tensor:
     return (bits >= dropout_threshold(p)).to(torch.float64) * (1.0 / (1.0 - p))
 
 
+def rank_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What factors, S and H are computed in: float16 is too low for them."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0.0:
         return x
@@ -94,35 +99,36 @@ def lora_linear_forward(
     dropout_seed: Tensor | None = None,
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output y (..., N) and the shrink S (M, r), both in x's dtype; a DEAD rank's column of S is zero.
+    """The output y (..., N) in x's dtype and the shrink S (M, r), float32 where that is float16; a DEAD rank's column of
+    S is zero.
 
     An S that is given stands in the place of drop(x)·Aᵀ, whatever it holds.
 
     x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,), gate (r,) or (r, 1), rank_state uint8 (r,),
-    dropout_seed int64 (). Factors and gate may have any float dtype and are cast to x's.
+    dropout_seed int64 (). Factors and gate may have any float dtype and are cast to S's.
     """
-    dtype = x.dtype
+    dtype, low = x.dtype, rank_dtype(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, dtype)
+    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, low)
 
     if given_shrink is None:
-        shrink_live = _dropped(rows, dropout_p, dropout_seed) @ factor_A.T
+        shrink_live = _dropped(rows.to(low), dropout_p, dropout_seed) @ factor_A.T
     else:
         shrink_live = given_shrink[:, live]
     gated = shrink_live[:, active] * gates[active] * scaling
-    y = rows @ weight.to(dtype).T + gated.to(dtype) @ factor_B[:, active].T
+    y = rows @ weight.to(dtype).T + gated.to(low) @ factor_B[:, active].T
     if bias is not None:
         y = y + bias.to(dtype)
 
-    shrink = rows.new_zeros((rows.shape[0], lora_A.shape[0]))
+    shrink = rows.new_zeros((rows.shape[0], lora_A.shape[0]), dtype=low)
     shrink[:, live] = shrink_live
-    return y.reshape(*x.shape[:-1], weight.shape[0]), shrink
+    return y.to(dtype).reshape(*x.shape[:-1], weight.shape[0]), shrink
 
 
 def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    """S = x·Aᵀ of several adapters side by side, (M, Σr) in x's dtype."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return torch.cat([rows @ factor.to(x.dtype).T for factor in lora_A], 1)
+    """S = x·Aᵀ of several adapters side by side, (M, Σr) in x's dtype, or in float32 where that is float16."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(rank_dtype(x.dtype))
+    return torch.cat([rows @ factor.to(rows.dtype).T for factor in lora_A], 1)
 
 
 def lora_linear_backward(
@@ -144,23 +150,24 @@ def lora_linear_backward(
     ∂A_i = scaling · ĝ_i · Σ_t H_ti·X_t      ∂B_i = scaling · ĝ_i · Σ_t S_ti·G_t      (ACTIVE; zero elsewhere)
     ∂x = G·W + drop'(scaling · (H ⊙ ĝ)·A)      ∂W = Gᵀ·x      ∂bias = Σ_t G_t
     """
-    dtype = x.dtype
+    dtype, low = x.dtype, rank_dtype(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     grads = grad_y.reshape(rows.shape[0], weight.shape[0])
-    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, dtype)
+    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, low)
 
-    expanded = grads @ factor_B
-    gated_grad = (expanded[:, active] * gates[active] * scaling).to(dtype)
-    gated_shrink = (shrink[:, live][:, active] * gates[active] * scaling).to(dtype)
+    expanded = grads.to(low) @ factor_B
+    gated_grad = (expanded[:, active] * gates[active] * scaling).to(low)
+    gated_shrink = (shrink[:, live][:, active] * gates[active] * scaling).to(low)
 
     grad_A = torch.zeros_like(lora_A)
-    grad_A[live[active]] = (gated_grad.T @ _dropped(rows, dropout_p, dropout_seed)).to(lora_A.dtype)
+    dropped = _dropped(rows.to(low), dropout_p, dropout_seed)
+    grad_A[live[active]] = (gated_grad.T @ dropped).to(lora_A.dtype)
     grad_B = torch.zeros_like(lora_B)
-    grad_B[:, live[active]] = (grads.T @ gated_shrink).to(lora_B.dtype)
+    grad_B[:, live[active]] = (grads.to(low).T @ gated_shrink).to(lora_B.dtype)
 
     gate_like = torch.ones(lora_A.shape[0], dtype=dtype, device=x.device) if gate is None else gate
     grad_gate = torch.zeros_like(gate_like)
     grad_gate.view(-1)[live] = ((shrink[:, live] * expanded).sum(0) * scaling).to(gate_like.dtype)
 
     grad_x = grads @ weight.to(dtype) + _dropped(gated_grad @ factor_A[active], dropout_p, dropout_seed)
-    return grad_x.reshape(x.shape), grads.T @ rows, grad_A, grad_B, grads.sum(0), grad_gate
+    return grad_x.to(dtype).reshape(x.shape), grads.T @ rows, grad_A, grad_B, grads.sum(0), grad_gate

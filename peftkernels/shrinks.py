@@ -27,8 +27,8 @@ def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") ->
     lora_A  one (r_j, K) of each adapter, any float dtype
     impl    as for `lora_linear`
 
-    Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast. They carry no
-    gradient: `lora_linear` gives that of x and of A_j as if it had made S_j itself.
+    Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast; in float32
+    where that is float16. They carry no gradient: `lora_linear` gives that of x and of A_j as if it had made S_j itself.
 
     Raises TypeError or ValueError, before any kernel runs, for an argument that cannot be used; RuntimeError when a
     named `impl` cannot serve.

@@ -55,14 +55,12 @@ def _extension() -> ModuleType:
 
 
 @functools.cache
-def has_kernels_for(dtype: torch.dtype) -> bool:
-    """Whether this processor has matrix instructions for `dtype` that ATen's kernels use; fp32 always does.
+def has_bf16_kernels() -> bool:
+    """Whether this processor has matrix instructions for bf16 that ATen's kernels use.
 
-    bf16 is computed all the same, in a loop slower than the library's own matmul; fp16 is not.
+    It is computed all the same, in a loop slower than the library's own matmul.
     """
-    if dtype is torch.float32:
-        return True
-    return bool(build_facts()["bf16_kernels" if dtype is torch.bfloat16 else "fp16_kernels"])
+    return bool(build_facts()["bf16_kernels"])
 
 
 def keeps_packs() -> bool:

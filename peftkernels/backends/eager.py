@@ -17,8 +17,16 @@ def _dropped(rows: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return (rows * dropout_factor(seed, p, rows.shape[0], rows.shape[1])).to(rows.dtype)
 
 
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """to += left·right in place, rounded once to its dtype."""
+    if left.dtype is to.dtype:
+        to.addmm_(left, right)
+    else:
+        to += left @ right
+
+
 class _LiveRanks:
-    """The factors as the matmuls use them: live ranks only, cast to the dtype of computation.
+    """The factors as the matmuls use them: live ranks only, cast to `dtype`, which the products of them have.
 
     On the CPU live ranks are gathered by the plan's order, so a DEAD rank costs nothing and leaves the same bits as a
     call without it. On other devices reading the counts would stall the device: all ranks are multiplied, and the
@@ -62,7 +70,7 @@ class _LiveRanks:
         self.factor = self.scale if gates is None else gates * self.scale
 
     def gated(self, product: Tensor) -> Tensor:
-        """scaling · (product ⊙ ĝ) over the ACTIVE ranks, rounded once to the dtype of computation."""
+        """scaling · (product ⊙ ĝ) over the ACTIVE ranks, rounded once to the product's dtype."""
         active = product[:, : self.n_active]
         if self.active_mask is not None:
             # A PROBE rank's own products may hold NaN or inf, which a zero gate would not stop.
@@ -100,15 +108,15 @@ def _forward(
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(x.device.type):
-        dtype = x.dtype
+        dtype, low = x.dtype, _ops.rank_dtype(x.dtype)
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
+        live = _LiveRanks(lora_A, lora_B, low, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         if given_shrink is None:
-            shrink = F.linear(_dropped(rows, dropout_p, dropout_seed), live.A)
+            shrink = F.linear(_dropped(rows.to(low), dropout_p, dropout_seed), live.A)
         else:
             shrink = given_shrink if live.index is None else given_shrink[:, live.index]
-        y.addmm_(live.gated(shrink), live.active_B.T)
+        _add_product(y, live.gated(shrink), live.active_B.T)
         if not save_shrink or given_shrink is not None:
             shrink = shrink.new_empty((0, lora_A.shape[0]))
         elif live.index is not None:
@@ -120,8 +128,9 @@ def _forward(
 
 def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
     with without_autocast(x.device.type):
-        factors = torch.cat([factor.to(x.dtype) for factor in lora_A])
-        return F.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]), factors)
+        low = _ops.rank_dtype(x.dtype)
+        factors = torch.cat([factor.to(low) for factor in lora_A])
+        return F.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(low), factors)
 
 
 def _backward(
@@ -143,20 +152,21 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     with without_autocast(grad_y.device.type):
-        dtype = grad_y.dtype
+        dtype, low = grad_y.dtype, _ops.rank_dtype(grad_y.dtype)
         needs_x, needs_weight, needs_A, needs_B, needs_bias, needs_gate = needs
         results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6))
         grads = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
-        live = _LiveRanks(lora_A, lora_B, dtype, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
+        live = _LiveRanks(lora_A, lora_B, low, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         rows = None if x is None else x.reshape(grads.shape[0], x.shape[-1])
-        expanded = grads @ live.B if needs_x or needs_A or needs_gate else None
+        wide = grads.to(low) if needs_x or needs_A or needs_B or needs_gate else grads
+        expanded = wide @ live.B if needs_x or needs_A or needs_gate else None
         gated = None if expanded is None else live.gated(expanded)
 
         if needs_x:
             assert gated is not None
             grad_x = grads @ weight.to(dtype)
             if dropout_seed is None:
-                grad_x.addmm_(gated, live.active_A)
+                _add_product(grad_x, gated, live.active_A)
             else:
                 grad_x += _dropped(gated @ live.active_A, dropout_p, dropout_seed)
             results[0] = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
@@ -165,12 +175,13 @@ def _backward(
             results[1] = (grads.T @ rows).to(weight.dtype)
         if needs_A:
             assert rows is not None and gated is not None
-            results[2] = live.scatter(gated.T @ _dropped(rows, dropout_p, dropout_seed), lora_A, 0, live.active_mask)
+            dropped = _dropped(rows.to(low), dropout_p, dropout_seed)
+            results[2] = live.scatter(gated.T @ dropped, lora_A, 0, live.active_mask)
         if needs_B or needs_gate:
             assert shrink is not None
             live_shrink = shrink if live.index is None else shrink[:, live.index]
             if needs_B:
-                results[3] = live.scatter(grads.T @ live.gated(live_shrink), lora_B, 1, live.active_mask)
+                results[3] = live.scatter(wide.T @ live.gated(live_shrink), lora_B, 1, live.active_mask)
             if needs_gate:
                 assert expanded is not None and gate is not None
                 sums = torch.promote_types(dtype, torch.float32)

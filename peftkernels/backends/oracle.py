@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftkernels import _ops, reference
+from peftkernels._autocast import without_autocast
 
 
 def _forward(
@@ -25,9 +26,10 @@ def _forward(
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     scale = scaling if scaling_tensor is None else scaling_tensor
-    y, shrink = reference.lora_linear_forward(
-        x, weight, lora_A, lora_B, bias, gate, rank_state, scale, dropout_p, dropout_seed, given_shrink
-    )
+    with without_autocast(x.device.type):
+        y, shrink = reference.lora_linear_forward(
+            x, weight, lora_A, lora_B, bias, gate, rank_state, scale, dropout_p, dropout_seed, given_shrink
+        )
     return y, shrink if save_shrink and given_shrink is None else shrink.new_empty((0, lora_A.shape[0]))
 
 
@@ -53,10 +55,12 @@ def _backward(
     # What is missing was not saved because no gradient asked for it: any value serves.
     rows = grad_y.new_zeros((*grad_y.shape[:-1], weight.shape[1])) if x is None else x
     if shrink is None:
-        shrink = grad_y.new_zeros((grad_y.shape[:-1].numel(), lora_A.shape[0]))
-    gradients = reference.lora_linear_backward(
-        grad_y, rows, weight, lora_A, lora_B, gate, shrink, rank_state, scale, dropout_p, dropout_seed
-    )
+        shape = (grad_y.shape[:-1].numel(), lora_A.shape[0])
+        shrink = grad_y.new_zeros(shape, dtype=reference.rank_dtype(grad_y.dtype))
+    with without_autocast(grad_y.device.type):
+        gradients = reference.lora_linear_backward(
+            grad_y, rows, weight, lora_A, lora_B, gate, shrink, rank_state, scale, dropout_p, dropout_seed
+        )
     empty = _ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6)
     return tuple(
         gradient.to(nothing.dtype) if need else nothing
@@ -64,8 +68,13 @@ def _backward(
     )
 
 
+def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    with without_autocast(x.device.type):
+        return reference.lora_shrink(x, lora_A)
+
+
 def register() -> None:
     """Implement the `.reference` overloads on every device."""
     _ops.library.impl("lora_linear_fwd.reference", _forward, "CompositeExplicitAutograd")
     _ops.library.impl("lora_linear_bwd.reference", _backward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_shrink.reference", reference.lora_shrink, "CompositeExplicitAutograd")
+    _ops.library.impl("lora_shrink.reference", _shrink, "CompositeExplicitAutograd")

@@ -376,11 +376,10 @@ def test_bf16_where_triton_is_interpreted() -> None:
 
 
 @pytest.mark.usefixtures("without_direct_call", "_no_kernel_may_run")
-def test_fp16_where_the_processor_has_no_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftkernels.dispatch._cpu_has_fp16_kernels", lambda: False)
+def test_fp16_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftkernels.dispatch._cpu_unavailable_reason", lambda: None)
     changes = {name: VALID[name].half() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")}
-    message = "impl='cpu' cannot serve this call: x is torch.float16, which this processor's"
+    message = "impl='cpu' cannot serve this call: x is torch.float16, the C++ kernels compute in float32 and bfloat16"
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):
         _call(lora_linear, changes, VALID, impl="cpu")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftkernels import dispatch, lora_linear
+from peftkernels._ops import rank_dtype
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False, "bias": False},
@@ -54,7 +55,7 @@ def _check_forward(impl: str, call: Call, save_shrink: bool) -> None:
 def _check_backward(impl: str, call: Call, needs: list[bool]) -> None:
     present = [name in call.tensors() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")]
     asked = [need and there for need, there in zip(needs, present, strict=True)]
-    shrink = torch.randn(call.x.shape[:-1].numel(), call.r, dtype=call.x.dtype)
+    shrink = torch.randn(call.x.shape[:-1].numel(), call.r, dtype=rank_dtype(call.x.dtype))
     operator = getattr(torch.ops.peftkernels.lora_linear_bwd, impl)
     arguments = (call.grad_y, call.x, call.weight, call.lora_A, call.lora_B, call.bias, shrink, *_shared(call), asked)
     torch.library.opcheck(operator, arguments)

@@ -9,12 +9,11 @@ import sys
 import pytest
 import torch
 from support.cases import make_call, run
-from support.checks import CHECKS, drops_as_philox_says, within_budget
+from support.checks import CHECKS, within_budget
 from support.implementations import skip_unless_served
 from support.oracle import Budget
 
 from peftkernels import dispatch, explain
-from peftkernels.backends import cpu
 
 PROGRAM = """
 import sys
@@ -104,10 +103,3 @@ def test_auto_leaves_bf16_to_the_library_where_it_is_faster(monkeypatch: pytest.
     assert explanation.chosen == "eager"
     assert "no fast matrix kernels" in explanation.why_not["cpu"]
     within_budget(call, "cpu")
-
-
-def test_fp16_where_the_processor_computes_in_it(seed: int) -> None:
-    skip_unless_served("cpu", "fp16")
-    assert cpu.has_kernels_for(torch.float16)
-    within_budget(make_call(seed, dtype="fp16", plan=True), "cpu")
-    drops_as_philox_says("cpu", seed, 0.3, dtype="fp16")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear, reference
+from peftkernels._ops import rank_dtype
 from peftkernels.backends.triton import routes
 from support import philox
 from support.cases import DTYPES, GRADIENTS, TRAINABLE, Call, Outcome, make_call, run
@@ -122,6 +123,19 @@ def propagates(call: Call, impl: str, name: str, poison: float = float("nan")) -
         )
 
 
+def follows_factors_of_any_size(call: Call, impl: str, exponent: int = 20) -> None:
+    """A·2ᵉ beside B·2⁻ᵉ give the bits of A beside B, and gradients that differ by that power alone.
+
+    S is then beyond float16 and G·B below it: nothing that has one number per rank may pass through either.
+    """
+    assert call.lora_A.dtype in (torch.float32, torch.float64), "the factors themselves would not hold such values"
+    power = 2.0**exponent
+    scaled = run(call.replace(lora_A=call.lora_A * power, lora_B=call.lora_B / power), impl).named()
+    for name, expected in run(call, impl).named().items():
+        factor = {"∂lora_A": 1 / power, "∂lora_B": power}.get(name, 1.0)
+        _same(scaled[name], expected * factor, f"{impl}, {call.label}, A and B times {power:g} and its inverse, {name}")
+
+
 def drops_as_philox_says(
     impl: str, seed: int, p: float, leading: tuple[int, ...] = (9,), k: int = 13, dtype: str = "fp32"
 ) -> None:
@@ -179,7 +193,7 @@ def reads_a_given_shrink(call: Call, impl: str) -> None:
     """y and the gradients of B and of the gate follow an S that is given, in place of x·Aᵀ and whatever it holds."""
     rows = call.x.shape[:-1].numel()
     generator = torch.Generator().manual_seed(rows)
-    shrink = torch.randn(rows, call.r + 5, generator=generator, device="cpu").to(call.x.dtype)[:, 3:-2]
+    shrink = torch.randn(rows, call.r + 5, generator=generator, device="cpu").to(rank_dtype(call.x.dtype))[:, 3:-2]
     # Where one launch does everything, Triton's kernels make their own.
     with routes.forced(routes.Choice(routes.LIBRARY)):
         found = run(call.replace(shrink=shrink.to(call.x.device)), impl).on(CPU)
@@ -205,6 +219,9 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
     ),
     "budget in low precision": lambda impl, seed: within_budget(
         make_call(seed, plan=True, r=8, dtype=served(impl, ("bf16-fp32_factors", "fp16-fp32_factors"))[0]), impl
+    ),
+    "factors of any size": lambda impl, seed: follows_factors_of_any_size(
+        make_call(seed, plan=True, r=8, dtype=served(impl, ("fp16-fp32_factors", "bf16-fp32_factors"))[0]), impl
     ),
     "masked equals sliced": lambda impl, seed: masked_equals_sliced(make_call(seed, r=9, plan=True), impl),
     "rank states": lambda impl, seed: follows_rank_states(make_call(seed, r=9, plan=True), impl),

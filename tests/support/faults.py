@@ -183,6 +183,11 @@ def _coarse(name: str) -> Callable[[Arguments], Tensor]:
     return lambda given: given[name].bfloat16().to(given[name].dtype)
 
 
+def _narrow(name: str) -> Callable[[Arguments], Tensor | None]:
+    """An operand that passed through float16, which ends at 65504 and at 6e-8."""
+    return lambda given: None if given[name] is None else given[name].half().to(given[name].dtype)
+
+
 def _row_of_zeros(y: Tensor, given: Arguments) -> Tensor:
     rows = y.flatten(0, -2).clone()
     rows[127::128] = 0
@@ -283,6 +288,10 @@ FAULTS: dict[str, Mutant] = {
     "last rank skipped": Mutant(forward=_with(lora_B=_without_last_columns("lora_B", 1))),
     "last row of a block not written": Mutant(forward=_result(_row_of_zeros)),
     "A rounded to bfloat16": Mutant(forward=_with(lora_A=_coarse("lora_A"))),
+    "A rounded to float16": Mutant(forward=_with(lora_A=_narrow("lora_A"))),
+    "B rounded to float16": Mutant(forward=_with(lora_B=_narrow("lora_B"))),
+    "B rounded to float16 in backward": Mutant(backward=_with(lora_B=_narrow("lora_B"))),
+    "S rounded to float16": Mutant(backward=_with(shrink=_narrow("shrink"))),
     "weight rounded to bfloat16": Mutant(forward=_with(weight=_coarse("weight"))),
     "S rounded to bfloat16": Mutant(backward=_with(shrink=lambda given: _coarse_or_none(given["shrink"]))),
     "a bit left to chance": Mutant(forward=_result(_jitter)),
