@@ -263,8 +263,9 @@ def lora_linear(
     differentiation apply: these derivatives are operations of torch, on every implementation. A PROBE rank's factors
     must be finite there.
 
-    Where x is float16, all that has one number per rank is float32: the factors, S, H = G·B, and both times the gate and
-    the scaling. In float16 they would end at 65504 and at 6e-8: a young B would leave A without a gradient. Where x is
+    Where x is float16, all that has one number per rank is float32: the factors, S, H = G·B, and both times gate and
+    scaling. In float16 they would end at 65504 and at 6e-8: a young B would leave A without a gradient. Where x is
+    bfloat16, which reaches as far as float32, they are bfloat16.
     bfloat16, which reaches as far as float32, they are bfloat16.
 
     Raises TypeError or ValueError, before any kernel runs, for an argument of the wrong type, dtype, shape, device or

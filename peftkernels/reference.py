@@ -99,8 +99,8 @@ def lora_linear_forward(
     dropout_seed: Tensor | None = None,
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output y (..., N) in x's dtype and the shrink S (M, r), float32 where that is float16; a DEAD rank's column of
-    S is zero.
+    """The output y (..., N) in x's dtype and the shrink S (M, r), float32 where x is float16; a DEAD rank's column of S
+    is zero.
 
     An S that is given stands in the place of drop(x)·Aᵀ, whatever it holds.
 

@@ -28,7 +28,7 @@ def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") ->
     impl    as for `lora_linear`
 
     Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast; in float32
-    where that is float16. They carry no gradient: `lora_linear` gives that of x and of A_j as if it had made S_j itself.
+    where that is float16. They carry no gradient: `lora_linear` gives that of x and of A_j as if it had made S_j.
 
     Raises TypeError or ValueError, before any kernel runs, for an argument that cannot be used; RuntimeError when a
     named `impl` cannot serve.

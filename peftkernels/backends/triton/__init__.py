@@ -141,7 +141,8 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The same with an empty tensor for an S that is not saved."""
     y, shrink = forward(*arguments)
-    return y, y.new_empty((0, arguments[2].shape[0])) if shrink is None else shrink
+    nothing = y.new_empty((0, arguments[2].shape[0]), dtype=_ops.rank_dtype(y.dtype))
+    return y, nothing if shrink is None else shrink
 
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:

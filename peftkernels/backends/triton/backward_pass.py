@@ -2,7 +2,7 @@
 
 column_products  one read of G: the parts of H = G·B and of Gᵀ·S
 finish_rows      H from its parts, times scaling·ĝ, and A's ACTIVE rows side by side
-the ∂x product   G·W with (H ⊙ ĝ)·A as its tail, or the library's GEMM and `addmm_`
+the ∂x product   G·W with (H ⊙ ĝ)·A as its tail, or the library's GEMM and `addmm_` or `expand`
 finish_grad_B    ∂B, and the parts of ∂gate
 column_products  one read of x: the parts of ∂A
 finish_grad_A    ∂A and ∂gate
@@ -85,12 +85,14 @@ def _plan(
     places = block_of_places(r, finish.MOST_PLACES)
     needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
     # A as it lies will do where its rows are already what the tail reads.
-    packs = needs_x and (kinds.plan or kinds.factor is not kinds.x or r % 16 != 0)
+    packs = needs_x and (kinds.plan or kinds.factor is not kinds.rank or r % 16 != 0)
     tail = None
     if needs_x:
         choice = route(kinds, device, routes.BACKWARD, m, n, k, plain_weight)
         if choice.route != routes.LIBRARY:
             tail = plan_tail(kinds, device, tile(choice.tile), m, n, k, transposed=True)
+    # The library's own addition takes no dropout, and no left and right of another dtype.
+    expands = needs_x and tail is None and (kinds.dropout or kinds.rank is not kinds.x)
     planned = functools.partial(_plan_columns, kinds, blocks, device, m)
     return _Plan(
         width(r),
@@ -104,7 +106,7 @@ def _plan(
         finish.grad_A_variant(kinds, blocks, places, needs_A, needs_gate) if needs_A or needs_gate else None,
         dropout.bits_variant(kinds) if kinds.dropout and needs_H else None,
         tail,
-        expand.variant(kinds) if needs_x and tail is None and kinds.dropout else None,
+        expand.variant(kinds, True) if expands else None,
     )
 
 
@@ -236,8 +238,8 @@ def _adapter_gradients(
     )  # fmt: skip
     left = right = None
     if plan.finish_H is not None:
-        left = grads.new_empty((m, plan.width))
-        right = grads.new_empty((plan.width, k)) if plan.packs else lora_A
+        left = grads.new_empty((m, plan.width), dtype=kinds.rank)
+        right = grads.new_empty((plan.width, k), dtype=kinds.rank) if plan.packs else lora_A
         programs = -(-m // plan.blocks.finish_rows) * plan.place_blocks
         programs += -(-k // plan.blocks.pack) if plan.packs else 0
         plan.finish_H(
@@ -329,5 +331,4 @@ def _grad_x(
         grad_x.addmm_(left, right)
         return
     m, k = grad_x.shape
-    programs = -(-m // expand.ROWS) * -(-k // expand.COLUMNS)
-    plan.expand(programs, grad_x, left, right, bits, counts, keep_scale, m, k, r, plan.width)
+    plan.expand(expand.programs(m, k), grad_x, left, right, bits, counts, keep_scale, m, k, r, plan.width)

@@ -17,7 +17,7 @@ from peftkernels.backends.triton.dropout import factor_from_bits
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant, integers, options, pointer
 from peftkernels.backends.triton.products import right_tile
-from peftkernels.backends.triton.ranks import active_and_live, rank_at
+from peftkernels.backends.triton.ranks import active_and_live, as_operand, rank_at, widened
 from peftkernels.backends.triton.tiles import Blocks
 
 
@@ -66,16 +66,18 @@ def column_products(
     sums = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     if slots_ptr is not None:
         right = right_tile(b_ptr, order_ptr, columns, places, C, r, WIDTH, n_active, False, True)
-        right = tl.trans(right.to(in_ptr.dtype.element_ty))
+        right = tl.trans(as_operand(right, in_ptr.dtype.element_ty))
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = (rows < M)[:, None] & (columns < C)[None, :]
         values = tl.load(in_ptr + rows.to(tl.int64)[:, None] * stride_in + columns[None, :], mask=inside, other=0.0)
         if bits_ptr is not None:
             factor = factor_from_bits(bits_ptr, rows, column, M, C, keep_scale, BLOCK_C)
-            values = (values.to(tl.float32) * factor).to(in_ptr.dtype.element_ty)
+            values = as_operand(values.to(tl.float32) * factor, in_ptr.dtype.element_ty)
+        values = widened(values)
         if sums_ptr is not None:
             left = left_tile(left_ptr, order_ptr, rows, places, M, r, WIDTH, n_live, COMPACT)
+            left = as_operand(left, in_ptr.dtype.element_ty)
             sums = tl.dot(tl.trans(values), left, sums, input_precision=PRECISION)
         if slots_ptr is not None:
             part = tl.dot(values, right, input_precision=PRECISION)
@@ -92,7 +94,7 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, compact: bool, s
     x = pointer(kinds.x)
     types = {
         "in_ptr": x,
-        "left_ptr": x if sums else None,
+        "left_ptr": pointer(kinds.rank) if sums else None,
         "b_ptr": pointer(kinds.factor) if slots else None,
         "bits_ptr": "*i32" if kinds.dropout and compact else None,
         "order_ptr": "*i32" if kinds.plan else None,
@@ -107,7 +109,7 @@ def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, compact: bool, s
         "BLOCK_C": blocks.column_columns,
         "BLOCK_R": block_of_places,
         "COMPACT": compact,
-        "PRECISION": kinds.precision,
+        "PRECISION": kinds.rank_precision,
         "DEPENDENTS": kinds.pdl and slots,
     }
     own = ("bits_ptr", "sums_ptr", "slots_ptr", "WIDTH", "rows_of_split")

@@ -9,7 +9,7 @@ from peftkernels.backends.triton.dropout import dropout_factor
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
 from peftkernels.backends.triton.products import add_bias, right_tile, store_tile
-from peftkernels.backends.triton.ranks import active_and_live, rank_at, scaled_gate, store_by_rank
+from peftkernels.backends.triton.ranks import active_and_live, as_operand, rank_at, scaled_gate, store_by_rank, widened
 from peftkernels.backends.triton.shrink import shrink_rows
 from peftkernels.backends.triton.tiles import Tile
 
@@ -51,8 +51,8 @@ def decode(
         sums = tl.dot(x, w, sums, input_precision=PRECISION)
         if seed_ptr is not None:
             factor = dropout_factor(seed_ptr, rows, start, K, least, keep_scale, BLOCK_Q, WHOLE_BLOCKS)
-            x = (x.to(tl.float32) * factor).to(dtype)
-        product = tl.dot(x, a.to(dtype), product, input_precision=PRECISION)
+            x = as_operand(x.to(tl.float32) * factor, dtype)
+        product = tl.dot(widened(x), as_operand(a, dtype), product, input_precision=PRECISION)
     for first in range(0, WIDTH, BLOCK_R):
         places = first + tl.arange(0, BLOCK_R)
         if first > 0:
@@ -67,9 +67,9 @@ def decode(
                     n_active, n_live,
                 )  # fmt: skip
         factor = scaled_gate(gate_ptr, scaling_ptr, scaling, rank_at(order_ptr, places, r), places, n_active)
-        left = tl.where((places < n_active)[None, :], product * factor[None, :], 0.0).to(dtype)
+        left = tl.where((places < n_active)[None, :], product * factor[None, :], 0.0)
         right = right_tile(b_ptr, order_ptr, columns, places, N, r, WIDTH, n_active, False, True)
-        sums = tl.dot(left, right.to(dtype), sums, input_precision=PRECISION)
+        sums = tl.dot(as_operand(left, dtype), as_operand(right, dtype), sums, input_precision=PRECISION)
     sums = add_bias(sums, bias_ptr, columns, N)
     store_tile(sums, y_ptr, rows, columns, M, N)
 
@@ -86,7 +86,7 @@ def variant(kinds: Kinds, tile: Tile, block_of_places: int, keep: bool) -> Varia
         "b_ptr": pointer(kinds.factor),
         **rank_arguments(kinds),
         "seed_ptr": "*i64" if kinds.dropout else None,
-        "shrink_ptr": x if keep else None,
+        "shrink_ptr": pointer(kinds.rank) if keep else None,
         "y_ptr": x,
         "scaling": "fp32",
         "keep_scale": "fp32",
@@ -99,7 +99,7 @@ def variant(kinds: Kinds, tile: Tile, block_of_places: int, keep: bool) -> Varia
         "BLOCK_Q": tile.depth,
         "BLOCK_R": block_of_places,
         "WHOLE_BLOCKS": kinds.whole,
-        "PRECISION": kinds.precision,
+        "PRECISION": kinds.rank_precision,
     }
     own = ("shrink_ptr", "y_ptr", "WIDTH")
     return Variant(

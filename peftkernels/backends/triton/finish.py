@@ -135,14 +135,14 @@ def finish_grad_A(
 @functools.cache
 def rows_variant(kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, left: bool, pack: bool) -> Variant:
     """`finish_rows` that writes S (keep), the compact operand (left) and A's packed rows (pack)."""
-    x = pointer(kinds.x)
+    rank = pointer(kinds.rank)
     types = {
         "slots_ptr": "*fp32",
         **rank_arguments(kinds),
-        "shrink_ptr": x if keep else None,
-        "left_ptr": x if left else None,
+        "shrink_ptr": rank if keep else None,
+        "left_ptr": rank if left else None,
         "a_ptr": pointer(kinds.factor) if pack else None,
-        "right_ptr": x if pack else None,
+        "right_ptr": rank if pack else None,
         "scaling": "fp32",
         **integers("M", "K", "r", "WIDTH", "slots"),
     }

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels.backends.triton import decode, finish, routes, shrink, single
+from peftkernels._ops import rank_dtype
+from peftkernels.backends.triton import decode, expand, finish, routes, shrink, single
 from peftkernels.backends.triton import given as given_shrinks
 from peftkernels.backends.triton.frozen_product import (
     TailProduct,
@@ -44,12 +45,14 @@ class _Shrink:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launches of a call: `whole` alone (decode, single), or the shrink and `tail`, the library without a tail."""
+    """The launches of a call: `whole` alone (decode, single), or the shrink and `tail`; without a tail the library, and
+    `expand` where its `addmm_` does not take left and right."""
 
     choice: routes.Choice
     width: int
     shrink: _Shrink | None = None
     tail: TailProduct | None = None
+    expand: Variant | None = None
     whole: Variant | None = None
     tile: Tile | None = None
     programs: int = 0
@@ -60,7 +63,7 @@ def _plan_shrink(
 ) -> _Shrink:
     blocks = blocks_for(kinds.x, INTERPRETED)
     # B as it lies will do where its columns are already what the tail reads.
-    packs = kinds.plan or kinds.factor is not kinds.x or r % 16 != 0
+    packs = kinds.plan or kinds.factor is not kinds.rank or r % 16 != 0
     packing = -(-n // blocks.pack) if packs else 0
     if given:
         places = block_of_places(r, blocks.shrink_places)
@@ -92,7 +95,8 @@ def _plan(
 ) -> _Plan:
     choice = route(kinds, device, routes.FORWARD, m, n, k, plain_weight)
     if choice.route == routes.LIBRARY:
-        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given))
+        expanding = None if kinds.rank is kinds.x else expand.variant(kinds, False)
+        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given), expand=expanding)
     taken = tile(choice.tile)
     if choice.route == routes.TAIL:
         tail = plan_tail(kinds, device, taken, m, n, k, transposed=False)
@@ -128,8 +132,9 @@ def _shrink_and_pack(
     launch = plan.shrink
     assert launch is not None
     (m, k), (n, r) = rows.shape, lora_B.shape
-    left = rows.new_empty((m, plan.width))
-    right = rows.new_empty((n, plan.width)) if launch.packs else lora_B
+    rank = rank_dtype(rows.dtype)
+    left = rows.new_empty((m, plan.width), dtype=rank)
+    right = rows.new_empty((n, plan.width), dtype=rank) if launch.packs else lora_B
     if launch.parts is None:
         assert given is not None
         launch.variant(
@@ -233,7 +238,8 @@ def forward(
             bias = bias.to(dtype)
         save_shrink = save_shrink and given_shrink is None
         if not (m and n and k and r):
-            return F.linear(x, weight, bias), x.new_zeros((m, r)) if save_shrink else None
+            shrink_of_nothing = x.new_zeros((m, r), dtype=rank_dtype(dtype)) if save_shrink else None
+            return F.linear(x, weight, bias), shrink_of_nothing
         rows = rows_of(x)
         lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
         aligned = is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0))
@@ -242,7 +248,7 @@ def forward(
         given = None if given_shrink is None else rows_of(given_shrink)
         plan = _plan(kinds, x.device, m, n, k, r, save_shrink, given is not None, plain_weight, routes.state())
         least, keep_scale = dropped(dropout_p, dropout_seed)
-        saved = x.new_empty((m, r)) if save_shrink else None
+        saved = x.new_empty((m, r), dtype=kinds.rank) if save_shrink else None
         y = _run(
             plan, rows, weight, lora_A, lora_B, bias, gate, rank_order, rank_counts, scaling, scaling_tensor,
             least, keep_scale, dropout_seed, saved, given,
@@ -277,7 +283,7 @@ def _run(
         if plan.choice.route == routes.DECODE:
             plan.whole(plan.programs, rows, weight, bias, *factors, y, *numbers)
             return y
-        left = rows.new_empty((m, plan.width))
+        left = rows.new_empty((m, plan.width), dtype=rank_dtype(rows.dtype))
         # The next ticket, then the pieces done in each row block.
         progress = torch.zeros(1 + -(-m // plan.tile.rows), dtype=torch.int32, device=rows.device)
         if plan.tile.kind == TMA:
@@ -290,7 +296,11 @@ def _run(
         plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved, given
     )
     if plan.tail is None:
-        return F.linear(rows, weight, bias).addmm_(left, right.T)
+        y = F.linear(rows, weight, bias)
+        if plan.expand is None:
+            return y.addmm_(left, right.T)
+        plan.expand(expand.programs(m, n), y, left, right, None, counts, 1.0, m, n, r, plan.width)
+        return y
     y = rows.new_empty((m, n))
     plan.tail(rows, weight, y, bias, left, right, None, counts, 1.0, r)
     return y

@@ -42,15 +42,16 @@ def gemm_pointer(
             gdc_wait()
         sums = dropped_low_rank(
             left_ptr, right_ptr, bits_ptr, rows, column_block * BLOCK_P, M, P, r, WIDTH, n_active, keep_scale,
-            BLOCK_M, BLOCK_P, PRECISION,
+            y_ptr.dtype.element_ty, BLOCK_M, BLOCK_P, PRECISION,
         )  # fmt: skip
     sums = add_frozen(sums, x_ptr, w_ptr, rows, columns, M, P, Q, stride_x, TRANSPOSED, BLOCK_Q, EVEN, PRECISION)
     if bits_ptr is None:
         if WAIT:
             gdc_wait()
         sums = add_low_rank(
-            sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, TRANSPOSED, False, PRECISION
-        )
+            sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active,
+            y_ptr.dtype.element_ty, TRANSPOSED, False, PRECISION,
+        )  # fmt: skip
     sums = add_bias(sums, bias_ptr, columns, P)
     store_tile(sums, y_ptr, rows, columns, M, P)
 
@@ -60,7 +61,7 @@ def gemm_tma(
     x_desc, w_desc, y_desc, bias_ptr, left_ptr, right_ptr, bits_ptr, counts_ptr,
     keep_scale, M, P, Q, r, WIDTH,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    GROUP: tl.constexpr, WAIT: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Programs that stay and take every num_programs-th tile."""
     n_active, _ = active_and_live(counts_ptr, r)
@@ -77,15 +78,16 @@ def gemm_tma(
                 gdc_wait()
             sums = dropped_low_rank(
                 left_ptr, right_ptr, bits_ptr, rows, column, M, P, r, WIDTH, n_active, keep_scale,
-                BLOCK_M, BLOCK_P, "ieee",
+                y_desc.dtype, BLOCK_M, BLOCK_P, PRECISION,
             )  # fmt: skip
         sums = add_frozen_tma(sums, x_desc, w_desc, row, column, Q, TRANSPOSED, BLOCK_Q)
         if bits_ptr is None:
             if WAIT:
                 gdc_wait()
             sums = add_low_rank(
-                sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, TRANSPOSED, False, "ieee"
-            )
+                sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active,
+                y_desc.dtype, TRANSPOSED, False, PRECISION,
+            )  # fmt: skip
         sums = add_bias(sums, bias_ptr, columns, P)
         store_tile_tma(sums, y_desc, row, column, BLOCK_M, BLOCK_P)
 
@@ -107,8 +109,8 @@ def pointer_variant(kinds: Kinds, tile: Tile, transposed: bool, even: bool) -> V
         "x_ptr": x,
         "w_ptr": x,
         "bias_ptr": x if kinds.bias and not transposed else None,
-        "left_ptr": x,
-        "right_ptr": x,
+        "left_ptr": pointer(kinds.rank),
+        "right_ptr": pointer(kinds.rank),
         "bits_ptr": "*i32" if kinds.dropout and transposed else None,
         "counts_ptr": "*i32" if kinds.plan else None,
         "y_ptr": x,
@@ -122,7 +124,7 @@ def pointer_variant(kinds: Kinds, tile: Tile, transposed: bool, even: bool) -> V
         "BLOCK_Q": tile.depth,
         "GROUP": GROUP,
         "EVEN": even,
-        "PRECISION": kinds.precision,
+        "PRECISION": kinds.rank_precision,
         "WAIT": kinds.pdl,
     }
     own = ("left_ptr", "bits_ptr", "y_ptr", "WIDTH")
@@ -152,8 +154,8 @@ def tma_variant(kinds: Kinds, tile: Tile, transposed: bool) -> Variant:
     types = {
         **{name: descriptor(kinds.x, block) for name, block in descriptors},
         "bias_ptr": x if kinds.bias and not transposed else None,
-        "left_ptr": x,
-        "right_ptr": x,
+        "left_ptr": pointer(kinds.rank),
+        "right_ptr": pointer(kinds.rank),
         "bits_ptr": "*i32" if kinds.dropout and transposed else None,
         "counts_ptr": "*i32" if kinds.plan else None,
         "keep_scale": "fp32",
@@ -165,6 +167,7 @@ def tma_variant(kinds: Kinds, tile: Tile, transposed: bool) -> Variant:
         "BLOCK_P": tile.columns,
         "BLOCK_Q": tile.depth,
         "GROUP": GROUP,
+        "PRECISION": kinds.rank_precision,
         "WAIT": kinds.pdl,
     }
     own = ("left_ptr", "bits_ptr", "WIDTH")

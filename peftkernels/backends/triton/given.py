@@ -44,13 +44,13 @@ def place_given(
 @functools.cache
 def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, pack: bool) -> Variant:
     """`place_given` that packs B or not."""
-    x = pointer(kinds.x)
+    rank = pointer(kinds.rank)
     types = {
-        "given_ptr": x,
+        "given_ptr": rank,
         "b_ptr": pointer(kinds.factor),
         **rank_arguments(kinds),
-        "left_ptr": x,
-        "right_ptr": x if pack else None,
+        "left_ptr": rank,
+        "right_ptr": rank if pack else None,
         "scaling": "fp32",
         **integers("M", "N", "r", "WIDTH", "stride_given"),
     }

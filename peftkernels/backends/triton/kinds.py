@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from peftkernels._ops import rank_dtype
+
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -22,7 +24,7 @@ class Kinds(NamedTuple):
     aligned    rows of x, G, W, A and B start at multiples of 16 bytes, and N and K are multiples of 16
     even_rank  r is a multiple of 16
     whole      K is a multiple of 4: four neighbours share a Philox block
-    precision  of fp32 products: "ieee", or "tf32" where the user allowed it
+    precision  of fp32 products: "ieee", or "tf32" where the user allowed it; see `rank_precision`
     pdl        launches overlap (compute capability 9.0 and later)
     """
 
@@ -44,6 +46,16 @@ class Kinds(NamedTuple):
         if not self.aligned:
             return own
         return (*own, *given, "r") if self.even_rank else (*own, *given)
+
+    @property
+    def rank(self) -> torch.dtype:
+        """The dtype of S and H, and of the factors beside them."""
+        return rank_dtype(self.x)
+
+    @property
+    def rank_precision(self) -> str:
+        """How products with a rank are taken: see `ranks.as_operand` for float16."""
+        return "tf32" if self.x is torch.float16 else self.precision
 
     @property
     def label(self) -> str:

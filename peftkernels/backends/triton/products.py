@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from peftkernels.backends.triton.dropout import factor_from_bits
-from peftkernels.backends.triton.ranks import rank_at
+from peftkernels.backends.triton.ranks import as_operand, rank_at
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def add_frozen_tma(sums, x_desc, w_desc, row, column, Q, TRANSPOSED: tl.constexp
 @triton.jit
 def add_low_rank(
     sums, left_ptr, right_ptr, order_ptr, rows, columns, M, P, r, WIDTH, n_active,
-    TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    x_type: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums + left·right over the ACTIVE places, sixteen a step, left from memory."""
     row_mask = (rows < M)[:, None]
@@ -72,7 +72,7 @@ def add_low_rank(
         places = first + tl.arange(0, 16)
         left = tl.load(left_ptr + rows.to(tl.int64)[:, None] * WIDTH + places[None, :], mask=row_mask, other=0.0)
         right = right_tile(right_ptr, order_ptr, columns, places, P, r, WIDTH, n_active, TRANSPOSED, GATHER)
-        sums = tl.dot(left, right.to(left_ptr.dtype.element_ty), sums, input_precision=PRECISION)
+        sums = tl.dot(as_operand(left, x_type), as_operand(right, x_type), sums, input_precision=PRECISION)
     return sums
 
 
@@ -100,7 +100,7 @@ def right_tile(
 @triton.jit
 def dropped_low_rank(
     left_ptr, right_ptr, bits_ptr, rows, column, M, P, r, WIDTH, n_active, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    x_type: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """drop'(left·right) for the backward pass's tile.
 
@@ -110,7 +110,7 @@ def dropped_low_rank(
     columns = column + tl.arange(0, BLOCK_P)
     sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     sums = add_low_rank(
-        sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, True, False, PRECISION
+        sums, left_ptr, right_ptr, None, rows, columns, M, P, r, WIDTH, n_active, x_type, True, False, PRECISION
     )
     return sums * factor_from_bits(bits_ptr, rows, column, M, P, keep_scale, BLOCK_P)
 

@@ -22,6 +22,31 @@ def block_of_places(r: int, most: int) -> int:
 
 
 @triton.jit
+def widened(values):
+    """Elements of x or G as an operand of products with a rank: float32 where they are float16."""
+    if values.dtype == tl.float16:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def as_operand(values, x_type: tl.constexpr):
+    """Factors, S or H as an operand of products beside x: in its dtype, or in float32 where that is float16.
+
+    Such products are taken in TF32, which has float16's mantissa with float32's range. The instructions cut what TF32
+    does not hold; rounded here, the operands are as near as float16 would be.
+    """
+    if x_type == tl.float16:
+        values = values.to(tl.float32)
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        values = tl.where(tl.abs(values) < float("inf"), rounded, values)
+    else:
+        values = values.to(x_type)
+    return values
+
+
+@triton.jit
 def active_and_live(counts_ptr, r):
     """How many ranks are ACTIVE and how many are not DEAD: all r of them without a plan."""
     n_active = r

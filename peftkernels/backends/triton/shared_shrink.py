@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkernels._ops import rank_dtype
 from peftkernels.backends.triton import finish, shrink
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
@@ -63,17 +64,17 @@ def _plan(kinds: Kinds, device: torch.device, m: int, k: int, r: int) -> tuple[P
 def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
     """S (M, Σr); arguments as declared in `_ops`."""
     with place(x):
-        # The widest dtype of all factors, as HF peft's are of one; each is rounded to x's in the kernel.
+        # The widest dtype of all factors, as HF peft's are of one; each is rounded in the kernel.
         factors = lora_A[0].contiguous() if len(lora_A) == 1 else torch.cat(lora_A)
         r, k = factors.shape
         m = x.shape[:-1].numel()
         if not (m and k and r):
-            return x.new_zeros((m, r))
+            return x.new_zeros((m, r), dtype=rank_dtype(x.dtype))
         rows = rows_of(x)
         aligned = is_aligned((rows, factors), k, rows.stride(0))
         kinds = kinds_of(rows, factors, None, None, None, None, None, aligned)
         parts, making, finishing = _plan(kinds, x.device, m, k, r)
-        saved = x.new_empty((m, r))
+        saved = x.new_empty((m, r), dtype=kinds.rank)
         slots = None if finishing is None else rows.new_empty((parts.splits, m, width(r)), dtype=torch.float32)
         making(
             parts.programs,

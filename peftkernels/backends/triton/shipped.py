@@ -78,7 +78,10 @@ def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Ite
         yield finish.grad_B_variant(everything, blocks, places, True, True)
         yield finish.grad_A_variant(everything, blocks, places, True, True)
     yield dropout.bits_variant(everything)
-    yield expand.variant(everything)
+    yield expand.variant(everything, True)
+    if plain.rank is not plain.x:
+        yield expand.variant(plain, False)
+        yield expand.variant(plain, True)
 
 
 def _places(most: int, brief: bool) -> list[int]:

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from peftkernels.backends.triton.dropout import dropout_factor
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
-from peftkernels.backends.triton.ranks import active_and_live, pack_columns, rank_at, store_by_rank
+from peftkernels.backends.triton.ranks import active_and_live, as_operand, pack_columns, rank_at, store_by_rank, widened
 from peftkernels.backends.triton.tiles import Blocks
 
 
@@ -32,9 +32,9 @@ def shrink_rows(
         x = tl.load(x_rows + columns[None, :], mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
         if seed_ptr is not None:
             factor = dropout_factor(seed_ptr, rows, start, K, least, keep_scale, BLOCK_K, WHOLE_BLOCKS)
-            x = (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty)
+            x = as_operand(x.to(tl.float32) * factor, x_ptr.dtype.element_ty)
         a = tl.load(a_rows + columns[:, None], mask=(columns < K)[:, None] & (places < n_live)[None, :], other=0.0)
-        sums = tl.dot(x, a.to(x_ptr.dtype.element_ty), sums, input_precision=PRECISION)
+        sums = tl.dot(widened(x), as_operand(a, x_ptr.dtype.element_ty), sums, input_precision=PRECISION)
     return sums
 
 
@@ -87,7 +87,7 @@ def variant(
     kinds: Kinds, blocks: Blocks, block_of_places: int, keep: bool, left: bool, split: bool, pack: bool
 ) -> Variant:
     """The shrink that writes S (keep), the compact operand (left) and B's packed columns (pack), K split or not."""
-    x = pointer(kinds.x)
+    x, rank = pointer(kinds.x), pointer(kinds.rank)
     # Many ranks, or random words that neighbours do not share, fill the registers of four warps.
     crowded = (block_of_places > 32) + (kinds.dropout and not kinds.whole)
     warps = 8 if crowded or block_of_places > 16 else 4
@@ -97,10 +97,10 @@ def variant(
         "b_ptr": pointer(kinds.factor) if pack else None,
         **rank_arguments(kinds),
         "seed_ptr": "*i64" if kinds.dropout else None,
-        "shrink_ptr": x if keep and not split else None,
-        "left_ptr": x if left and not split else None,
+        "shrink_ptr": rank if keep and not split else None,
+        "left_ptr": rank if left and not split else None,
         "slots_ptr": "*fp32" if split else None,
-        "right_ptr": x if pack else None,
+        "right_ptr": rank if pack else None,
         "scaling": "fp32",
         "keep_scale": "fp32",
         "least": "i64",
@@ -112,7 +112,7 @@ def variant(
         "BLOCK_R": block_of_places,
         "BLOCK_N": blocks.pack,
         "WHOLE_BLOCKS": kinds.whole,
-        "PRECISION": kinds.precision,
+        "PRECISION": kinds.rank_precision,
         "DEPENDENTS": kinds.pdl,
     }
     outputs = ("shrink_ptr", "left_ptr", "slots_ptr", "right_ptr", "WIDTH", "chunk")

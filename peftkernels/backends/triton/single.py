@@ -94,8 +94,9 @@ def single_pointer(
         sums = add_frozen(sums, x_ptr, w_ptr, rows, columns, M, N, K, stride_x, False, BLOCK_Q, EVEN, PRECISION)
         wait_for_rows(progress_ptr, row_block, M, BLOCK_M, PIECE)
         sums = add_low_rank(
-            sums, left_ptr, b_ptr, order_ptr, rows, columns, M, N, r, WIDTH, n_active, False, True, PRECISION
-        )
+            sums, left_ptr, b_ptr, order_ptr, rows, columns, M, N, r, WIDTH, n_active,
+            y_ptr.dtype.element_ty, False, True, PRECISION,
+        )  # fmt: skip
         sums = add_bias(sums, bias_ptr, columns, N)
         store_tile(sums, y_ptr, rows, columns, M, N)
 
@@ -107,12 +108,13 @@ def single_tma(
     scaling, keep_scale, least, M, N, K, r, WIDTH, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
     PIECE: tl.constexpr, PIECE_K: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) with W, x and y through the tensor memory accelerator."""
     shrink_pieces(
         x_ptr, a_ptr, order_ptr, counts_ptr, gate_ptr, scaling_ptr, seed_ptr, shrink_ptr, left_ptr, progress_ptr,
         scaling, keep_scale, least, M, K, r, WIDTH, stride_x,
-        BLOCK_M, PIECE, PIECE_K, BLOCK_R, WHOLE_BLOCKS, "ieee",
+        BLOCK_M, PIECE, PIECE_K, BLOCK_R, WHOLE_BLOCKS, PRECISION,
     )  # fmt: skip
     n_active, _ = active_and_live(counts_ptr, r)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_P)
@@ -126,22 +128,23 @@ def single_tma(
         sums = add_frozen_tma(sums, x_desc, w_desc, row, column, K, False, BLOCK_Q)
         wait_for_rows(progress_ptr, row_block, M, BLOCK_M, PIECE)
         sums = add_low_rank(
-            sums, left_ptr, b_ptr, order_ptr, rows, columns, M, N, r, WIDTH, n_active, False, True, "ieee"
-        )
+            sums, left_ptr, b_ptr, order_ptr, rows, columns, M, N, r, WIDTH, n_active,
+            y_desc.dtype, False, True, PRECISION,
+        )  # fmt: skip
         sums = add_bias(sums, bias_ptr, columns, N)
         store_tile_tma(sums, y_desc, row, column, BLOCK_M, BLOCK_P)
 
 
 def _types(kinds: Kinds, keep: bool) -> dict[str, str | None]:
     """The arguments that both kernels have from A on."""
-    x = pointer(kinds.x)
+    rank = pointer(kinds.rank)
     return {
         "a_ptr": pointer(kinds.factor),
         "b_ptr": pointer(kinds.factor),
         **rank_arguments(kinds),
         "seed_ptr": "*i64" if kinds.dropout else None,
-        "shrink_ptr": x if keep else None,
-        "left_ptr": x,
+        "shrink_ptr": rank if keep else None,
+        "left_ptr": rank,
         "progress_ptr": "*i32",
     }
 
@@ -161,6 +164,7 @@ def _pieces(kinds: Kinds, blocks: Blocks, tile: Tile, block_of_places: int) -> d
         "PIECE_K": blocks.shrink_depth,
         "BLOCK_R": block_of_places,
         "WHOLE_BLOCKS": kinds.whole,
+        "PRECISION": kinds.rank_precision,
     }
 
 
@@ -176,7 +180,6 @@ def pointer_variant(kinds: Kinds, blocks: Blocks, tile: Tile, block_of_places: i
         "GROUP": GROUP,
         "EVEN": even,
         **_pieces(kinds, blocks, tile, block_of_places),
-        "PRECISION": kinds.precision,
     }
     own = ("shrink_ptr", "left_ptr", "y_ptr", "WIDTH")
     return Variant(

@@ -124,15 +124,20 @@ BLOCKS = Blocks()
 BLOCKS_FP32 = Blocks(
     shrink_depth=32, shrink_places=32, fewest_steps=32, column_rows=16, column_columns=64, column_places=32
 )
+# G and x are widened to float32 beside their ranks, in registers.
+BLOCKS_FP16 = Blocks(column_columns=128, column_places=32)
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
 BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4, 4)
+
+
+_BLOCKS = {torch.float32: BLOCKS_FP32, torch.float16: BLOCKS_FP16}
 
 
 def blocks_for(dtype: torch.dtype, interpreted: bool) -> Blocks:
     """The blocks for operands of `dtype`; they depend on nothing else, so that sums are always taken in one order."""
     if interpreted:
         return BLOCKS_INTERPRETED
-    return BLOCKS_FP32 if dtype is torch.float32 else BLOCKS
+    return _BLOCKS.get(dtype, BLOCKS)
 
 
 def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
