@@ -49,8 +49,8 @@ class BudgetAllocator(Stepping):
         tfinal           steps at the end in which the ranks stay as they are
         deltaT           steps between two masks
         orth_reg_weight  weight w of the orthogonality term
-        exact_budget     False: ranks that tie with the threshold are all masked, as in peft. True: exactly the budget
-                         stays; of ranks that tie, those of earlier layers and lower index stay
+        exact_budget     False: ranks that tie with the threshold are all masked, as in peft, unless none would stay.
+                         True: exactly the budget stays; of ranks that tie, those of earlier layers and lower index stay
         compact          True: after step total_step - tfinal masked ranks are DEAD instead of PROBE. They then cost
                          nothing, and the run departs from peft's: their gates get no gradient, so the norm that
                          gradient clipping sees is smaller, and the orthogonality term covers the kept ranks only
@@ -64,9 +64,11 @@ class BudgetAllocator(Stepping):
 
     A step whose gradients are not finite leaves the statistics unchanged, is counted and warned about once; on an
     accelerator the count is read back, and the warning given, only at the last allocation and when the state is saved
-    or explained. Judged are the gradients that the strategy looks at, those of the gates at least; a decision on scores
-    that are not numbers is not taken, and the mask before it stays. This guards what the allocator decides by, not the
-    weights: the optimizer has run by then, and has written such gradients into weights and moments unless something
+    or explained. Judged are the gradients that the strategy looks at, those of the gates at least. A rank whose score
+    is not finite stays as the mask before has it. Where that is so for all ranks of a budget, where their scores are
+    all the same, or where no step so far had finite gradients, nothing is decided, the mask before stays, and the step
+    is counted in `undecided_steps` and warned about once. This guards what the allocator decides by, not the weights:
+    the optimizer has run by then, and has written such gradients into weights and moments unless something
     before it did not let it, as `GradScaler` and `clip_grad_norm_(error_if_nonfinite=True)` do. `RollbackPolicy` takes
     the weights back too. A step that a GradScaler skips is no step here either: most optimizers are not called then;
     fused ones are, and the call is counted in `skipped_steps`; to know, the host reads the scaler's flag after each of

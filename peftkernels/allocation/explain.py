@@ -44,6 +44,7 @@ def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
         skipped_steps=allocator.skipped_steps,
         modules=tuple(modules),
         rollbacks=allocator.rollbacks,
+        undecided_steps=allocator.undecided_steps,
     )
 
 
@@ -90,8 +91,8 @@ def _why(
         return f"no mask before step {settings.tinit + 1}"
     if not kept:
         return "it has no ranks"
-    if any(math.isnan(score) for score in scores):
-        return "its scores are not numbers: the mask before them stays"
+    if not all(math.isfinite(score) for score in scores):
+        return "some of its scores are not finite: these ranks stay as the mask before has them"
     keeping = [score for score, keep in zip(scores, kept, strict=True) if keep]
     masked = [score for score, keep in zip(scores, kept, strict=True) if not keep]
     if not masked:

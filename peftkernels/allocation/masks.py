@@ -18,6 +18,7 @@ class RankMasks:
 
     keep        bool (Σ r,), layers in model order: the last mask
     frozen      names of the layers that no longer train
+    frozen_ranks  bool (Σ r,): the ranks of these
     all_active  whether the plans say ACTIVE everywhere (but in frozen layers), as between two masks
     changes     how often the states of ranks may have changed: who reads them from the device need not read again
                 while it stays the same (where the allocator is not captured in a graph)
@@ -39,7 +40,7 @@ class RankMasks:
         self.kernels = kernels
         self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(self.own))
         self.frozen: tuple[str, ...] = ()
-        self._frozen_ranks = torch.zeros_like(self.keep)
+        self.frozen_ranks = torch.zeros_like(self.keep)
         self.changes = 0
         self._masked: RankState | None = None
         # Which factors were trained before their layer was frozen, to be trained again if it no longer is.
@@ -54,7 +55,7 @@ class RankMasks:
     def to_(self, device: torch.device, kernels: AllocationKernels) -> None:
         """Follow the layers to another device."""
         self.keep = self.keep.to(device)
-        self._frozen_ranks = self._frozen_ranks.to(device)
+        self.frozen_ranks = self.frozen_ranks.to(device)
         self.kernels = kernels
 
     def gates(self) -> list[Tensor]:
@@ -76,16 +77,13 @@ class RankMasks:
         parts = self.keep.cpu().split(list(self.ranks.values()))
         return {name: part.tolist() for name, part in zip(self.ranks, parts, strict=True)}
 
-    def hold_frozen(self, scores: Tensor) -> Tensor:
-        """The scores with ranks of frozen layers where they cannot change sides."""
-        if not self.frozen:
-            return scores
-        held = torch.where(self.keep, torch.inf, -torch.inf).to(scores.dtype)
-        return torch.where(self._frozen_ranks, held, scores)
+    def hold(self, scores: Tensor, held: Tensor) -> Tensor:
+        """The scores with ranks that are held, bool (Σ r,), where they cannot change sides."""
+        return torch.where(held, torch.where(self.keep, torch.inf, -torch.inf).to(scores.dtype), scores)
 
     def take(self, keep: Tensor) -> None:
-        """The ranks that a decision keeps; those of frozen layers stay as they are."""
-        self.keep.copy_(torch.where(self._frozen_ranks, self.keep, keep) if self.frozen else keep)
+        """The ranks that a decision keeps."""
+        self.keep.copy_(keep)
         self.changes += 1
 
     def restore(self, keep: Tensor, frozen: Sequence[str]) -> None:
@@ -129,7 +127,7 @@ class RankMasks:
         self.frozen = tuple(names)
         self.changes += 1
         parts = [torch.full((rank,), name in names) for name, rank in self.ranks.items()]
-        self._frozen_ranks.copy_(torch.cat(parts))
+        self.frozen_ranks.copy_(torch.cat(parts))
 
     def drop(self, name: str) -> None:
         """Keep no rank of a layer."""

@@ -26,6 +26,9 @@ class RunProgress:
         self._skipped = 0
         self._rollbacks = 0
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._undecided = torch.zeros((), dtype=torch.int64, device=device)
+        # Whether the gradients of any step so far were finite: without one there is nothing to decide by.
+        self._informed = torch.zeros((), dtype=torch.bool, device=device)
         self._on_device = DeviceSchedule(settings, shares, device) if settings.capturable else None
 
     @property
@@ -54,6 +57,24 @@ class RunProgress:
                 "nonfinite",
                 "a step had gradients that are not finite; it leaves the allocator's score averages unchanged "
                 "(later ones are counted in nonfinite_steps without a warning)",
+            )
+        return count
+
+    @property
+    def informed(self) -> bool:
+        """Whether the gradients of any step so far were finite; reads the device."""
+        return bool(self._informed)
+
+    @property
+    def undecided_steps(self) -> int:
+        """How many steps were to choose ranks and could not, for the whole budget or a group's share of it: no score
+        was finite, all were the same, or no step yet had finite gradients. The mask before stayed. Reads the device."""
+        count = int(self._undecided)
+        if count:
+            self._watchers.warn_once(
+                "undecided",
+                "a step was to choose ranks, and its scores are not finite or all the same: the mask before stays "
+                "(later ones are counted in undecided_steps without a warning)",
             )
         return count
 

@@ -82,6 +82,11 @@ class Allocator(Protocol):
         ...
 
     @property
+    def undecided_steps(self) -> int:
+        """Steps that were to choose ranks and had no score to choose by."""
+        ...
+
+    @property
     def skipped_steps(self) -> int:
         """Calls of the optimizer that a GradScaler kept from stepping."""
         ...

@@ -49,6 +49,7 @@ class AllocationReport:
     nonfinite_steps   steps whose gradients were not finite and left the score averages unchanged
     skipped_steps     calls of the optimizer that a GradScaler kept from stepping
     rollbacks         how often the run was rolled back
+    undecided_steps   steps that were to choose ranks and had no score to choose by
     """
 
     step: int
@@ -61,6 +62,7 @@ class AllocationReport:
     skipped_steps: int
     modules: tuple[ModuleAllocation, ...] = field(repr=False)
     rollbacks: int = 0
+    undecided_steps: int = 0
 
     @property
     def n_kept(self) -> int:
@@ -82,6 +84,11 @@ class AllocationReport:
         if self.nonfinite_steps:
             lines.append(
                 f"{self.nonfinite_steps} steps had gradients that were not finite and left the scores as they were"
+            )
+        if self.undecided_steps:
+            lines.append(
+                f"{self.undecided_steps} steps were to choose ranks and could not: no score was finite, or all were "
+                "the same; the mask before stayed"
             )
         if self.rollbacks:
             lines.append(f"the run was rolled back {self.rollbacks} times")

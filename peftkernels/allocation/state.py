@@ -29,6 +29,8 @@ def pack_state(allocator: BudgetAllocator) -> dict[str, Tensor]:
         **_identity(allocator),
         "step": allocator.steps,
         "nonfinite_steps": allocator.nonfinite_steps,
+        "undecided_steps": allocator.undecided_steps,
+        "informed": allocator.informed,
         "skipped_steps": allocator.skipped_steps,
         "rollbacks": allocator.rollbacks,
         "released": allocator.released,

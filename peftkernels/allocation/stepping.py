@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from peftkernels.allocation.deciding import choose_ranks
 from peftkernels.allocation.hook import IdleWatch, found_overflow
 from peftkernels.allocation.kernels import AllocationKernels, kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
@@ -75,6 +76,9 @@ class Stepping(RunProgress):
         self.statistics.forget()
         self.statistics.pending_losses = losses
         self._nonfinite.fill_(facts["nonfinite_steps"])
+        # States of earlier versions have neither of these two.
+        self._undecided.fill_(facts.get("undecided_steps", 0))
+        self._informed.fill_(facts.get("informed", facts["nonfinite_steps"] < facts["step"]))
         self._skipped = facts["skipped_steps"]
         self._step = facts["step"]
         if self._on_device is not None:
@@ -142,7 +146,7 @@ class Stepping(RunProgress):
             self._released = True
             self._decide(step)
             self.strategy.release()
-            _ = self.nonfinite_steps
+            _ = self.nonfinite_steps, self.undecided_steps
         else:
             self._write_states(mask=True)
         self._step = step
@@ -167,11 +171,13 @@ class Stepping(RunProgress):
         self._update_strategy()
         assert bus.finite is not None
         self._nonfinite += ~(bus.finite | bus.skip)
+        self._informed |= bus.finite & ~bus.skip
         scores = self.strategy.scores(bus)
-        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), 0)
-        deciding = schedule.decides(overflow) & ~scores.isnan().any()
-        self._decision = schedule.remember(self._decision, deciding, scores, thresholds)
-        self.masks.take(torch.where(deciding, keep, self.masks.keep))
+        choice = choose_ranks(self.strategy, bus, self.masks, scores, 0, self._informed)
+        due = schedule.decides(overflow)
+        self._undecided += due & choice.left
+        self._decision = schedule.remember(self._decision, due & choice.decided, scores, choice.thresholds)
+        self.masks.take(torch.where(due, choice.keep, self.masks.keep))
         self.masks.write_masked(RankState.PROBE, schedule.masks())
         self._watch.reset()
 
@@ -199,6 +205,7 @@ class Stepping(RunProgress):
         finite = self.statistics.finite
         assert finite is not None
         self._nonfinite += ~finite
+        self._informed |= finite
         if finite.device.type == "cpu" and not finite:
             self._watchers.tell(step, "skipped", {"why": "gradients are not finite; the scores stay as they were"})
             _ = self.nonfinite_steps
@@ -207,15 +214,18 @@ class Stepping(RunProgress):
         bus = self.statistics
         # A copy: strategies may give the tensor that they go on averaging in.
         scores = self.strategy.scores(bus).clone()
-        keep, thresholds = self.strategy.select(bus, self.masks.hold_frozen(scores), step)
-        numbers = ~scores.isnan().any()
-        self.masks.take(torch.where(numbers, keep, self.masks.keep))
+        choice = choose_ranks(self.strategy, bus, self.masks, scores, step, self._informed)
+        self.masks.take(choice.keep)
         self._write_states(mask=True)
-        if (numbers.device.type == "cpu" or self._watchers.observers) and not numbers:
-            why = f"the scores at step {step} are not numbers; the mask before stays"
-            self._watchers.warn_once("scores", why)
-            self._watchers.tell(step, "skipped", {"why": why})
-            return
+        self._undecided += choice.left
+        if scores.device.type == "cpu" or self._watchers.observers:
+            if choice.left:
+                _ = self.undecided_steps
+                why = f"the scores at step {step} are not finite or all the same; the mask before stays"
+                self._watchers.tell(step, "skipped", {"why": why})
+            if not choice.decided:
+                return
+        thresholds = choice.thresholds
         self._decision = Decision(step, self.statistics.shares.budget(step), scores, thresholds.clone())
         if self._watchers.observers:
             own = [part.tolist() for part in bus.per_layer(scores)]
@@ -249,7 +259,8 @@ class Stepping(RunProgress):
         kernels = kernels_for(device, self.statistics.dtype, self._impl)
         self.statistics.kernels = kernels
         self.masks.to_(device, kernels)
-        self._nonfinite = self._nonfinite.to(device)
+        self._nonfinite, self._undecided = self._nonfinite.to(device), self._undecided.to(device)
+        self._informed = self._informed.to(device)
         if self._decision is not None:
             self._decision = self._decision.to(device)
         if not self._released:

@@ -66,7 +66,13 @@ class GateGradient(Strategy):
 
     def update(self, bus: Statistics) -> None:
         gradients = bus.gate_gradients
-        value = (bus.gates * gradients).square() if self.rule == "product" else gradients.abs()
+        value = gradients.abs()
+        if self.rule == "product":
+            square = (bus.gates * gradients).square()
+            # Gradients from 1e19 on are finite, and their squares are not: those count as the largest number, below
+            # which their running mean stays.
+            largest = torch.finfo(square.dtype).max / 2
+            value = torch.where(torch.isfinite(gradients), square.clamp_max(largest), square)
         bus.smooth_(self._average, value, self.beta)
 
     def scores(self, bus: Statistics) -> Tensor:

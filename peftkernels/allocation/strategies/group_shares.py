@@ -26,6 +26,8 @@ class GroupShares(Composed):
 
     groups  shell patterns by name of the group; by default projection types, see `group_modules`
 
+    A rank whose inner score is not finite comes last in its group, and has none here either.
+
     Shares are at first in proportion to what the groups' ranks cost, and change by `move` alone.
     """
 
@@ -76,14 +78,16 @@ class GroupShares(Composed):
         return amount
 
     def scores(self, bus: Statistics) -> Tensor:
-        inner = super().scores(bus)
+        given = super().scores(bus)
+        usable = torch.isfinite(given)
+        inner = torch.where(usable, given, -torch.inf)
         scores = torch.zeros_like(inner, dtype=torch.float64)
         shares = self._shares.to(inner.device)
         for group in range(len(self.labels)):
             own = torch.nonzero(self.group_index == group).flatten()
             order = own[torch.sort(inner[own], descending=True, stable=True).indices]
             scores[order] = shares[group] / torch.cumsum(bus.costs[order], 0)
-        return scores
+        return torch.where(usable, scores, torch.nan)
 
     def moved(self) -> list[Mapping[str, Any]]:
         moves, self._moves = [*self._moves, *super().moved()], []

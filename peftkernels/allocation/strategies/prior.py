@@ -26,6 +26,8 @@ class Prior(Composed):
     strategy decides. Early scores are made of few gradients: that is when a prior is worth most. The rule is this
     package's own; start layers themselves with uneven ranks by `initial_ranks`.
 
+    A rank whose inner score is not finite comes last in its layer, and has none here either.
+
     weight in [0, 1], half_life in steps above 0. Raises TypeError or ValueError naming the argument.
     """
 
@@ -57,12 +59,15 @@ class Prior(Composed):
         self._weight.copy_(slower if bus.skip is None else torch.where(bus.skip, self._weight, slower))
 
     def scores(self, bus: Statistics) -> Tensor:
-        inner = super().scores(bus)
+        given = super().scores(bus)
+        usable = torch.isfinite(given)
+        inner = torch.where(usable, given, -torch.inf)
         order = torch.sort(inner, descending=True, stable=True).indices
         order = order[torch.sort(bus.module_index[order], stable=True).indices]
         count = torch.arange(bus.total, device=inner.device)
         place = torch.empty_like(count).scatter_(0, order, count - self._starts[order] + 1)
-        return (1 - self._weight) * quantiles(inner) + self._weight * quantiles(self._expected / place)
+        scores = (1 - self._weight) * quantiles(inner) + self._weight * quantiles(self._expected / place)
+        return torch.where(usable, scores, torch.nan)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {**super().tensors(), "weight": self._weight}

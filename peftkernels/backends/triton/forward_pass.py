@@ -102,7 +102,7 @@ def _plan(
         tail = plan_tail(kinds, device, taken, m, n, k, transposed=False)
         return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given), tail)
     if choice.route == routes.DECODE:
-        whole = decode.variant(kinds, taken, block_of_places(r, decode.MOST_PLACES), keep)
+        whole = decode.variant(kinds, taken, block_of_places(r, decode.most_places(kinds)), keep)
         return _Plan(choice, width(r), whole=whole, tile=taken, programs=-(-n // taken.columns))
     blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, single.MOST_PLACES)
     if taken.kind == TMA:

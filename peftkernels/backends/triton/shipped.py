@@ -50,7 +50,7 @@ def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> It
     if tile.kind == tiles.DECODE_TILE:
         yield decode.variant(plain, tile, 16, False)
         yield decode.variant(plain._replace(factor=torch.float32), tile, 16, True)
-        yield decode.variant(everything, tile, decode.MOST_PLACES, True)
+        yield decode.variant(everything, tile, decode.most_places(everything), True)
     elif tile.kind == TMA:
         yield gemm.tma_variant(everything, tile, False)
         yield gemm.tma_variant(everything, tile, True)

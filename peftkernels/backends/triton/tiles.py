@@ -147,5 +147,7 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
         return (wide, _NARROW_FP32, *_DECODE_FP32)
     if capability < (9, 0):
         return (*_POINTER, *_DECODE)
-    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there.
-    return (*(_TMA if capability < (10, 0) else _TMA[1:3]), *_POINTER, *_DECODE)
+    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there, and so do the
+    # widest one's beside float32 operands of ranks.
+    tma = _TMA if capability < (10, 0) else _TMA[2:3] if dtype == "float16" else _TMA[1:3]
+    return (*tma, *_POINTER, *_DECODE)
