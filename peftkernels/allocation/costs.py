@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkernels.allocation.files import read_json, write_json
+from peftkernels._reading import check_number, check_object
+from peftkernels.allocation.files import read_kind, write_json
 from peftkernels.allocation.protocol import GatedLayer, find_gated_layers
 from peftkernels.nn import AdaLoRALinear
 from peftkernels.rank_plan import RankState
@@ -97,11 +97,12 @@ def save_costs(costs: Mapping[str, float], path: str | os.PathLike[str]) -> None
 
 def load_costs(path: str | os.PathLike[str]) -> dict[str, float]:
     """The costs that `save_costs` wrote, to the bit. Raises ValueError for another file."""
-    costs = read_json(path, _KIND)["costs"]
-    wrong = [name for name, cost in costs.items() if not (isinstance(cost, float) and math.isfinite(cost) and cost > 0)]
-    if wrong:
-        raise ValueError(f"{os.fspath(path)}: found {costs[wrong[0]]!r} for {wrong[0]!r}, expected a number above 0")
-    return dict(costs)
+    where = f"{os.fspath(path)}: costs"
+    costs = check_object(read_kind(path, _KIND).get("costs"), where)
+    for name, cost in costs.items():
+        if check_number(cost, f"{where}[{name!r}]") <= 0:
+            raise ValueError(f"{where}[{name!r}]: found {cost}, expected a number above 0")
+    return {name: float(cost) for name, cost in costs.items()}
 
 
 def cost_per_rank(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkernels._files import write_atomically
+from peftkernels._reading import check_object, read_json, shown
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -16,14 +17,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomically(Path(path), lambda file: file.write(data))
 
 
-def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+def read_kind(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """The mapping that `write_json` wrote; `kind` is what its key "kind" must say. Raises ValueError for others."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: found no JSON ({error}), expected {kind}") from error
-    found = value.get("kind") if isinstance(value, dict) else type(value).__name__
-    if found != kind:
-        raise ValueError(f"{os.fspath(path)}: found {found!r}, expected {kind!r}")
-    checked: dict[str, Any] = value
-    return checked
+    value = check_object(read_json(Path(path)), os.fspath(path))
+    if value.get("kind") != kind:
+        raise ValueError(f"{os.fspath(path)}: found {shown(value.get('kind'))}, expected {kind!r}")
+    return value

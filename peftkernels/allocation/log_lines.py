@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkernels._reading import check_object, check_whole, is_number, parse_json, shown
+
 LOG_FORMAT = 1
 START = "start"
 RANKS = "ranks"
+# Of one module: a damaged number must not decide how much memory is taken.
+MOST_RANKS = 1 << 20
 # What every log begins with, as `encode` writes it.
 _BEGIN = b'{"event": "start"'
 
@@ -47,8 +51,8 @@ def encode(content: Mapping[str, Any]) -> bytes:
 
 def number(value: Any) -> float:
     """A number as `encode` wrote it. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")):
-        raise ValueError(f"found {value!r}, expected a number")
+    if not (is_number(value) or value in ("nan", "inf", "-inf")):
+        raise ValueError(f"found {shown(value)}, expected a number")
     return float(value)
 
 
@@ -98,8 +102,7 @@ def scan(path: Path) -> tuple[list[Entry], bool]:
         reached = step
         if event == "rollback":
             timeline, reached = timeline + 1, line.get("to")
-            if not isinstance(reached, int):
-                raise LogError(f"{path}, line {index}: found to = {reached!r}, expected the step rolled back to")
+            _check(check_whole, reached, f"{path}, line {index}: to", most=step)
         lines = tuple(pending) if event == RANKS else (line,)
         entries.append(Entry(event, step, lines, index + 1 - len(lines), timeline, reached, begin, end))
         pending, begin = [], end
@@ -122,36 +125,40 @@ def read_start(path: Path) -> dict[str, Any] | None:
 
 
 def _parse(path: Path, index: int, raw: bytes) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except ValueError as error:
-        raise LogError(f"{path}, line {index}: is not JSON: {error}") from None
-    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
-        raise LogError(f"{path}, line {index}: found no event, expected a line of a decision log")
-    if not isinstance(line.get("step"), int):
-        raise LogError(f"{path}, line {index}: found step {line.get('step')!r}, expected a whole number")
+    where = f"{path}, line {index}"
+    line: dict[str, Any] = _check(check_object, _check(parse_json, raw, where), where)
+    if not isinstance(line.get("event"), str):
+        raise LogError(f"{where}: found no event, expected a line of a decision log")
+    _check(check_whole, line.get("step"), f"{where}: step")
     return line
 
 
+def _check(check: Callable[..., Any], value: Any, where: str, **limits: int) -> Any:
+    try:
+        return check(value, where, **limits)
+    except ValueError as error:
+        raise LogError(str(error)) from None
+
+
 def _module_names(path: Path, index: int, line: dict[str, Any]) -> list[str]:
+    where = f"{path}, line {index}"
     if line.get("format") != LOG_FORMAT:
-        raise LogError(f"{path}, line {index}: found format {line.get('format')!r}, expected {LOG_FORMAT}")
+        raise LogError(f"{where}: found format {shown(line.get('format'))}, expected {LOG_FORMAT}")
     modules = line.get("modules")
     if not isinstance(modules, list) or not modules:
-        raise LogError(f"{path}, line {index}: found modules {modules!r}, expected a list of at least one")
+        raise LogError(f"{where}: found modules {shown(modules)}, expected a list of at least one")
     for module in modules:
         if not (isinstance(module, dict) and isinstance(module.get("name"), str) and _is_rank(module.get("rank"))):
-            raise LogError(f"{path}, line {index}: found the module {module!r}, expected one with name and rank")
+            raise LogError(f"{where}: found the module {shown(module)}, expected one with name and rank")
     names = [module["name"] for module in modules]
     if len(set(names)) < len(names):
-        raise LogError(f"{path}, line {index}: found a module's name twice, expected each once")
-    if not isinstance(line.get("settings", {}), dict):
-        raise LogError(f"{path}, line {index}: found settings {line['settings']!r}, expected a mapping")
+        raise LogError(f"{where}: found a module's name twice, expected each once")
+    _check(check_object, line.get("settings", {}), f"{where}: settings")
     return names
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANKS
 
 
 def _check_ranks(path: Path, index: int, line: dict[str, Any], name: str, pending: list[dict[str, Any]]) -> None:

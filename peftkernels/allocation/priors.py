@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from peftkernels._module_names import named_modules
-from peftkernels.allocation.files import read_json, write_json
+from peftkernels._reading import check_number, check_object, check_text, check_whole, shown
+from peftkernels.allocation.files import read_kind, write_json
 from peftkernels.allocation.module_groups import projection_type
 from peftkernels.allocation.protocol import GatedLayer
 
@@ -83,12 +84,12 @@ class RankPrior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPrior:
-        """The prior that `save` wrote. Raises ValueError for another file."""
-        modules = read_json(path, _KIND)["modules"]
-        try:
-            return cls(tuple(PriorModule(**module) for module in modules))
-        except TypeError as error:
-            raise ValueError(f"{os.fspath(path)}: found modules that are none ({error})") from error
+        """The prior that `save` wrote. Raises ValueError, which names file and field, for another file."""
+        modules = read_kind(path, _KIND).get("modules")
+        where = f"{os.fspath(path)}: modules"
+        if not isinstance(modules, list):
+            raise ValueError(f"{where}: found {shown(modules)}, expected a list")
+        return cls(tuple(_module(module, f"{where}[{index}]") for index, module in enumerate(modules)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a JSON file: all of it, or nothing."""
@@ -130,6 +131,21 @@ class RankPrior:
         for module in self.modules:
             kinds.setdefault(module.kind, []).append(module)
         return kinds
+
+
+def _module(content: Any, where: str) -> PriorModule:
+    module = check_object(content, where)
+    names = [field.name for field in fields(PriorModule)]
+    if module.keys() != set(names):
+        raise ValueError(f"{where}: found the fields {shown(sorted(module))}, expected {', '.join(names)}")
+    check_text(module["kind"], f"{where}.kind")
+    check_number(module["depth"], f"{where}.depth")
+    for name in ("n", "k", "rank", "kept"):
+        check_whole(module[name], f"{where}.{name}")
+    try:
+        return PriorModule(**module)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def match(priors: Sequence[RankPrior], layers: Mapping[str, tuple[int, int]], *, farthest: float = 1.0) -> RankPrior:

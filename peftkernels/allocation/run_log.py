@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkernels._reading import MOST, check_number, shown
 from peftkernels.allocation.log_lines import RANKS, START, Entry, LogError, number, scan
 
 if TYPE_CHECKING:
@@ -146,8 +148,11 @@ class RunLog:
 
     def part(self, index: int) -> slice:
         """Where the ranks of module `index` lie on the last axis of `scores` and `kept`."""
-        start = sum(module.rank for module in self.modules[:index])
-        return slice(start, start + self.modules[index].rank)
+        return slice(self._ends[index] - self.modules[index].rank, self._ends[index])
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(module.rank for module in self.modules))
 
     def rank_pattern(self) -> dict[str, list[bool]]:
         """For every module by name, which ranks the last standing decision kept; all before the first."""
@@ -195,10 +200,13 @@ def _undone(entries: Sequence[Entry]) -> list[bool]:
 
 
 def _module(path: Path, item: Mapping[str, Any]) -> LoggedModule:
+    where = f"{path}, line 1: cost of {item['name']!r}"
     try:
-        cost = number(item.get("cost", 1.0))
+        cost = float(check_number(item.get("cost", 1.0), where))
     except ValueError as error:
-        raise LogError(f"{path}, line 1: cost of {item['name']!r}: {error}") from None
+        raise LogError(str(error)) from None
+    if not 0 <= cost <= MOST:
+        raise LogError(f"{where}: found {cost}, expected a number from 0 to {MOST}")
     return LoggedModule(
         item["name"],
         item["rank"],
@@ -223,12 +231,19 @@ def _decision(path: Path, entry: Entry, modules: Sequence[LoggedModule], undone:
                 if not isinstance(found, list) or len(found) != module.rank:
                     raise ValueError(f"found {name} {found!r}, expected a list of {module.rank}")
             if not all(isinstance(keep, bool) for keep in line["kept"]):
-                raise ValueError(f"found kept {line['kept']!r}, expected true or false for each rank")
-            scores += [number(score) for score in line["scores"]] if scored else [nan] * module.rank
+                raise ValueError(f"found kept {shown(line['kept'])}, expected true or false for each rank")
+            scores += [_number(score, "scores") for score in line["scores"]] if scored else [nan] * module.rank
             kept += line["kept"]
-            thresholds.append(number(line.get("threshold")))
-            budget = number(line.get("budget"))
+            thresholds.append(_number(line.get("threshold"), "threshold"))
+            budget = float(check_number(line.get("budget"), "budget"))
         except ValueError as error:
             raise LogError(f"{path}, line {entry.first + index}: {error}") from None
     arrays = np.array(thresholds), np.array(scores), np.array(kept, dtype=bool)
     return LoggedDecision(entry.step, budget, *arrays, scored, undone)
+
+
+def _number(value: Any, field: str) -> float:
+    try:
+        return number(value)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None

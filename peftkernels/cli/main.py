@@ -253,6 +253,7 @@ def _misplaced(chosen: argparse.Namespace) -> str | None:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
+    from peftkernels.allocation.log_lines import LogError
     from peftkernels.cli.demo.errors import InputError
     from peftkernels.cli.demo.requirements import missing_packages
 
@@ -277,7 +278,7 @@ def _demo(chosen: argparse.Namespace) -> int:
         from peftkernels.cli.demo.job import run_demo
 
         return run_demo(options)
-    except InputError as error:
+    except (InputError, LogError) as error:
         print(f"peftkernels demo: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:

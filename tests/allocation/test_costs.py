@@ -150,7 +150,10 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path) -> None:
     [
         ("{", "found no JSON"),
         (json.dumps({"kind": "something"}), "found 'something', expected 'peftkernels costs'"),
-        (json.dumps({"kind": "peftkernels costs", "costs": {"a": -1.0}}), "found -1.0 for 'a'"),
+        (
+            json.dumps({"kind": "peftkernels costs", "costs": {"a": -1.0}}),
+            r"costs\['a'\]: found -1.0, expected a number above 0",
+        ),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str, message: str) -> None:

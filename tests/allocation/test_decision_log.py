@@ -205,8 +205,8 @@ def test_rolled_back_decisions_are_marked_and_left_out_of_the_arrays(tmp_path: P
         (1, lambda line: {**line, "modules": []}, r"found modules \[\], expected a list of at least one"),
         (1, lambda line: {**line, "event": "loss"}, "found the event 'loss', expected the start"),
         (1, lambda line: {**line, "modules": line["modules"] + line["modules"][:1]}, "found a module's name twice"),
-        (2, lambda line: {**line, "step": "two"}, "found step 'two', expected a whole number"),
-        (2, lambda line: [1, 2], "found no event"),
+        (2, lambda line: {**line, "step": "two"}, "step: found 'two', expected a whole number"),
+        (2, lambda line: [1, 2], r"found \[1, 2\], expected a JSON object"),
         (6, lambda line: {**line, "module": "other"}, "found the ranks of 'other' at step 3, expected those of"),
         (7, lambda line: {**line, "event": "loss"}, "found the event 'loss', expected the ranks of"),
         (6, lambda line: {**line, "kept": [True]}, r"found kept \[True\], expected a list of 4"),
@@ -228,7 +228,7 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     content = whole_log(path, MadeUpRun())
     path.write_bytes(content.replace(b'"step": 2,', b'"step": 2', 1))
-    with pytest.raises(LogError, match=f"{path}, line 3: is not JSON"):
+    with pytest.raises(LogError, match=f"{path}, line 3: found no JSON"):
         read_log(path)
     path.write_bytes(b"")
     with pytest.raises(LogError, match="found no start"):

@@ -159,10 +159,26 @@ def test_wrong_arguments_and_files_are_named(learned: RankPrior, tmp_path: Path)
         learned.expected({"0.q_proj": (24, 24)})
     path = tmp_path / "prior.json"
     path.write_text(json.dumps({"kind": "peftkernels rank pattern", "modules": [{"colour": 1}]}))
-    with pytest.raises(ValueError, match="found modules that are none"):
+    with pytest.raises(ValueError, match=r"prior.json: modules\[0\]: found the fields \['colour'\], expected kind"):
         RankPrior.load(path)
     path.write_text(json.dumps({"kind": "peftkernels costs"}))
     with pytest.raises(ValueError, match="expected 'peftkernels rank pattern'"):
+        RankPrior.load(path)
+
+
+@pytest.mark.parametrize("field", ["kind", "depth", "n", "k", "rank", "kept"])
+@pytest.mark.parametrize("value", [None, "x", True, float("nan"), float("inf"), -1, [], {"x": [1]}, 10**400])
+def test_a_prior_with_a_wrong_value_is_refused_with_file_and_field(
+    learned: RankPrior, tmp_path: Path, field: str, value: object
+) -> None:
+    if (field, value) == ("kind", "x"):
+        return
+    path = tmp_path / "prior.json"
+    learned.save(path)
+    content = json.loads(path.read_text())
+    content["modules"][1][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"prior\.json: modules\[1\].*{field}"):
         RankPrior.load(path)
 
 

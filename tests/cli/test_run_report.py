@@ -351,7 +351,7 @@ def test_wrong_input_is_named_before_anything_is_written(
     (tmp_path / "file").touch()
     assert "--out: " in refused(tmp_path, "--out", str(tmp_path / "file"))
     (tmp_path / "results.json").write_text("{")
-    assert f"{tmp_path / 'results.json'}: cannot be read" in refused(tmp_path)
+    assert f"{tmp_path / 'results.json'}, line 1: found no JSON" in refused(tmp_path)
     (tmp_path / "results.json").unlink()
     path.write_text(path.read_text().replace('"kept"', '"lost"', 1))
     assert re.search(rf"{path}, line \d+: found kept None", refused(tmp_path))

@@ -10,13 +10,14 @@ runs/<name>/decisions.jsonl
 from __future__ import annotations
 
 import json
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftkernels._files import PARTIAL, write_atomically
+from peftkernels._files import PARTIAL, remove_abandoned, write_atomically
+from peftkernels._reading import check_object, read_json
 from peftkernels.cli.demo.errors import InputError
 
 ARGUMENTS = "arguments.json"
@@ -30,6 +31,37 @@ def write_json(path: Path, content: object) -> None:
     """Write ``content`` as indented JSON; NaN and infinity, which JSON lacks, are refused."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_out(directory: Path) -> None:
+    """Refuse an output directory that is none, or holds what is somebody else's. Quick, so it comes before all work.
+
+    Raises:
+        InputError: it, or what it would lie in, is a file; or it is not empty and not a demo's.
+    """
+    try:
+        found = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not found.is_dir():
+            raise InputError(f"--out: {found}: is a file; expected a directory")
+        if found is directory and not (directory / ARGUMENTS).is_file() and any(directory.iterdir()):
+            raise InputError(f"--out: {directory}: is not empty and was not written by 'peftkernels demo'")
+    except OSError as error:
+        raise InputError(f"--out: {directory}: cannot be used: {error.strerror}") from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is no JSON object.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        return check_object(read_json(path), str(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume: {path}: is damaged and cannot be loaded: {error}") from error
 
 
 class Store:
@@ -58,12 +90,9 @@ class Store:
             InputError: the directory holds something else, an unfinished demo, or a demo with other arguments.
         """
         directory = self.directory
-        if directory.exists() and not directory.is_dir():
-            raise InputError(f"--out: {directory}: is a file; expected a directory")
+        check_out(directory)
         started = (directory / ARGUMENTS).is_file()
         if not started:
-            if directory.is_dir() and any(directory.iterdir()):
-                raise InputError(f"--out: {directory}: is not empty and was not written by 'peftkernels demo'")
             self._start()
             return f"{directory} holds nothing to resume; starting from the beginning" if resume else None
         if resume:
@@ -87,11 +116,7 @@ class Store:
             raise InputError(f"--out: {self.directory}: cannot be written: {error.strerror}") from None
 
     def _compare(self) -> None:
-        path = self.directory / ARGUMENTS
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--resume: {path}: cannot be read: {error}") from None
+        before = read_record(self.directory / ARGUMENTS)
         for name in sorted(before.keys() | self.arguments.keys()):
             if before.get(name) != self.arguments.get(name):
                 raise InputError(
@@ -100,8 +125,8 @@ class Store:
                 )
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.directory.rglob(f".*{PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+        for folder in {leftover.parent for leftover in self.directory.rglob(f".*{PARTIAL}")}:
+            remove_abandoned(folder)
 
     def _clear(self) -> None:
         runs = self.directory / RUNS
@@ -116,27 +141,41 @@ class Store:
 
     def save_training(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint of the training in progress."""
-        write_atomically(self.directory / TRAINING, lambda file: torch.save(state, file))
+        write_atomically(self.training_path, lambda file: torch.save(state, file))
 
     def load_training(self) -> dict[str, Any] | None:
         """The checkpoint of the training in progress, None when there is none."""
-        return self._load(self.directory / TRAINING)
+        return self._load(self.training_path)
 
     def save_finished(self, name: str, record: dict[str, Any]) -> None:
         """Keep a finished training; its checkpoint is no longer needed."""
-        write_atomically(self.directory / RUNS / f"{name}.pt", lambda file: torch.save(record, file))
+        write_atomically(self.finished_path(name), lambda file: torch.save(record, file))
         (self.directory / TRAINING).unlink(missing_ok=True)
 
     def load_finished(self, name: str) -> dict[str, Any] | None:
         """A finished training, None when it is not finished."""
-        return self._load(self.directory / RUNS / f"{name}.pt")
+        return self._load(self.finished_path(name))
+
+    def finished_path(self, name: str) -> Path:
+        """Where the finished training ``name`` is kept."""
+        return self.directory / RUNS / f"{name}.pt"
+
+    @property
+    def training_path(self) -> Path:
+        """Where the checkpoint of the training in progress is kept."""
+        return self.directory / TRAINING
 
     @staticmethod
     def _load(path: Path) -> dict[str, Any] | None:
         if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            with zipfile.ZipFile(path) as archive:
+                # torch looks at some checksums only.
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"the checksum of {broken} is wrong")
+            state: dict[str, Any] = check_object(torch.load(path, map_location="cpu", weights_only=True), "content")
+        except Exception as error:  # whatever the readers of zip files, pickles and tensors raise at wrong bytes
             raise InputError(f"--resume: {path}: is damaged and cannot be loaded: {error}") from error
         return state

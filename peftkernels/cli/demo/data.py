@@ -6,7 +6,6 @@ Standard-library sources are parsed, never imported, so no module's side effects
 from __future__ import annotations
 
 import ast
-import json
 import random
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkernels._reading import check_object, parse_json
 from peftkernels.cli.demo.errors import InputError
 
 MODULES = 40
@@ -114,13 +114,9 @@ def read_jsonl(path: Path) -> list[Document]:
 
 def _parse_line(line: bytes, where: str) -> Document:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with fields 'text' and 'label', found {type(row).__name__}")
+        row = check_object(parse_json(line, where), where)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     for field in ("text", "label"):
         if field not in row:
             raise InputError(f"{where}: field '{field}' is missing; found {sorted(row) or 'no fields'}")

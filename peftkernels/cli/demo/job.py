@@ -11,7 +11,7 @@ from rich.console import Console
 from peftkernels.cli.demo import report
 from peftkernels.cli.demo.batches import collate, evaluation_order
 from peftkernels.cli.demo.builders import build
-from peftkernels.cli.demo.checkpoint import RESULTS, Store, write_json
+from peftkernels.cli.demo.checkpoint import RESULTS, Store, check_out, write_json
 from peftkernels.cli.demo.export import export_adapters
 from peftkernels.cli.demo.measure import QUICK_ROUNDS, ROUNDS, measure
 from peftkernels.cli.demo.model import quiet_transformers
@@ -40,6 +40,7 @@ def run_demo(options: Options) -> int:
     quiet_transformers()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    check_out(options.out)
     runs, note = choose_runs(options)
     _say(console, note)
     prepared = prepare(options, runs)
@@ -80,7 +81,7 @@ def _train_one(name: str, prepared: Prepared, store: Store, progress: DemoProgre
     progress.begin(TITLES[name], len(prepared.order))
     finished = store.load_finished(name)
     if finished is not None:
-        record = Record(**finished)
+        record = Record.of(finished, store.finished_path(name))
     else:
         torch.manual_seed(prepared.start.seed)
         record = train(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftkernels.cli.demo.batches import Batch, Encoded, collate, evaluation_order
 from peftkernels.cli.demo.checkpoint import Store
+from peftkernels.cli.demo.errors import InputError
 from peftkernels.cli.demo.runs import Run
 
 STEPS_PER_CHECKPOINT = 10
@@ -43,6 +45,26 @@ class Record:
         """Plain containers and tensors."""
         return dict(vars(self))
 
+    @classmethod
+    def of(cls, content: Any, path: Path) -> Record:
+        """The record that ``as_dict`` gave.
+
+        Raises:
+            InputError: ``content``, read from ``path``, is another thing.
+        """
+        kinds = {
+            "name": str,
+            "accuracy": (float, type(None)),
+            "halfway": (dict, type(None)),
+            "weights": dict,
+            "masks": dict,
+        }
+        names = [field.name for field in fields(cls)]
+        right = isinstance(content, dict) and sorted(content) == sorted(names)
+        if not right or not all(isinstance(content[name], kinds.get(name, list)) for name in names):
+            raise InputError(f"--resume: {path}: holds no record of a training that is whole")
+        return cls(**content)
+
 
 def train(
     run: Run,
@@ -59,11 +81,14 @@ def train(
     """
     record = Record(run.name, list(run.ranks()))
     checkpoint = store.load_training()
-    if checkpoint is not None and checkpoint["name"] == run.name:
-        record = Record(**checkpoint["record"])
-        run.load_state_dict(checkpoint["run"])
-        torch.set_rng_state(checkpoint["random"])
-        advance(run.steps_done, record.losses[-1])
+    if checkpoint is not None and checkpoint.get("name") == run.name:
+        record = Record.of(checkpoint.get("record"), store.training_path)
+        try:
+            run.load_state_dict(checkpoint["run"])
+            torch.set_rng_state(checkpoint["random"])
+            advance(run.steps_done, record.losses[-1])
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise InputError(f"--resume: {store.training_path}: holds no training of {run.name}: {error}") from error
     run.log_decisions(store.decisions(run.name))
     while run.steps_done < len(order):
         started = time.perf_counter()

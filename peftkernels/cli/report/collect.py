@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftkernels._reading import check_number, check_object, read_json, shown
 from peftkernels.allocation.run_log import RunLog, read_log
 from peftkernels.cli.demo.checkpoint import ARGUMENTS, DECISIONS, RESULTS, RUNS
 
@@ -32,13 +32,13 @@ class Collected:
 
     def outcome(self, run: str) -> dict[str, Any]:
         """The demo's figures of a run, empty where it has none."""
-        found = self.results.get("runs", {}).get(run, {})
-        return dict(found) if isinstance(found, dict) else {}
+        return dict(self.results.get("runs", {}).get(run, {}))
 
     def losses(self, run: str) -> tuple[Sequence[int], Sequence[float]]:
         """Steps and losses by the demo's results."""
-        losses = [loss for loss in self.outcome(run).get("losses", []) if isinstance(loss, (int, float))]
-        return range(1, len(losses) + 1), losses
+        losses = enumerate(self.outcome(run).get("losses", []), start=1)
+        finite = [(step, loss) for step, loss in losses if loss is not None]
+        return [step for step, _ in finite], [loss for _, loss in finite]
 
 
 def collect(directory: Path) -> Collected:
@@ -66,16 +66,37 @@ def collect(directory: Path) -> Collected:
             raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ReportError(str(error)) from None
-    return Collected(directory, logs, _read(directory / ARGUMENTS), _read(directory / RESULTS))
+    results = _read(directory / RESULTS)
+    _check_results(directory / RESULTS, results)
+    return Collected(directory, logs, _read(directory / ARGUMENTS), results)
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ReportError(f"{path}: found {type(content).__name__}, expected a JSON object")
-    return content
+        return check_object(read_json(path), str(path))
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ReportError(str(error)) from None
+
+
+def _check_results(path: Path, results: dict[str, Any]) -> None:
+    """What the page shows of the demo's figures is what it takes it for."""
+    try:
+        for name, outcome in check_object(results.get("runs", {}), f"{path}: runs").items():
+            where = f"{path}: runs[{name!r}]"
+            check_object(outcome, where)
+            for figure in ("accuracy", "milliseconds"):
+                if outcome.get(figure) is not None:
+                    check_number(outcome[figure], f"{where}.{figure}")
+            losses = outcome.get("losses", [])
+            if not isinstance(losses, list):
+                raise ValueError(f"{where}.losses: found {shown(losses)}, expected a list of numbers")
+            for index, loss in enumerate(losses):
+                # null stands for a number that JSON lacks.
+                if loss is not None:
+                    check_number(loss, f"{where}.losses[{index}]")
+    except ValueError as error:
+        raise ReportError(str(error)) from None

@@ -14,6 +14,7 @@ from peftkernels.cli.report.look import Look
 
 _WIDTH = 12.5
 _MOST_BARS = 300
+_MOST_NAMED = 24
 
 
 def draw_budget(history: History, losses: tuple[Sequence[int], Sequence[float]], look: Look) -> Figure:
@@ -63,7 +64,7 @@ def _draw_thresholds(axis: Any, history: History, look: Look) -> None:
         axis.set_yscale("log")
     else:
         _say_nothing(axis, "no threshold above zero")
-    if len(history.thresholds) > 1 and drawn:
+    if 1 < len(history.thresholds) <= _MOST_NAMED and drawn:
         axis.legend(fontsize=9, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6)
 
 

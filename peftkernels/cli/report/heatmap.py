@@ -29,7 +29,7 @@ def layers_and_projections(names: Sequence[str]) -> list[tuple[int | None, str]]
     split: list[tuple[int | None, str, str]] = []
     for name in names:
         parts = name.split(".")
-        position = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        position = next((i for i, part in enumerate(parts) if _is_layer(part)), None)
         if position is None:
             split.append((None, "", name))
         else:
@@ -39,6 +39,10 @@ def layers_and_projections(names: Sequence[str]) -> list[tuple[int | None, str]]
         (layer, ".".join(part for part in (before if several_stacks else "", after) if part))
         for layer, before, after in split
     ]
+
+
+def _is_layer(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and len(part) < 10
 
 
 class RankHistory:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from peftkernels._reading import is_number
 from peftkernels.allocation.run_log import LoggedEvent, RunLog
 
 MOST_COLUMNS = 1200
@@ -158,7 +159,7 @@ class History:
 
     def losses(self) -> tuple[list[int], list[float]]:
         """Steps and losses that the log has, those rolled back left out."""
-        found = [e for e in self.events("loss") if not e.undone and isinstance(e.details.get("value"), (int, float))]
+        found = [e for e in self.events("loss") if not e.undone and is_number(e.details.get("value"))]
         return [event.step for event in found], [float(event.details["value"]) for event in found]
 
     def as_dict(self) -> dict[str, Any]:
@@ -192,15 +193,17 @@ class History:
 def common_share(patterns: Sequence[dict[str, list[bool]]]) -> list[list[float | None]]:
     """For each pair of patterns the ranks that both keep, over those that either keeps; None for other layers."""
 
-    def share(ours: dict[str, list[bool]], theirs: dict[str, list[bool]]) -> float | None:
-        shapes = [{name: len(kept) for name, kept in pattern.items()} for pattern in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            return None
-        pairs = [pair for name in ours for pair in zip(ours[name], theirs[name], strict=True)]
-        either = sum(a or b for a, b in pairs)
-        return sum(a and b for a, b in pairs) / either if either else None
+    shapes = [[(name, len(kept)) for name, kept in sorted(pattern.items())] for pattern in patterns]
+    masks = [np.array([keep for name in sorted(pattern) for keep in pattern[name]], dtype=bool) for pattern in patterns]
 
-    return [[share(ours, theirs) for theirs in patterns] for ours in patterns]
+    def share(one: int, other: int) -> float | None:
+        if shapes[one] != shapes[other]:
+            return None
+        either = int((masks[one] | masks[other]).sum())
+        return int((masks[one] & masks[other]).sum()) / either if either else None
+
+    places = range(len(patterns))
+    return [[share(one, other) for other in places] for one in places]
 
 
 def _finite(value: float) -> float | None:

@@ -35,6 +35,8 @@ class Look:
         settings: dict[str, Any] = dict.fromkeys(ink, self.text)
         settings |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), self.background)
         settings |= {"axes.spines.top": False, "axes.spines.right": False, "grid.color": self.grid}
+        # Names of modules and groups are no formulas, whatever they hold.
+        settings |= {"text.parse_math": False}
         object.__setattr__(self, "settings", settings)
 
 

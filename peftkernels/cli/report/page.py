@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -239,10 +239,13 @@ def _data_uri(content: bytes) -> str:
 def _anchors(names: Iterable[str]) -> dict[str, str]:
     """For each name one of its own that can be a file's and an anchor's."""
     taken = {"together", "training"}
+    numbers: dict[str, Iterator[int]] = {}
     anchors = {}
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
-        anchor = next(a for a in chain([plain], (f"{plain}-{n}" for n in count(2))) if a not in taken)
+        # Each search goes on where the last one for the same name ended.
+        further = (f"{plain}-{number}" for number in numbers.setdefault(plain, count(2)))
+        anchor = next(a for a in chain([plain], further) if a not in taken)
         taken.add(anchor)
         anchors[name] = anchor
     return anchors

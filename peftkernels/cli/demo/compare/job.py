@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peftkernels.cli.demo.checkpoint import write_json
+from peftkernels.cli.demo.checkpoint import check_out, write_json
 from peftkernels.cli.demo.compare import results
 from peftkernels.cli.demo.compare.contestants import choose
 from peftkernels.cli.demo.compare.options import ComparisonOptions
@@ -50,6 +50,7 @@ def run_comparison(options: ComparisonOptions) -> int:
     shared = sorted(set(seeds) & set(design.tuning_seeds))
     if shared:
         raise InputError(f"--seed: found the seeds {seeds[0]} to {seeds[-1]}, but {shared[0]} is for tuning alone")
+    check_out(options.demo.out)
     console = Console(stderr=True)
     prepared = prepared_for(replace(options.demo, seed=seeds[0]))
     store = ComparisonStore(options.demo.out, _arguments(prepared, design, options))

@@ -9,10 +9,12 @@ comparison.json     the outcome
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkernels.cli.demo.checkpoint import RUNS, Store, write_json
+from peftkernels._reading import check_number, check_object, check_whole, shown
+from peftkernels.cli.demo.checkpoint import RUNS, Store, read_record, write_json
 from peftkernels.cli.demo.compare.contestants import Earlier
 from peftkernels.cli.demo.compare.settings import Setting, Trial
 from peftkernels.cli.demo.errors import InputError
@@ -33,9 +35,13 @@ class ComparisonStore(Store):
 
     def load(self, trial: Trial) -> dict[str, Any] | None:
         """The outcome of a training, None when it is not finished."""
-        found = self._read(self.path(trial))
-        if found is not None and found.get("trial") != json.loads(json.dumps(trial.as_dict())):
-            raise InputError(f"--resume: {self.path(trial)}: holds the training {found.get('trial')}")
+        path = self.path(trial)
+        found = self._read(path)
+        if found is None:
+            return None
+        if found.get("trial") != json.loads(json.dumps(trial.as_dict())):
+            raise InputError(f"--resume: {path}: holds the training {shown(found.get('trial'))}")
+        _check(_check_outcome, found, path)
         return found
 
     def finished(self, trial: Trial) -> dict[str, Any]:
@@ -57,14 +63,19 @@ class ComparisonStore(Store):
         """
         if setting.prior is None:
             return Earlier(candidate=setting.candidate)
-        found = self._read(self.directory / RUNS / f"{setting.prior}.json")
+        path = self.directory / RUNS / f"{setting.prior}.json"
+        found = self._read(path)
         if found is None:
             raise RuntimeError(f"{setting.prior}: not found in {self.directory / RUNS}, expected a finished training")
+        _check(_check_outcome, found, path)
         return Earlier(found["live_ranks_by_module"], setting.candidate)
 
     def load_timing(self) -> dict[str, Any] | None:
         """Step times, None when they were not measured."""
-        return self._read(self.directory / TIMING)
+        found = self._read(self.directory / TIMING)
+        if found is not None:
+            _check(_check_timing, found, self.directory / TIMING)
+        return found
 
     def save_timing(self, timing: dict[str, Any]) -> None:
         """Keep step times."""
@@ -78,9 +89,40 @@ class ComparisonStore(Store):
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
+            return read_record(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"--resume: {path}: is damaged and cannot be loaded: {error}") from error
-        return found
+
+
+def _check(check: Callable[[dict[str, Any]], None], found: dict[str, Any], path: Path) -> None:
+    try:
+        check(found)
+    except ValueError as error:
+        raise InputError(f"--resume: {path}: is damaged and cannot be loaded: {error}") from None
+
+
+def _check_outcome(found: dict[str, Any]) -> None:
+    """Every field that the comparison reads of a training."""
+    for name in ("accuracy", "training_processor_seconds", "evaluation_processor_seconds"):
+        check_number(found.get(name), name)
+    for name in ("labels", "live_ranks", "total_ranks", "live_parameters", "trainable_parameters"):
+        check_whole(found.get(name), name)
+    losses = found.get("losses")
+    if not isinstance(losses, list) or not losses:
+        raise ValueError(f"losses: found {shown(losses)}, expected a list of numbers")
+    for place, loss in enumerate(losses):
+        check_number(loss, f"losses[{place}]")
+    for name, ranks in check_object(found.get("live_ranks_by_module"), "live_ranks_by_module").items():
+        check_whole(ranks, f"live_ranks_by_module[{name!r}]")
+    if not isinstance(found.get("frozen_modules", []), list):
+        raise ValueError(f"frozen_modules: found {shown(found['frozen_modules'])}, expected a list of names")
+
+
+def _check_timing(found: dict[str, Any]) -> None:
+    check_object(found.get("settings"), "settings")
+    for name in ("rounds", "discarded", "disturbed", "tokens_per_step", "threads"):
+        check_whole(found.get(name), name)
+    for contestant, times in check_object(found.get("contestants"), "contestants").items():
+        for name, value in check_object(times, f"contestants[{contestant!r}]").items():
+            if value is not None:
+                check_number(value, f"contestants[{contestant!r}].{name}")
