@@ -68,7 +68,7 @@ report: install  ## write the tables of README.md and bench/plots/ from bench/re
 	$(BIN)/python -m bench.report $(ARGS)
 
 attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; about an hour on two cores)
-	cd tests && ../$(BIN)/python -m attacks $(or $(ARGS),--keep ../bench/results)
+	cd tests && $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

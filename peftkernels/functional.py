@@ -320,7 +320,14 @@ def _call(
     scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
 
     arguments = (x, weight, lora_A, lora_B, bias, gate)
-    recorded = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in arguments)
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (gate is not None and gate.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
     if not is_dynamo_compiling() and (transform := _transform(arguments)) is not None:
         if impl == "auto" or chosen not in _KERNELS:
             return composition.forward(*arguments, composition.Constants(state, scaling, dropout_p, seed))
