@@ -52,16 +52,11 @@ class Record:
         Raises:
             InputError: ``content``, read from ``path``, is another thing.
         """
-        kinds = {
-            "name": str,
-            "accuracy": (float, type(None)),
-            "halfway": (dict, type(None)),
-            "weights": dict,
-            "masks": dict,
-        }
-        names = [field.name for field in fields(cls)]
-        right = isinstance(content, dict) and sorted(content) == sorted(names)
-        if not right or not all(isinstance(content[name], kinds.get(name, list)) for name in names):
+        nothing = type(None)
+        kinds: dict[str, tuple[type, ...]] = {field.name: (list,) for field in fields(cls)}
+        kinds.update(name=(str,), weights=(dict,), masks=(dict,), accuracy=(float, nothing), halfway=(dict, nothing))
+        right = isinstance(content, dict) and content.keys() == kinds.keys()
+        if not right or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
             raise InputError(f"--resume: {path}: holds no record of a training that is whole")
         return cls(**content)
 
