@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from peftkernels.cli.demo.checkpoint import write_atomically, write_json
+from peftkernels._files import write_atomically, write_text
+from peftkernels.cli.demo.checkpoint import write_json
 from peftkernels.cli.demo.errors import InputError
 from peftkernels.cli.demo.options import Options
 from peftkernels.cli.machine import machine, versions
 
 from . import adapter_scale_report as report
 from .adapter_run import Point, Task, evaluate_weights, load_task, train_point
-from .report import PLOTS, RESULTS, ReportError, replace_file
+from .report import PLOTS, RESULTS, ReportError
 from .results import file_name
 
 STEPS = 112
@@ -119,8 +120,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """One run a line."""
     head = json.dumps({key: value for key, value in results.items() if key != "runs"}, indent=1)[:-2]
     runs = ",\n".join("  " + json.dumps(run, allow_nan=False) for run in results["runs"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, f'{head},\n "runs": [\n{runs}\n ]\n}}\n')
+    write_text(path, f'{head},\n "runs": [\n{runs}\n ]\n}}\n')
 
 
 def check_arguments(folder: Path, arguments: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -14,9 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from peftkernels._files import write_atomically, write_text
+
 from .adapter_run import Point
 from .readme_tables import markdown
-from .report import ReportError, replace_between, replace_file
+from .report import ReportError, replace_between
 
 Run = dict[str, Any]
 Setting = tuple[str, float, float, float, float]
@@ -190,11 +191,8 @@ def draw(runs: Sequence[Run], path: Path, seed: int = 0) -> None:
     entropy.set(xscale="log", xlabel="‖ΔW‖_F of a step by the rule", ylabel="validation cross-entropy, nats")
     entropy.set_title("Learning rate × scale decides", fontsize=10)
     entropy.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
+    write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png", metadata={"Software": None}))
     pyplot.close(figure)
-    os.replace(partial, path)
 
 
 def rule_step(run: Run) -> float:
@@ -225,4 +223,4 @@ def write(results: dict[str, Any], picture: Path, docs: Path) -> None:
     text = replace_between(text, "formula", formula_table(runs))
     text = replace_between(text, "single", single_table(runs))
     draw(runs, picture)
-    replace_file(docs, text)
+    write_text(docs, text)

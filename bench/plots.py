@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullLocator
+
+from peftkernels._files import write_atomically
 
 from . import lineup
 from .cases import (
@@ -247,9 +248,7 @@ def _frame(axes: Any, title: str, x_label: str, y_label: str) -> None:
 def _save(figure: Any, path: Path, title: str, note: str) -> Plot:
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(note, fontsize=7, color="#555555")
-    beside = path.with_name(path.name + ".partial")
     # The date and matplotlib's version would change the file where the picture is the same.
-    figure.savefig(beside, dpi=150, format="png", metadata={"Software": None})
+    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", metadata={"Software": None}))
     pyplot.close(figure)
-    os.replace(beside, path)
     return Plot(path, title)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peftkernels._files import write_text
 from peftkernels.cli.demo.compare.plot import write_plot
 
 from . import attacks_page, readme_allocators, readme_peft, readme_tables, results
@@ -48,13 +49,6 @@ def replace_between(text: str, marker: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write beside `path`, then replace it."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 def keep_demo(source: Path, folder: Path) -> None:
     """Keep what a demo's results.json says of steps, accuracies and losses; not where it wrote its files."""
     try:
@@ -68,7 +62,7 @@ def keep_demo(source: Path, folder: Path) -> None:
         run.pop("masks", None)
         run.pop("training_loop_milliseconds", None)
     name = Path(results.file_name()).stem
-    replace_file(folder / f"demo-{name}.json", json.dumps(kept, indent=1) + "\n")
+    write_text(folder / f"demo-{name}.json", json.dumps(kept, indent=1) + "\n")
 
 
 def keep_comparison(source: Path, folder: Path) -> None:
@@ -79,7 +73,7 @@ def keep_comparison(source: Path, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"--comparison: {source}: cannot be read as a comparison.json: {error!r}") from error
     name = Path(results.file_name()).stem
-    replace_file(folder / f"allocators-{name}.json", json.dumps(kept, indent=1) + "\n")
+    write_text(folder / f"allocators-{name}.json", json.dumps(kept, indent=1) + "\n")
 
 
 def load(folder: Path) -> dict[Path, list[Row]]:
@@ -141,7 +135,7 @@ def write_report(folder: Path, readme: Path, notes: Path, attacks: Path, plots: 
     tried = [_attacks(path) for path in sorted(folder.glob("attacks-*.json"))] or [attacks_page.NOTHING]
     texts["--attacks"] = replace_between(texts["--attacks"], "attacks", "\n\n".join(tried))
     for option, path in written.items():
-        replace_file(path, texts[option])
+        write_text(path, texts[option])
     return [*written.values(), *drawn]
 
 

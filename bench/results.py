@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from peftkernels._files import write_text
 from peftkernels.cli.machine import machine, versions
 
 from . import lineup
@@ -252,11 +254,9 @@ def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write beside `path`, then replace it: an interrupted write leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    os.replace(beside, path)
+    """Write the rows to `path`: all of them, or nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(path, text.getvalue())

@@ -33,6 +33,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` of a text in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 @contextmanager
 def written_beside(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
     """A new file beside ``path`` that holds what ``write`` wrote and is on the disk, for the caller to move to its

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from peftkernels._files import write_text
 from peftkernels.cli.machine import machine, versions
 
 from .. import lineup
@@ -75,9 +76,7 @@ def write_json(path: Path, found: Found, cases: Sequence[Case], device: Device, 
         "served": found.served,
         "rows": [asdict(row) for row in found.rows],
     }
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def print_tables(console: Console, found: Found, cases: Sequence[Case]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftkernels._files import write_text
 from peftkernels.backends.triton import tiles
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
@@ -230,8 +231,6 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write beside, then rename: an interrupted write leaves the old file."""
+    """Write the table: all of it, or nothing."""
     content: dict[str, Any] = asdict(table)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
