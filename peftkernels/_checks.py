@@ -21,6 +21,14 @@ def _float_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: found {type(value).__name__}, expected a tensor")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: found dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if not _dense(value):
+        found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: found {found}, expected a dense tensor")
+
+
+def _dense(value: Tensor) -> bool:
+    """Return True if the tensor has sizes and strides, as sparse, nested and oneDNN's tensors have not."""
+    return value.layout is torch.strided and not value.is_nested
 
 
 def _shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -134,7 +142,7 @@ def check_arguments(
 ) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_linear` that does not fit the others."""
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS or not _dense(value):
             _float_tensor(name, value)
     x_shape = x.shape
     if not x_shape:
