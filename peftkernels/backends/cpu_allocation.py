@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,16 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return cpu.unavailable_reason()
 
 
-# Which table and averages scores belong to, and which version of them.
-_Stamp = tuple[int, ...]
+class _Scores:
+    """Scores, and the very tensors that they were made of, none of them written since."""
 
+    def __init__(self, scores: Tensor, *made_of: Tensor) -> None:
+        self.scores = scores
+        self._made_of = [(weakref.ref(tensor), tensor._version) for tensor in made_of]
 
-def _stamp(*tensors: Tensor) -> _Stamp:
-    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+    def were_made_of(self, *tensors: Tensor) -> bool:
+        pairs = zip(self._made_of, tensors, strict=True)
+        return all(one() is tensor and version == tensor._version for (one, version), tensor in pairs)
 
 
 class CpuKernels:
@@ -48,7 +53,7 @@ class CpuKernels:
         self._layout: FactorLayout | None = None
         self._table = torch.empty(0, 3, dtype=torch.int64)
         self._scores_wanted = False
-        self._scores: tuple[_Stamp, Tensor] | None = None
+        self._scores: _Scores | None = None
 
     def _table_of(self, layout: FactorLayout) -> Tensor:
         if self._layout is not layout:
@@ -76,17 +81,16 @@ class CpuKernels:
         )
         self._scores_wanted = False
         if scores.numel():
-            self._scores = _stamp(table, sensitivity, uncertainty), scores
+            self._scores = _Scores(scores, table, sensitivity, uncertainty)
         return finite
 
     @torch.no_grad()
     def rank_scores(self, layout: FactorLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
         table = self._table_of(layout)
         self._scores_wanted = True
-        if self._scores is not None and not sensitivity.is_inference():
-            stamp, scores = self._scores
-            if stamp == _stamp(table, sensitivity, uncertainty):
-                return scores.clone()
+        kept = self._scores
+        if kept is not None and not sensitivity.is_inference() and kept.were_made_of(table, sensitivity, uncertainty):
+            return kept.scores.clone()
         return _OPERATORS.allocation_scores.cpu(table, sensitivity, uncertainty)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ class LiveRanks:
         self._group = group
         self._changes = -1
         self._states: dict[str, Tensor] = {}
-        self._live: dict[tuple[tuple[int, int], ...], Tensor | None] = {}
+        self._live: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Tensor | None]] = {}
 
     def live_elements(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffer: Tensor) -> Tensor | None:
         """Positions in `buffer` to average, int64 in ascending order; None for all of them.
@@ -52,11 +53,13 @@ class LiveRanks:
         """
         self._follow_masks()
         start = buffer.storage_offset()
-        pairs = zip(parameters, gradients, strict=True)
-        key = tuple((id(parameter), int(view.storage_offset() - start)) for parameter, view in pairs)
-        if key not in self._live:
-            self._live[key] = self._positions(parameters, gradients, buffer)
-        return self._live[key]
+        # Addresses only find the entry: they may be those of other parameters by now.
+        key = (*map(id, parameters), *(int(view.storage_offset() - start) for view in gradients))
+        found = self._live.get(key)
+        if found is None or any(one() is not parameter for one, parameter in zip(found[0], parameters, strict=True)):
+            live = self._positions(parameters, gradients, buffer)
+            found = self._live[key] = [weakref.ref(parameter) for parameter in parameters], live
+        return found[1]
 
     def average(self, buffer: Tensor, live: Tensor | None) -> torch.futures.Future[Tensor]:
         """Start averaging those elements of `buffer` over the processes; gives `buffer` when they are in place."""

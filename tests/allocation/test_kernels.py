@@ -60,6 +60,25 @@ def test_many_threads_change_no_bit(kernels: AllocationKernels, threads: int) ->
         assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
 
 
+def test_scores_of_freed_averages_are_nobody_elses(kernels: AllocationKernels) -> None:
+    """New averages get the memory, and the versions, of those that were freed."""
+    problem = make_problem([(5, 30, 9)])
+    for turn in range(6):
+        made = [tensor.clone().add_(turn) for tensor in (problem.sensitivity, problem.uncertainty)]
+        found = kernels.rank_scores(problem.layout, *made)
+        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, *made))
+        kernels.update_averages(problem.layout, problem.parameters, problem.gradients, *made, BETA1, BETA2)
+        versions = [tensor._version for tensor in made]
+        del made, found
+        others = [torch.ones_like(problem.sensitivity), torch.ones_like(problem.uncertainty)]
+        for tensor, version in zip(others, versions, strict=True):
+            for _ in range(version):
+                tensor.add_(0.0)
+        found = kernels.rank_scores(problem.layout, *others)
+        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, *others))
+        del others, found
+
+
 def test_scores_belong_to_the_averages_as_they_are(kernels: AllocationKernels) -> None:
     """Also where an update has them ready: after every kind of step, and where averages were written from outside."""
     problem = make_problem([(5, 300, 9), (12, 33, 70)])

@@ -139,3 +139,23 @@ def test_masks_that_differ_are_refused_before_packing(pair: Processes) -> None:
 def test_allocators_it_cannot_serve() -> None:
     with pytest.raises(ValueError, match="capturable"):
         LiveRanks(Training("one", capturable=True).allocator)
+
+
+def test_parameters_at_the_addresses_of_freed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model is trained under the same hook: positions are those of its parameters."""
+    ranks = LiveRanks(Training("one").allocator)
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(ranks, "_follow_masks", lambda: None)
+    monkeypatch.setattr(ranks, "_positions", lambda parameters, *given: asked.append(parameters[0].detach().clone()))
+    buffer = torch.zeros(4)
+    seen, again = set(), 0
+    for turn in range(50):
+        parameter = torch.full((4,), float(turn))
+        again += id(parameter) in seen
+        seen.add(id(parameter))
+        for _ in range(2):
+            ranks.live_elements([parameter], [buffer], buffer)
+        assert len(asked) == turn + 1
+        assert float(asked[-1][0]) == turn
+        del parameter
+    assert again, "no address was used twice"
