@@ -89,3 +89,35 @@ def test_travels_with_a_model() -> None:
 def test_patience_is_checked(patience: object) -> None:
     with pytest.raises(ValueError, match="patience: found"):
         AllocationWatch(patience)  # type: ignore[arg-type]
+
+
+def test_gates_that_are_others_at_the_same_place_were_not_seen_before() -> None:
+    """Freed gates give their addresses to new ones, whose versions are the same."""
+    watch = AllocationWatch(patience=5)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            watch.forward([torch.zeros(2, 1, requires_grad=True)])
+
+    train(5)
+    with pytest.warns(UserWarning, match="5 steps without a call of update_and_allocate"):
+        train(1)
+
+
+def test_gates_that_were_made_in_inference_mode_count_no_writes() -> None:
+    with torch.inference_mode():
+        gates = [torch.zeros(2, 1)]
+    watch = AllocationWatch(patience=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            watch.forward(gates)
+
+
+def test_a_watch_that_has_seen_gates_travels_too() -> None:
+    watch = AllocationWatch(patience=2)
+    gates = [torch.zeros(2, 1, requires_grad=True)]
+    watch.forward(gates)
+    for travelled in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
+        travelled.forward(gates)
+        assert len(_warnings_of(travelled, 2)) == 1

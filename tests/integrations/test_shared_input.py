@@ -227,6 +227,31 @@ def test_a_part_that_no_longer_holds_is_not_used(change: Any, impl: str) -> None
 
 
 @torch.no_grad()
+def test_a_part_of_one_round_is_not_used_in_the_next(impl: str) -> None:
+    """A branch leaves the second projection out; factors are written through `.data`, which nobody sees."""
+    _, here, x = learned(impl)
+    here.q_proj(x)
+    here.k_proj.lora_A["default"].weight.data.mul_(3)
+    here.q_proj(x)
+    torch.testing.assert_close(here.k_proj(x), fresh(here.k_proj, x))
+
+
+@torch.no_grad()
+def test_a_sibling_whose_factor_the_operator_refuses(impl: str) -> None:
+    """It falls back by itself, and the others share as before."""
+    model, here, x = learned(impl)
+    peftkernels.apply_to_peft(model, impl=impl)
+    for projection in (here.q_proj, here.k_proj, here.v_proj):
+        projection(x.clone())
+    for projection in (here.q_proj, here.k_proj, here.v_proj):
+        projection(x)
+    here.k_proj.scaling["default"] = torch.tensor([2.0])
+    again = x.clone()
+    for projection in (here.q_proj, here.k_proj, here.v_proj):
+        torch.testing.assert_close(projection(again), fresh(projection, again))
+
+
+@torch.no_grad()
 def test_another_adapter_takes_no_part_of_the_first(impl: str) -> None:
     model, here, x = learned(impl)
     torch.manual_seed(3)

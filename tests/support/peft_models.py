@@ -81,6 +81,31 @@ def adapted(kind: str, model: str = "llama", dtype: torch.dtype = torch.float32,
     return away_from_zero(peft.get_peft_model(MODELS[model]().to(dtype), config(kind, model, **changes)))
 
 
+class OneLayer(nn.Module):
+    """y (…, 24) of x (…, 16) by one linear layer, `layer`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        found: Tensor = self.layer(x)
+        return found
+
+
+def one_layer(kind: str, **changes: Any) -> Any:
+    """A stock PeftModel of one adapted layer, whose factors are away from zero."""
+    torch.manual_seed(0)
+    made = config(kind, **{"target_modules": ["layer"], **changes})
+    return away_from_zero(peft.get_peft_model(OneLayer(), made))
+
+
+def layer_in(model: Any) -> Any:
+    """The adapted layer of `one_layer`."""
+    return model.base_model.model.layer
+
+
 def away_from_zero(model: Any) -> Any:
     """The model with factors drawn anew, and with `ranknum` as the constant that it is: peft makes it trainable on
     bases that are not float32."""

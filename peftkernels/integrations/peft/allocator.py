@@ -251,6 +251,9 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
 
         The term can be differentiated once. Raises ValueError where orth_reg_weight is negative.
         """
+        if not isinstance(self, PeftKernelsAdaLoraModel):
+            # Somebody kept this method beyond `revert`, as accelerate's hooks do.
+            return type(self).forward(self, *args, **kwargs)
         if peft_layer.deepspeed_config() is not None:
             _record(self).fall_back("DeepSpeed holds the factors")
             return super().forward(*args, **kwargs)

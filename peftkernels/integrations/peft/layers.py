@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from peftkernels.dispatch import sharing_disadvantage
 from peftkernels.functional import lora_linear
+from peftkernels.integrations.peft.bypass import PLAIN, bypass_reason
 from peftkernels.integrations.peft.dora import dora_linear
+from peftkernels.integrations.peft.operands import Operands, argument_reason
 from peftkernels.integrations.peft.served import ATTRIBUTE, Service
 from peftkernels.integrations.peft.sharing import can_share
 
-PLAIN = (Tensor, nn.Parameter)
-_LOW_RANK_MODULES = (nn.Linear,)
+_BASES = (nn.Linear, Conv1D)
+_FACTORS = (nn.Linear,)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_MAGNITUDES = (DoraLinearLayer,)
 
 
 class Served:
@@ -31,32 +37,40 @@ class Served:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) of x (..., K), as peft's forward, on `lora_linear` where that can serve."""
         module: Any = self
-        present = module.lora_A
+        if not isinstance(self, Served):
+            # Somebody kept this method beyond `revert`, as accelerate's hooks do.
+            own: Tensor = type(module).forward(module, x, *args, **kwargs)
+            return own
+        service: Service = vars(module)[ATTRIBUTE]
+        present = module._modules["lora_A"]
         names = [name for name in module.active_adapters if name in present]
         if module.disable_adapters or module.merged or not names:
             # The base layer alone: nothing of an adapter is computed.
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        service: Service = module.__dict__[ATTRIBUTE]
-        reason = self._reason(x, names, args, kwargs)
-        if reason is not None:
-            service.fall_back(type(module).__name__, reason)
+        found = served_or_reason(type(module), module, x, names, args, kwargs, service)
+        if isinstance(found, str):
+            service.fall_back(type(module).__name__, found)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        service.serve()
-        return self._serve(x, names[0], service)
+        return found
 
-    def train(self, mode: bool = True) -> Any:
-        """As nn.Module's; what may have changed since is forgotten."""
-        vars(self)[ATTRIBUTE].forget_norms()
-        return super().train(mode)  # type: ignore[misc]
+    def set_adapter(self, adapter_names: Any, *args: Any, **kwargs: Any) -> None:
+        """As peft's; layers that came with a new adapter are patched too."""
+        super().set_adapter(adapter_names, *args, **kwargs)  # type: ignore[misc]
+        shared = vars(self)[ATTRIBUTE].model
+        if shared is not None:
+            shared.activated(adapter_names)
 
-    def _reason(self, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
-        """Why a call cannot be served, None where it can."""
-        return (
-            call_reason(x, names, args, kwargs)
-            or self._moment_reason()
-            or self._base_reason()
-            or self._adapter_reason(names[0])
-        )
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As peft's."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        shared = vars(self)[ATTRIBUTE].model
+        if shared is not None:
+            shared.deleted(adapter_name)
+
+    def _prepare(self, service: Service) -> None:
+        """Change what else has to be changed while the module is patched, and note in `service.undo` what it was."""
+
+    # What follows is called with peft's own modules too (`stateless`): through a class, never through `self`.
 
     def _moment_reason(self) -> str | None:
         """Why no call can be served here and now, None where it can."""
@@ -69,136 +83,188 @@ class Served:
     def _adapter_reason(self, name: str) -> str | None:
         raise NotImplementedError
 
-    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
+    def _operands(self, name: str) -> Operands:
+        """What the operator is called with."""
         raise NotImplementedError
+
+    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+        raise NotImplementedError
+
+    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
+        """What the operator says of the arguments of a call, None where it takes them."""
+        return argument_reason(x, operands)
 
     def _get_name(self) -> str:
         # Models print as they did.
-        return type(self).__mro__[2].__name__
+        return theirs(type(self)).__name__
 
 
 class PeftKernelsLinear(Served, Linear):
     """peft's `lora.Linear`, plain or DoRA: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ with peft's s, rsLoRA's included."""
 
     def _adapter_reason(self, name: str) -> str | None:
+        # `_modules`, as nn.Module's way to an attribute of a module takes half a microsecond.
+        parts: Any = self._modules
         variant = self.lora_variant.get(name)
-        if variant is not None and type(variant) is not DoraLinearVariant:
-            return f"the variant {type(variant).__name__}"
-        down, up = self.lora_A[name], self.lora_B[name]
+        if variant is not None:
+            if type(variant) is not DoraLinearVariant:
+                return f"the variant {type(variant).__name__}"
+            reason = _magnitude_reason(parts["lora_magnitude_vector"]._modules[name])
+            if reason is not None:
+                return reason
+        down, up = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
         for module in (down, up):
-            if type(module) not in _LOW_RANK_MODULES:
-                return f"the factors are in a {type(module).__name__}"
-            if hooked(module):
-                return "a factor has hooks"
+            reason = bypass_reason(module, "a factor", _FACTORS)
+            if reason is not None:
+                return reason
             if type(module._parameters.get("weight")) not in PLAIN:
                 return f"a factor is a {type(module.weight).__name__}"
-        if variant is not None and up.bias is not None:
+        if variant is not None and up._parameters["bias"] is not None:
             return "DoRA with lora_bias"
-        return dropout_reason(self.lora_dropout[name])
+        return dropout_reason(parts["lora_dropout"]._modules[name])
 
-    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
-        weight, bias = frozen(self)
-        lora_A, up = self.lora_A[name].weight, self.lora_B[name]
-        dropout_p = dropout_of(self.lora_dropout[name])
-        shrink = _shared_shrink(self, x, weight, lora_A, dropout_p, service)
+    def _operands(self, name: str) -> Operands:
+        weight, bias = weight_and_bias(self)
+        parts: Any = self._modules
+        # DoRA drops in training alone, whatever the dropout module is told.
+        drops = self.training or name not in self.lora_variant
+        return {
+            "weight": weight,
+            "lora_A": parts["lora_A"]._modules[name]._parameters["weight"],
+            "lora_B": parts["lora_B"]._modules[name]._parameters["weight"],
+            "bias": bias,
+            "scaling": self.scaling[name],
+            "dropout_p": dropout_of(parts["lora_dropout"]._modules[name]) if drops else 0.0,
+        }
+
+    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+        shrink = _shared_shrink(self, x, operands, service)
         if name in self.lora_variant:
-            return dora_linear(self, x, weight, bias, name, dropout_p, shrink, service)
-        y = lora_linear(
-            x,
-            weight,
-            lora_A,
-            up.weight,
-            bias=bias,
-            scaling=self.scaling[name],
-            dropout_p=dropout_p,
-            shrink=shrink,
-            impl=service.impl,
-        )
-        return y if up.bias is None else y + (up.bias * self.scaling[name]).to(y.dtype)
+            return dora_linear(self, x, operands, name, shrink, service)
+        y = lora_linear(x, **operands, shrink=shrink, impl=service.impl)
+        parts: Any = self._modules
+        bias = parts["lora_B"]._modules[name]._parameters["bias"]
+        return y if bias is None else y + (bias * self.scaling[name]).to(y.dtype)
 
 
 class PeftKernelsSVDLinear(Served, SVDLinear):
     """peft's AdaLoRA layer: y = x·Wᵀ + b + σ/(ranknum + 1e-5) · ((drop(x)·Aᵀ) ⊙ E)·Bᵀ.
 
-    ranknum is a constant here as in the paper, read once. peft 0.21 makes it trainable on bases that are not float32,
-    without meaning to: it gets no gradient from this layer.
+    ranknum is a constant here as in the paper. peft 0.21 makes it trainable on bases that are not float32, without
+    meaning to: it gets no gradient from this layer.
     """
 
     def _adapter_reason(self, name: str) -> str | None:
-        for factor in (self.lora_A[name], self.lora_B[name], self.lora_E[name]):
+        for kind in ("lora_A", "lora_B", "lora_E"):
+            factor = svd_factor(self, kind, name)
             if type(factor) not in PLAIN:
                 return f"a factor is a {type(factor).__name__}"
-        return dropout_reason(self.lora_dropout[name])
+        parts: Any = self._modules
+        return dropout_reason(parts["lora_dropout"]._modules[name])
 
-    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
-        weight, bias = frozen(self)
-        lora_A, dropout_p = self.lora_A[name], dropout_of(self.lora_dropout[name])
-        return lora_linear(
-            x,
-            weight,
-            lora_A,
-            self.lora_B[name],
-            bias=bias,
-            gate=self.lora_E[name],
-            scaling=adalora_scale(self, name, service),
-            dropout_p=dropout_p,
-            shrink=_shared_shrink(self, x, weight, lora_A, dropout_p, service),
-            impl=service.impl,
-        )
+    def _operands(self, name: str) -> Operands:
+        weight, bias = weight_and_bias(self)
+        parts: Any = self._modules
+        return {
+            "weight": weight,
+            "lora_A": svd_factor(self, "lora_A", name),
+            "lora_B": svd_factor(self, "lora_B", name),
+            "bias": bias,
+            "gate": svd_factor(self, "lora_E", name),
+            "scaling": adalora_scale(self, name),
+            "dropout_p": dropout_of(parts["lora_dropout"]._modules[name]),
+        }
+
+    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+        return lora_linear(x, **operands, shrink=_shared_shrink(self, x, operands, service), impl=service.impl)
 
 
-def _shared_shrink(
-    module: Any, x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, service: Service
-) -> Tensor | None:
+def theirs(kind: Any) -> Any:
+    """peft's class of layer for one of ours, any other for itself."""
+    return kind.__mro__[2] if issubclass(kind, Served) else kind
+
+
+def served_or_reason(
+    kind: Any, module: Any, x: Tensor, names: list[str], args: Any, kwargs: Any, service: Service
+) -> Tensor | str:
+    """y of a call with the active adapters ``names``, or why it cannot be served; then nothing was computed.
+
+    Args:
+        kind: one of ours, whose methods are used; the module's class may be peft's.
+    """
+    reason = call_reason(kind, module, x, names, args, kwargs)
+    if reason is not None:
+        return reason
+    operands = kind._operands(module, names[0])
+    # Counted before it is made: a checkpointed forward pass is broken off inside its last call.
+    service.serve()
+    try:
+        served: Tensor = kind._serve(module, x, names[0], operands, service)
+    except (TypeError, ValueError):
+        # Asked only now: a call that the operator takes does not pay for a second look at its arguments.
+        reason = kind._argument_reason(module, x, operands)
+        if reason is None:
+            raise
+        service.take_back()
+        return reason
+    return served
+
+
+def _shared_shrink(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor | None:
     """S (M, r) where it was made for several projections of x at once. Each has a dropout mask of its own."""
-    if service.input is None or dropout_p > 0 or not can_share():
+    if service.input is None or operands["dropout_p"] > 0 or not can_share():
         return None
-    if sharing_disadvantage(service.impl, x, weight) is not None:
+    if sharing_disadvantage(service.impl, x, operands["weight"]) is not None:
         return None
-    shrink = service.input.shrink(module, x, lora_A, service.impl, _factor_without_dropout)
+    shrink = service.input.shrink(module, x, operands["lora_A"], service.impl, _factor_without_dropout)
     service.shared += shrink is not None
     return shrink
 
 
 def _factor_without_dropout(module: Any, x: Tensor) -> Tensor | None:
     """A of a module that is patched, if its call with x would be served and drop nothing, else None."""
-    if ATTRIBUTE not in vars(module):
+    service: Service | None = vars(module).get(ATTRIBUTE)
+    if service is None or service.refusal is not None:
         # Reverted by itself since it was seen.
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or not names or module._reason(x, names, (), {}) is not None:
+    if module.disable_adapters or module.merged or not names:
         return None
-    if dropout_of(module.lora_dropout[names[0]]) > 0:
+    if call_reason(type(module), module, x, names, (), {}) is not None:
         return None
-    factor = module.lora_A[names[0]]
-    return factor.weight if isinstance(factor, nn.Linear) else factor
+    operands: Operands = module._operands(names[0])
+    if argument_reason(x, operands) is not None or operands["dropout_p"] > 0:
+        return None
+    factor: Tensor = operands["lora_A"]
+    return factor
 
 
-def adalora_scale(module: Any, name: str, service: Service) -> float | Tensor:
-    """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer."""
-    number = module.ranknum[name]
-    if torch.compiler.is_dynamo_compiling() or not (service.keeps or number.device.type == "cpu"):
+def svd_factor(module: Any, kind: str, name: str) -> Tensor:
+    """lora_A, lora_B, lora_E or ranknum of peft's AdaLoRA layer."""
+    there = module._modules[kind]
+    found: Tensor | None = there._parameters.get(name)
+    return there[name] if found is None else found
+
+
+def adalora_scale(module: Any, name: str) -> float | Tensor:
+    """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer, read anew: on a CPU that costs a fifth of a µs."""
+    number = svd_factor(module, "ranknum", name)
+    if torch.compiler.is_dynamo_compiling() or number.device.type != "cpu":
         # Read where the kernel runs: the host never waits for it.
         return (module.scaling[name] / (number.detach() + 1e-5)).reshape(())
-    if not service.keeps:
-        return module.scaling[name] / (float(number) + 1e-5)
-    key = (number.data_ptr(), number._version, module.scaling[name])
-    kept = service.cache.get(f"scale {name}")
-    if kept is None or kept[0] != key:
-        kept = (key, module.scaling[name] / (float(number) + 1e-5))
-        service.cache[f"scale {name}"] = kept
-    return kept[1]
+    return module.scaling[name] / (float(number) + 1e-5)
 
 
-def frozen(module: Any) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (N, K) and bias of the base layer; a Conv1D's weight is kept transposed."""
     base = module._modules["base_layer"]
-    weight = base.weight
-    return (weight.t() if type(base) is Conv1D else weight), base.bias
+    weight = base._parameters["weight"]
+    return (weight.t() if type(base) is Conv1D else weight), base._parameters["bias"]
 
 
-def call_reason(x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
-    """Why a call with the active adapters ``names`` cannot be served whatever the layer, None where it can."""
+def call_reason(kind: Any, module: Any, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:
+    """Why a call with the active adapters ``names`` cannot be served, None where it can as far as can be seen without
+    the operator's checks."""
     given = [name for name, value in kwargs.items() if value is not None]
     if args or given:
         return f"the call has the arguments {', '.join(given) or 'of the base layer'}"
@@ -206,39 +272,62 @@ def call_reason(x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | No
         return f"{len(names)} adapters are active at once"
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
+    found: str | None = (
+        moment_reason()
+        or kind._moment_reason(module)
+        or kind._base_reason(module)
+        or kind._adapter_reason(module, names[0])
+    )
+    return found
+
+
+def moment_reason() -> str | None:
+    """Why no layer can be served here and now, None where it can."""
+    # torch.compile traces our operators as they are, and answers these questions itself.
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records the call"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is at work"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is at work"
     return None
 
 
 def base_reason(module: Any) -> str | None:
     """Why the product with the base layer cannot be served, None where it can."""
     base = module._modules["base_layer"]
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"the base layer is a {type(base).__name__}"
-    if hooked(base):
-        return "the base layer has hooks"
-    if "forward" in base.__dict__:
-        return "the base layer has a forward of its own"
+    reason = bypass_reason(base, "the base layer", _BASES)
+    if reason is not None:
+        return reason
     weight = base._parameters.get("weight")
     if type(weight) not in PLAIN:
         return f"the base weight is a {type(getattr(base, 'weight', None)).__name__}"
     if weight.requires_grad:
+        if not weight.is_leaf:
+            return "the base weight is a part of a tensor that is trained, as FSDP makes of parameters it flattens"
         return "the base weight is trained"
     if not weight.is_floating_point():
         return f"the base weight is {weight.dtype}"
     return None
 
 
-def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def dropout_reason(dropout: nn.Module) -> str | None:
-    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
-        return f"the dropout is a {type(dropout).__name__}"
-    return "the dropout has hooks" if hooked(dropout) else None
+    """Why a dropout module must be called, None where what it does is known."""
+    reason = bypass_reason(dropout, "the dropout", _DROPOUTS)
+    if reason is None and type(dropout) is nn.Dropout and dropout.inplace:
+        return "the dropout works in place"
+    return reason
 
 
 def dropout_of(dropout: nn.Module) -> float:
+    """The probability with which a module drops now."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _magnitude_reason(magnitude: nn.Module) -> str | None:
+    reason = bypass_reason(magnitude, "the magnitude", _MAGNITUDES)
+    if reason is None and type(magnitude._parameters.get("weight")) not in PLAIN:
+        return f"the magnitude is a {type(magnitude.weight).__name__}"
+    return reason

@@ -3,82 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from peftkernels.dispatch import IMPLEMENTATIONS
+from peftkernels.integrations.peft.norms import KeptNorms
+from peftkernels.integrations.peft.patched_model import PatchedModel
+from peftkernels.integrations.peft.report import Report, Row, Stats
 from peftkernels.integrations.peft.served import ATTRIBUTE, NotServedError, Service
 from peftkernels.integrations.peft.sharing import SharedInput
 from peftkernels.integrations.peft.steps import count_steps
-from peftkernels.integrations.peft.table import columns
-
-
-@dataclass(frozen=True)
-class Row:
-    """One adapted module: its path, peft's class, whether its calls will be served, and why not."""
-
-    module: str
-    kind: str
-    served: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `apply_to_peft` did, module by module; prints as a table."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def served(self) -> int:
-        """Modules that will be served."""
-        return sum(row.served for row in self.rows)
-
-    def __str__(self) -> str:
-        cells = [(row.module, row.kind, "yes" if row.served else "no", row.reason) for row in self.rows]
-        table = columns(("module", "layer", "served", "reason"), cells)
-        return f"{table}\n{self.served} of {len(self.rows)} adapted modules are served by peftkernels"
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Calls of adapters since `apply_to_peft`, or since the counts were reset.
-
-    served      ran on our kernels
-    fell_back   ran peft's own code
-    reasons     how many of these for which reason
-    shared      served calls whose x·Aᵀ was made together with that of others which read the same input
-    modules     (served, fell back) by module path
-    allocation  (served, fell back, reasons) of AdaLoRA's own work: updates of scores, masks, orthogonality terms; None
-                without an AdaLoRA model
-    """
-
-    served: int
-    fell_back: int
-    reasons: dict[str, int]
-    modules: dict[str, tuple[int, int]] = field(repr=False)
-    allocation: tuple[int, int, dict[str, int]] | None = None
-    shared: int = 0
-
-    def __str__(self) -> str:
-        lines = _share("adapter calls", self.served, self.fell_back, self.reasons)
-        if self.shared:
-            lines.append(f"  {self.shared} of them with an x A^T made for several at once")
-        if self.allocation is not None:
-            lines += _share("calls of AdaLoRA's allocation", *self.allocation)
-        return "\n".join(lines)
-
-
-def _share(what: str, served: int, fell_back: int, reasons: dict[str, int]) -> list[str]:
-    calls = served + fell_back
-    share = f" ({100 * served / calls:.0f} %)" if calls else ""
-    return [
-        f"{served} of {calls} {what} served{share}",
-        *(f"  {count} x {reason}" for reason, count in sorted(reasons.items())),
-    ]
 
 
 def apply_to_peft(
@@ -121,32 +59,75 @@ def apply_to_peft(
 
 def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: bool) -> Report:
     """`apply_to_peft` for the layers alone, whatever the release of peft."""
-    from peftkernels.integrations.peft.classes import ADALORA, CLASSES
-
-    wanted = {kind: adalora if kind in ADALORA else lora for kind in CLASSES}
-    own = {ours: theirs for theirs, ours in CLASSES.items()}
-    rows = []
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in _adapted(model):
-        kind = own.get(type(module), type(module))
-        reason = _reason(module, kind, wanted)
-        rows.append(Row(name, f"{kind.__module__.split('.')[-2]}.{kind.__name__}", reason is None, reason or ""))
-        if reason is None:
-            found.append((name, module))
-    if not rows:
+    found = list(_adapted(model))
+    if not found:
         raise ValueError("model: found no adapter layer of HF peft, expected LoRA or AdaLoRA layers")
-    report = Report(tuple(rows))
+    patched = PatchedModel(model, lora, adalora, impl, strict)
+    rows = tuple(_row(name, module, patched) for name, module in found)
+    report = Report(rows)
     if strict and report.served < len(rows):
         raise NotServedError(f"strict=True, and not every adapted module can be served; nothing was changed\n{report}")
     # An earlier call may have patched more.
     _revert_layers(model)
-    # Children of one module may read the same input.
-    families = {name.rpartition(".")[0]: SharedInput() for name, _ in found}
     count_steps()
-    for name, module in found:
-        module.__class__ = CLASSES[type(module)]
-        module.__dict__[ATTRIBUTE] = Service(impl, strict, input=families[name.rpartition(".")[0]])
+    _patch(found, rows, patched)
     return report
+
+
+def patch_new_layers(model: nn.Module, patched: PatchedModel, adapters: Collection[str]) -> None:
+    """Patch what peft has put one of these adapters on since, as the rest of the model was.
+
+    Raises:
+        NotServedError: under ``strict``, one of the modules cannot be served; nothing was changed.
+    """
+    found = [(n, m) for n, m in _adapted(model) if ATTRIBUTE not in vars(m) and _holds(m, adapters)]
+    rows = tuple(_row(name, module, patched) for name, module in found)
+    refused = tuple(row for row in rows if not row.served)
+    if patched.strict and refused:
+        raise NotServedError(
+            f"strict=True, and not every module that {' and '.join(sorted(adapters))} adapts can be served; nothing "
+            f"was patched\n{Report(refused)}"
+        )
+    _patch(found, rows, patched)
+
+
+def _row(name: str, module: nn.Module, patched: PatchedModel) -> Row:
+    from peftkernels.integrations.peft.classes import ADALORA, CLASSES
+    from peftkernels.integrations.peft.layers import theirs
+
+    kind = theirs(type(module))
+    if kind not in CLASSES:
+        reason = f"{kind.__name__} layers are not served"
+    elif not (patched.adalora if kind in ADALORA else patched.lora):
+        reason = "not asked for"
+    else:
+        ours = CLASSES[kind]
+        reason = _own_forward_reason(module, ours.forward) or ours._base_reason(module) or ""
+    return Row(name, f"{kind.__module__.split('.')[-2]}.{kind.__name__}", not reason, reason)
+
+
+def _patch(found: Sequence[tuple[str, nn.Module]], rows: Sequence[Row], patched: PatchedModel) -> None:
+    """Exchange the classes of the modules that will be served, and note of the others that they were seen."""
+    from peftkernels.integrations.peft.classes import CLASSES
+
+    # Children of one module may read the same input.
+    families: defaultdict[str, SharedInput] = defaultdict(SharedInput)
+    for (name, module), row in zip(found, rows, strict=True):
+        service = Service(patched.impl, patched.strict, model=patched)
+        vars(module)[ATTRIBUTE] = service
+        if row.served:
+            service.input = families[name.rpartition(".")[0]]
+            module.__class__ = CLASSES[type(module)]
+            prepare: Any = module
+            prepare._prepare(service)
+        else:
+            service.refusal = row.reason
+
+
+def _holds(module: Any, adapters: Collection[str]) -> bool:
+    """Return True if the module has one of these adapters."""
+    there = (getattr(module, name, {}) for name in module.adapter_layer_names)
+    return any(name in adapters for found in there for name in found)
 
 
 def revert(model: nn.Module) -> None:
@@ -156,6 +137,32 @@ def revert(model: nn.Module) -> None:
     _revert_allocation(model)
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Vouch that no weight and no factor of ``model`` is written inside the block: DoRA's norms are made once in it.
+
+        with peftkernels.integrations.peft.frozen(model), torch.no_grad():
+            model.generate(...)
+
+    Outside they are made anew in every call. Adapters may be switched, added, deleted and rescaled inside; calls that
+    record gradients make norms anew here too. A weight that is written all the same, as through `.data`, may go unseen
+    until the block ends.
+
+    Raises:
+        ValueError: `apply_to_peft` was not called with the model.
+    """
+    _check_model(model)
+    found = _services(model)
+    before = [service.norms for service in found]
+    for service in found:
+        service.norms = KeptNorms()
+    try:
+        yield
+    finally:
+        for service, norms in zip(found, before, strict=True):
+            service.norms = norms
+
+
 def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     """How many calls of adapters were served, and why the others were not.
 
@@ -163,24 +170,38 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
         reset: count from zero again afterwards.
 
     Raises:
-        ValueError: no module of the model is patched.
+        ValueError: `apply_to_peft` was not called with the model.
     """
     _check_model(model)
     modules: dict[str, tuple[int, int]] = {}
+    unserved: dict[str, str] = {}
     reasons: dict[str, int] = {}
     shared = 0
-    for name, module, _ in _patched(model):
-        service: Service = module.__dict__[ATTRIBUTE]
+    _services(model)
+    for name, module in _adapted(model):
+        service = _service(module)
+        reason = _unserved_reason(module, service)
+        if reason is not None:
+            unserved[name] = reason
+        if service is None or service.refusal is not None:
+            continue
         shared += service.shared
         modules[name] = (service.served, service.fell_back)
         for reason, count in service.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
         if reset:
             service.reset()
-    if not modules:
-        raise ValueError("model: found no patched module, expected one that apply_to_peft was called with")
     served, fell_back = (sum(counts[i] for counts in modules.values()) for i in (0, 1))
-    return Stats(served, fell_back, reasons, modules, _allocation_stats(model, reset), shared)
+    return Stats(served, fell_back, reasons, modules, _allocation_stats(model, reset), shared, unserved)
+
+
+def _unserved_reason(module: nn.Module, service: Service | None) -> str | None:
+    """Why calls of an adapted module run peft's own code and are not counted, None where they are counted."""
+    if service is None:
+        return "added after apply_to_peft, and not patched"
+    if service.refusal is not None or service.served + service.fell_back > 0:
+        return service.refusal
+    return _own_forward_reason(module, type(module).forward)
 
 
 def _allocation_stats(model: nn.Module, reset: bool) -> tuple[int, int, dict[str, int]] | None:
@@ -223,9 +244,30 @@ def _swap_allocation(model: nn.Module) -> None:
 
 
 def _revert_layers(model: nn.Module) -> None:
-    for _, module, theirs in _patched(model):
-        module.__class__ = theirs
-        del module.__dict__[ATTRIBUTE]
+    for module in model.modules():
+        service = _service(module)
+        if service is None:
+            continue
+        if service.refusal is None:
+            from peftkernels.integrations.peft.layers import theirs
+
+            module.__class__ = theirs(type(module))
+            for name, value in service.undo.items():
+                setattr(module.base_layer, name, value)
+        del vars(module)[ATTRIBUTE]
+
+
+def _services(model: nn.Module) -> list[Service]:
+    """Of all modules that `apply_to_peft` has looked at, patched or not; ValueError where there are none."""
+    found = [service for module in model.modules() if (service := _service(module)) is not None]
+    if not found:
+        raise ValueError("model: found no module that apply_to_peft was called with, expected one")
+    return found
+
+
+def _service(module: nn.Module) -> Service | None:
+    found = vars(module).get(ATTRIBUTE)
+    return found if isinstance(found, Service) else None
 
 
 def _revert_allocation(model: nn.Module) -> None:
@@ -250,18 +292,13 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _patched(model: nn.Module) -> Iterator[tuple[str, nn.Module, type]]:
-    for name, module in model.named_modules():
-        if ATTRIBUTE in module.__dict__ and isinstance(module.__dict__[ATTRIBUTE], Service):
-            yield name, module, type(module).__mro__[2]
-
-
-def _reason(module: Any, kind: type, wanted: dict[type, bool]) -> str | None:
-    from peftkernels.integrations.peft.classes import CLASSES
-
-    if kind not in wanted:
-        return f"{kind.__name__} layers are not served"
-    if not wanted[kind]:
-        return "not asked for"
-    reason: str | None = CLASSES[kind]._base_reason(module)
-    return reason
+def _own_forward_reason(module: nn.Module, ours: Any) -> str | None:
+    """Why calls of an adapted layer do not come to the function ``ours`` of its class, None where they do."""
+    own = vars(module)
+    found = own.get("forward")
+    if found is None:
+        return None
+    if "_hf_hook" in own:
+        # accelerate's hook calls what it found when it was put on.
+        found = own.get("_old_forward", found)
+    return None if getattr(found, "__func__", None) is ours else "the layer has a forward of its own"

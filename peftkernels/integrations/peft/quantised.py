@@ -19,22 +19,35 @@ from torch import Tensor
 
 from peftkernels._autocast import without_autocast
 from peftkernels.functional import lora_linear_of
+from peftkernels.integrations.peft.bypass import KNOWN_FORWARDS, bypass_reason
+from peftkernels.integrations.peft.cpu_packing import keep_from_packing, unpack_for_gradients
 from peftkernels.integrations.peft.layers import (
     PeftKernelsLinear,
     PeftKernelsSVDLinear,
     Served,
     adalora_scale,
     dropout_of,
-    hooked,
+    svd_factor,
 )
+from peftkernels.integrations.peft.operands import Operands, argument_reason
 from peftkernels.integrations.peft.served import Service
+
+KNOWN_FORWARDS[QuantisedLinear] = QuantisedLinear.forward
 
 
 class PeftKernelsLinear4bit(Served, Linear4bit):
     """peft's `lora.Linear4bit` in training; what `PeftKernelsLinear` computes, over the dequantised weight."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Served.forward`."""
+        unpack_for_gradients(self.base_layer)
+        return Served.forward(self, x, *args, **kwargs)
+
+    def _prepare(self, service: Service) -> None:
+        service.undo.update(keep_from_packing(self.base_layer))
+
     def _moment_reason(self) -> str | None:
-        return _moment_reason(self)
+        return _moment_reason()
 
     def _base_reason(self) -> str | None:
         return _base_reason(self)
@@ -44,25 +57,36 @@ class PeftKernelsLinear4bit(Served, Linear4bit):
             return f"the variant {type(self.lora_variant[name]).__name__} on a quantised base"
         return PeftKernelsLinear._adapter_reason(self, name)
 
-    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
-        lora_A, up = self.lora_A[name].weight, self.lora_B[name]
-        y = _product(
-            self,
-            x,
-            lora_A,
-            up.weight,
-            scaling=self.scaling[name],
-            dropout_p=dropout_of(self.lora_dropout[name]),
-            impl=service.impl,
-        )
-        return y if up.bias is None else y + (up.bias * self.scaling[name]).to(y.dtype)
+    def _operands(self, name: str) -> Operands:
+        return {
+            "lora_A": self.lora_A[name].weight,
+            "lora_B": self.lora_B[name].weight,
+            "scaling": self.scaling[name],
+            "dropout_p": dropout_of(self.lora_dropout[name]),
+        }
+
+    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
+        return _argument_reason(self, x, operands)
+
+    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+        y = _product(self, x, operands, service)
+        bias = self.lora_B[name].bias
+        return y if bias is None else y + (bias * self.scaling[name]).to(y.dtype)
 
 
 class PeftKernelsSVDLinear4bit(Served, SVDLinear4bit):
     """peft's AdaLoRA layer over a 4-bit weight; what `PeftKernelsSVDLinear` computes, over the dequantised weight."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Served.forward`."""
+        unpack_for_gradients(self.base_layer)
+        return Served.forward(self, x, *args, **kwargs)
+
+    def _prepare(self, service: Service) -> None:
+        service.undo.update(keep_from_packing(self.base_layer))
+
     def _moment_reason(self) -> str | None:
-        return _moment_reason(self)
+        return _moment_reason()
 
     def _base_reason(self) -> str | None:
         return _base_reason(self)
@@ -70,54 +94,63 @@ class PeftKernelsSVDLinear4bit(Served, SVDLinear4bit):
     def _adapter_reason(self, name: str) -> str | None:
         return PeftKernelsSVDLinear._adapter_reason(self, name)
 
-    def _serve(self, x: Tensor, name: str, service: Service) -> Tensor:
-        return _product(
-            self,
-            x,
-            self.lora_A[name],
-            self.lora_B[name],
-            gate=self.lora_E[name],
-            scaling=adalora_scale(self, name, service),
-            dropout_p=dropout_of(self.lora_dropout[name]),
-            impl=service.impl,
-        )
+    def _operands(self, name: str) -> Operands:
+        return {
+            "lora_A": svd_factor(self, "lora_A", name),
+            "lora_B": svd_factor(self, "lora_B", name),
+            "gate": svd_factor(self, "lora_E", name),
+            "scaling": adalora_scale(self, name),
+            "dropout_p": dropout_of(self.lora_dropout[name]),
+        }
+
+    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
+        return _argument_reason(self, x, operands)
+
+    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+        return _product(self, x, operands, service)
 
 
 def _base_reason(module: Any) -> str | None:
     """Why the product with the quantised weight cannot be served, None where it can."""
     base = module._modules["base_layer"]
-    if type(base) is not QuantisedLinear:
-        return f"the base layer is a {type(base).__name__}"
-    if hooked(base):
-        return "the base layer has hooks"
-    if "forward" in base.__dict__:
-        return "the base layer has a forward of its own"
+    reason = bypass_reason(base, "the base layer", (QuantisedLinear,))
+    if reason is not None:
+        return reason
     state = getattr(base.weight, "quant_state", None)
     if type(base.weight) is not Params4bit or state is None:
         return "the base weight is not quantised yet"
     return None
 
 
-def _moment_reason(module: Any) -> str | None:
+def _moment_reason() -> str | None:
     if torch.compiler.is_compiling():
         return "a quantised base in a compiled program"
     if not torch.is_grad_enabled():
         # bitsandbytes multiplies few rows faster than a dequantised weight could be written.
         return "no gradients are recorded, and a quantised base is served in training"
-    if getattr(getattr(module.base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        return "bitsandbytes packed the base weight for inference on the CPU"
     return None
 
 
-def _product(module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, **options: Any) -> Tensor:
+def _product(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor:
     """y (..., N) in x's dtype, computed in the base layer's dtype of computation, as its own product is."""
+    weight_of, bias, dtype = _dequantised_base(module, x)
+    # bitsandbytes' product follows the base layer's dtype, not autocast's.
+    with without_autocast(x.device.type):
+        return lora_linear_of(weight_of, x.to(dtype), **operands, bias=bias, impl=service.impl).to(x.dtype)
+
+
+def _argument_reason(module: Any, x: Tensor, operands: Operands) -> str | None:
+    weight_of, bias, dtype = _dequantised_base(module, x)
+    with without_autocast(x.device.type):
+        return argument_reason(x.to(dtype), {**operands, "weight": weight_of(), "bias": bias})
+
+
+def _dequantised_base(module: Any, x: Tensor) -> tuple[functools.partial[Tensor], Tensor | None, torch.dtype]:
+    """What makes the weight (N, K), the bias, and the dtype that the base layer computes in."""
     base = module._modules["base_layer"]
     dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
     bias = None if base.bias is None else base.bias.to(dtype)
-    weight_of = functools.partial(_dequantised, base.weight.data, base.weight.quant_state, dtype)
-    # bitsandbytes' product follows the base layer's dtype, not autocast's.
-    with without_autocast(x.device.type):
-        return lora_linear_of(weight_of, x.to(dtype), lora_A, lora_B, bias=bias, **options).to(x.dtype)
+    return functools.partial(_dequantised, base.weight.data, base.weight.quant_state, dtype), bias, dtype
 
 
 @torch.no_grad()

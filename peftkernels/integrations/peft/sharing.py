@@ -18,9 +18,17 @@ class _Part(NamedTuple):
     """S for one projection, and the factor that it was made of."""
 
     shrink: Tensor
-    factor: Tensor
+    factor: weakref.ref[Tensor]
     version: int
-    address: int
+    memory: Tensor
+
+    @classmethod
+    def of(cls, shrink: Tensor, factor: Tensor) -> _Part:
+        # The second tensor holds the memory that the factor lies in now, so that nobody else can get the same.
+        return cls(shrink, weakref.ref(factor), factor._version, factor.detach())
+
+    def was_made_of(self, factor: Tensor) -> bool:
+        return self.factor() is factor and self.version == factor._version and self.memory.is_set_to(factor)
 
 
 class _Input(NamedTuple):
@@ -31,7 +39,7 @@ class _Input(NamedTuple):
     dtype: torch.dtype
     steps: int
     leader: weakref.ref[nn.Module]
-    parts: dict[int, _Part]
+    parts: weakref.WeakKeyDictionary[nn.Module, _Part]
 
     def is_still(self, x: Tensor) -> bool:
         if self.tensor() is not x or self.version != x._version or self.steps != steps_made():
@@ -43,9 +51,10 @@ class SharedInput:
     """Of the adapted children of one module: who reads the same tensor as whom, and S of the tensor that is read now.
 
     The first projection that is called with a tensor leads, and those that are called with the same object after it
-    follow. When the leader is called again, it makes S for its followers too, each of which takes its part once. One
-    that did not come for it follows no more. A part is used only for the very tensor and the very factor that it was
-    made of, neither written to since. Copies and files hold nothing of this.
+    follow. When the leader is called again, it makes S for its followers too, each of which takes its part once, before
+    the leader's next call. One that did not come for it follows no more. A part is used only for the very tensor and
+    the very factor that it was made of, neither written to since; what is written through `.data` between the leader's
+    call and a follower's is not seen. Copies and files hold nothing of this.
     """
 
     def __init__(self) -> None:
@@ -72,17 +81,16 @@ class SharedInput:
             # Such tensors do not tell whether they were written to.
             return None
         now = self._now
-        if now is not None and now.is_still(x):
+        if now is not None and now.is_still(x) and now.leader() is not module:
             return self._follow(now, module, factor)
         return self._lead(module, x, factor, impl, factor_of)
 
     def _follow(self, now: _Input, module: nn.Module, factor: Tensor) -> Tensor | None:
-        part = now.parts.pop(id(module), None)
+        part = now.parts.pop(module, None)
         if part is not None:
-            same = part.factor is factor and part.version == factor._version and part.address == factor.data_ptr()
-            return part.shrink if same else None
+            return part.shrink if part.was_made_of(factor) else None
         leader = now.leader()
-        if leader is not None and leader is not module:
+        if leader is not None:
             followers = self._followers.setdefault(leader, [])
             if all(follower() is not module for follower in followers):
                 followers.append(weakref.ref(module))
@@ -92,16 +100,16 @@ class SharedInput:
         self, module: nn.Module, x: Tensor, factor: Tensor, impl: str, factor_of: Callable[[Any, Tensor], Tensor | None]
     ) -> Tensor | None:
         self._drop_those_who_did_not_come()
-        parts: dict[int, _Part] = {}
+        parts: weakref.WeakKeyDictionary[nn.Module, _Part] = weakref.WeakKeyDictionary()
         dtype = autocast_dtype(x.dtype, x.device.type)
         self._now = _Input(weakref.ref(x), x._version, dtype, steps_made(), weakref.ref(module), parts)
         found = [follower for one in self._followers.get(module, ()) if (follower := one()) is not None]
-        factors = {id(one): A for one in found if (A := factor_of(one, x)) is not None and not A.is_inference()}
-        if not factors:
+        others = [(one, A) for one in found if (A := factor_of(one, x)) is not None and not A.is_inference()]
+        if not others:
             return None
-        own, *others = shared_shrink(x, [factor, *factors.values()], impl=impl)
-        for (key, A), shrink in zip(factors.items(), others, strict=True):
-            parts[key] = _Part(shrink, A, A._version, A.data_ptr())
+        own, *shrinks = shared_shrink(x, [factor, *(A for _, A in others)], impl=impl)
+        for (one, A), shrink in zip(others, shrinks, strict=True):
+            parts[one] = _Part.of(shrink, A)
         return own
 
     def _drop_those_who_did_not_come(self) -> None:
@@ -110,9 +118,9 @@ class SharedInput:
             return
         left = self._now.parts
         followers = self._followers.get(leader, [])
-        followers[:] = [one for one in followers if id(one()) not in left]
+        followers[:] = [one for one in followers if (follower := one()) is not None and follower not in left]
 
 
 def can_share() -> bool:
-    """Whether this is an ordinary call: neither traced nor inside a transform of functorch."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    """Return True in an ordinary call, which torch.compile does not trace."""
+    return not torch.compiler.is_compiling()

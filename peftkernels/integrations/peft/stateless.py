@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from peftkernels.integrations.peft.classes import CLASSES
-from peftkernels.integrations.peft.layers import call_reason
+from peftkernels.integrations.peft.layers import served_or_reason
 from peftkernels.integrations.peft.served import Service
 
 # One for all modules, so nothing may be kept in it.
-_SERVICE = Service(keeps=False)
+_SERVICE = Service()
 
 
 def forward(module: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -19,14 +19,8 @@ def forward(module: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     kind: Any = CLASSES.get(type(module))
     names = [name for name in module.active_adapters if name in module.lora_A]
     if kind is not None and names and not (module.disable_adapters or module.merged):
-        reason = (
-            call_reason(x, names, args, kwargs)
-            or kind._moment_reason(module)
-            or kind._base_reason(module)
-            or kind._adapter_reason(module, names[0])
-        )
-        if reason is None:
-            served: Tensor = kind._serve(module, x, names[0], _SERVICE)
-            return served
+        found = served_or_reason(kind, module, x, names, args, kwargs, _SERVICE)
+        if not isinstance(found, str):
+            return found
     own: Tensor = type(module).forward(module, x, *args, **kwargs)
     return own

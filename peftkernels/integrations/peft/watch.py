@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ class AllocationWatch:
         self.patience = patience
         self._warned = False
         self._forwards = 0
-        self._seen: tuple[int, tuple[tuple[int, int], ...]] | None = None
+        self._steps = 0
+        self._seen: list[tuple[weakref.ref[Tensor], int]] | None = None
         count_steps()
 
     def forward(self, gates: Iterable[Tensor] | None = None) -> None:
@@ -41,12 +44,8 @@ class AllocationWatch:
         """
         if self._warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if gates is not None:
-            seen = steps_made(), tuple((id(gate), gate._version) for gate in gates)
-            moved = self._seen is not None and seen != self._seen
-            self._seen = seen
-            if not moved:
-                return
+        if gates is not None and not self._moved(list(gates)):
+            return
         self._forwards += 1
         if self._forwards >= self.patience:
             self._warned = True
@@ -63,3 +62,22 @@ class AllocationWatch:
         """`update_and_allocate` was called."""
         self._forwards = 0
         self._seen = None
+
+    def _moved(self, gates: Sequence[Tensor]) -> bool:
+        """Look at the gates; True where one was written, or an optimizer made a step, since the last look."""
+        before, self._seen = self._seen, [(weakref.ref(gate), _version(gate)) for gate in gates]
+        steps, self._steps = self._steps, steps_made()
+        if before is None:
+            return False
+        same = len(before) == len(gates) and all(
+            seen() is gate and version == _version(gate) for (seen, version), gate in zip(before, gates, strict=True)
+        )
+        return steps != self._steps or not same
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written; tensors made in inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
