@@ -1,7 +1,7 @@
 """The exact versions that were tested together, as a file of constraints for pip.
 
-python .ci/versions.py write         print those of this environment, kept back by TORCH and HOLD (Makefile)
-python .ci/versions.py check FILE    say so when the file is for another Python than this one
+    python .ci/versions.py write         print those of this environment, kept back by TORCH and HOLD (Makefile)
+    python .ci/versions.py check FILE    say so when the file is for another Python than this one
 """
 
 from __future__ import annotations
