@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import torch
 from hypothesis import HealthCheck, settings
+from support import process_state
+
+# Nothing is looked up on the network; read when Hugging Face's libraries are imported.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which Triton takes when it is imported or never.
 if not torch.cuda.is_available():
@@ -47,6 +51,31 @@ def seed(request: pytest.FixtureRequest) -> int:
     """A number of this run and this test, printed when the test fails."""
     digest = hashlib.sha256(f"{_RUN_SEED} {request.node.nodeid}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
+
+
+@pytest.fixture(autouse=True)
+def _process_is_left_as_it_was() -> Iterator[None]:
+    """Tests run in any order: what one changes for the whole process it puts back."""
+    before = process_state.state()
+    yield
+    changed = process_state.changes(before, process_state.state())
+    assert not changed, "the test left changed: " + "; ".join(changed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Random numbers without a seed are the same whatever ran before."""
+    with process_state.numbers_of(item.nodeid):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    """Those of a fixture that tests share are the same whichever test is the first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with process_state.numbers_of(f"{fixturedef.baseid} {fixturedef.argname}"):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

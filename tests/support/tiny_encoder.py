@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
-
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 WORDS = [f"word{i}" for i in range(60)]
 LABELS = ("alpha", "beta", "gamma")
