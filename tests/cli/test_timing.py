@@ -128,6 +128,7 @@ def test_foreign_load_is_unknown_without_a_source(monkeypatch: pytest.MonkeyPatc
     assert measured.share is None
 
 
+@pytest.mark.alone
 def test_own_and_machine_times_grow_by_the_work_done() -> None:
     machine, own, begin = load._machine_times(), load._own_seconds(), time.process_time()
     while time.process_time() - begin < 0.3:

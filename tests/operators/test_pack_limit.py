@@ -237,6 +237,7 @@ def test_settings_in_bytes(setting: int | str, expected: int | None) -> None:
     assert cpu.pack_cache_stats()["limit_setting"] == str(setting)
 
 
+@pytest.mark.alone
 def test_a_share_of_the_available_memory() -> None:
     available = cpu.available_memory()
     assert available is not None, "this system does not tell how much memory it has"

@@ -94,6 +94,7 @@ for wanted in (1, 3, 2, 1):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(
     not (TASKS / str(os.getpid()) / "schedstat").exists(),
     reason="this system has no /proc/self/task/*/schedstat, which tells how long each thread ran",

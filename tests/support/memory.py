@@ -20,8 +20,10 @@ def poison(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
         return
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()

@@ -17,10 +17,12 @@ def fresh_cache() -> Iterator[None]:
     cpu.clear_pack_cache()
     cpu.set_pack_mode("both")
     cpu.set_pack_limit("50%")
-    yield
-    cpu.set_pack_mode(str(before["mode"]))
-    cpu.set_pack_limit(str(before["limit_setting"]))
-    cpu.clear_pack_cache()
+    try:
+        yield
+    finally:
+        cpu.set_pack_mode(str(before["mode"]))
+        cpu.set_pack_limit(str(before["limit_setting"]))
+        cpu.clear_pack_cache()
 
 
 def count(name: str) -> int:
