@@ -4,7 +4,7 @@ VENV ?= .venv
 # Exact versions of all that is installed, those that were tested together: make upgrade writes them.
 CONSTRAINTS ?= constraints.txt
 # torch is installed first and by itself: the kernels are built against it (--no-build-isolation). Any torch >= 2.11
-# works: make TORCH="torch==2.11.0" leaves torch, and the Triton that belongs to it, out of the constraints.
+# works: make TORCH="torch==2.11.0" leaves it and what it asks for by version out of the constraints.
 TORCH ?= torch
 # Processes that run tests side by side.
 PROCESSES ?= 2
@@ -31,7 +31,7 @@ install: $(INSTALLED)  ## make the virtual environment and build the package int
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/versions.py check $(CONSTRAINTS)
-	sed -E '$(if $(filter-out torch,$(TORCH)),/^(torch|triton)==/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	sed -E '$(if $(filter-out torch,$(TORCH)),/^(torch|triton|setuptools)==/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PIP_INSTALL) "$(TORCH)"
 	$(PIP_INSTALL) "setuptools>=77" wheel ninja "pybind11>=2.12"
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]" $(HOLD)
