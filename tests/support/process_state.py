@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+# Variables in which pytest and torch's compiler keep notes for themselves.
+_NOTES = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR")
+
 
 def state() -> dict[str, Any]:
     """Switches and settings that are the process's, by name."""
@@ -32,8 +35,7 @@ def state() -> dict[str, Any]:
 
         kept = cpu.pack_cache_stats()
         found |= {"pack mode": kept["mode"], "pack limit": kept["limit_setting"]}
-    # pytest tells the test that runs.
-    found |= {f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    found |= {f"${name}": value for name, value in os.environ.items() if not name.startswith(_NOTES)}
     return found
 
 
