@@ -232,7 +232,7 @@ def test_errors_of_hooks_come_through(seed: int) -> None:
 
 
 def test_errors_of_the_kernel_come_through(seed: int) -> None:
-    """A plan whose order names a rank that there is not, which is known when its values are read, is refused the same way."""
+    """A plan whose order names a rank that there is not, known once its values are read, is refused the same way."""
     order = torch.tensor([0, 1, 2, 3, 5], dtype=torch.int32)
     plan = RankPlan(torch.full((5,), 2, dtype=torch.uint8), order, torch.full((2,), 5, dtype=torch.int32))
     arguments = {**arguments_of(make_call(seed)), "rank_plan": plan}

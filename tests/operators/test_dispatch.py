@@ -145,6 +145,7 @@ def test_importing_loads_neither_kernels_nor_optional_packages() -> None:
 
 def test_the_public_names() -> None:
     operator = {"Explanation", "RankPlan", "RankState", "__version__", "explain", "lora_linear", "shared_shrink"}
-    assert set(peftkernels.__all__) == {*operator, "apply_to_peft", "revert", "stats"}
+    kept = {"weights_changed"}
+    assert set(peftkernels.__all__) == {*operator, *kept, "apply_to_peft", "revert", "stats"}
     for name in peftkernels.__all__:
         assert getattr(peftkernels, name) is not None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 # Variables in which pytest and torch's compiler keep notes for themselves.
-_NOTES = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR")
+_NOTES = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 def state() -> dict[str, Any]:
