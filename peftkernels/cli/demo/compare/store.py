@@ -120,8 +120,9 @@ def _check_outcome(found: dict[str, Any]) -> None:
 
 def _check_timing(found: dict[str, Any]) -> None:
     check_object(found.get("settings"), "settings")
-    for name in ("rounds", "discarded", "disturbed", "tokens_per_step", "threads"):
+    for name in ("rounds", "discarded", "threads"):
         check_whole(found.get(name), name)
+    check_number(found.get("tokens_per_step"), "tokens_per_step")
     for contestant, times in check_object(found.get("contestants"), "contestants").items():
         for name, value in check_object(times, f"contestants[{contestant!r}]").items():
             if value is not None:
