@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from support import process_state
 
 # Nothing is looked up on the network; read when Hugging Face's libraries are imported.
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which Triton takes when it is imported or never.
 if not torch.cuda.is_available():

@@ -52,6 +52,7 @@ def test_list_names_cases_groups_and_minutes(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count(" s  ") == 2
 
 
+@pytest.mark.alone
 def test_quick_measures_keeps_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--quick", "--seconds", "0.05", "--threads", "1", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--json", str(tmp_path / "first.json")]) == 0
@@ -85,6 +86,7 @@ def test_quick_measures_keeps_and_prints(tmp_path: Path, capsys: pytest.CaptureF
     assert untouched == [line for line in after if line.startswith(TINY[0].id)] and len(after) == len(before)
 
 
+@pytest.mark.alone
 def test_replayed_numbers_are_the_recorded_ones(tmp_path: Path) -> None:
     measured = [made_up.measured(case) for case in TINY]
     replay.replay(measured, json=tmp_path / "replayed.json")

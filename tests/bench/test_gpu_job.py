@@ -54,6 +54,7 @@ def _measured(case: Case, ours: float = 1.02) -> Measured:
     return Measured(case, samples, results.rows_of(case, samples, {}, {}, origin, "gpu-grid"))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_case_is_verified_and_timed(number: int) -> None:
     group, case = CASES[number]

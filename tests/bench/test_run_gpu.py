@@ -38,6 +38,7 @@ def _a_test(folder: Path, body: str) -> Path:
     return path
 
 
+@pytest.mark.alone
 def test_a_smoke_run_goes_through_every_step(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = _run("--smoke", "--tests", _a_test(tmp_path / "tests", "pass"), out)
