@@ -2,6 +2,7 @@
 
 PEFTKERNELS_BUILD=auto (default) warns and goes on without the extension when it cannot be built; `required` fails
 instead; `off` does not try. The CUDA sources are added when torch has CUDA, nvcc is found, and there are any.
+PEFTKERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 MODES = ("auto", "required", "off")
+OPTIMISED = ("-O3", "-g0", "-DNDEBUG")
+SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 
 
 def extension_arguments(required: bool) -> dict[str, Any]:
@@ -46,10 +49,9 @@ def extension_arguments(required: bool) -> dict[str, Any]:
     use_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(cuda_sources)
     extension = cpp_extension.CUDAExtension if use_cuda else cpp_extension.CppExtension
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    sanitize = os.environ.get("PEFTKERNELS_SANITIZE", "0") == "1"
     cxx = [
-        "-O3",
-        "-g0",
-        "-DNDEBUG",
+        *(SANITIZED if sanitize else OPTIMISED),
         "-fno-math-errno",
         "-fno-trapping-math",
         "-Wall",
@@ -62,7 +64,7 @@ def extension_arguments(required: bool) -> dict[str, Any]:
         [str(path.relative_to(ROOT)) for path in [*sources, *(cuda_sources if use_cuda else [])]],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-DNDEBUG"]},
-        extra_link_args=openmp,
+        extra_link_args=[*openmp, *(SANITIZED[-1:] if sanitize else [])],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -28,6 +28,14 @@ for _name, _schema in _SCHEMAS.items():
     library.define(f"allocation_{_name}.cpu{_schema}")
 
 
+def _one_device(first: Tensor, *others: Tensor | Sequence[Tensor | None] | None) -> None:
+    """A fake is also what runs where one of the tensors lies on the meta device: it must not do nothing instead."""
+    for other in others:
+        for value in other if isinstance(other, (list, tuple)) else (other,):
+            if isinstance(value, Tensor) and value.device != first.device:
+                raise ValueError(f"found tensors on the devices {first.device} and {value.device}, expected one device")
+
+
 @torch.library.register_fake("peftkernels::allocation_averages.cpu", lib=library)
 def _averages(
     parameters: Sequence[Tensor],
@@ -40,6 +48,7 @@ def _averages(
     skip: Tensor | None,
     with_scores: bool,
 ) -> tuple[Tensor, Tensor]:
+    _one_device(sensitivity, table, uncertainty, skip, parameters, gradients)
     # There are scores only where the averages were updated, which their values decide.
     count = torch.library.get_ctx().new_dynamic_size() if with_scores else 0
     return sensitivity.new_empty((), dtype=torch.bool), sensitivity.new_empty((count,))
@@ -47,6 +56,7 @@ def _averages(
 
 @torch.library.register_fake("peftkernels::allocation_scores.cpu", lib=library)
 def _scores(table: Tensor, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
+    _one_device(sensitivity, table, uncertainty)
     # The table is data: how many ranks it has is known when the operator runs.
     return sensitivity.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
@@ -61,7 +71,7 @@ def _mask(
     counts: Sequence[Tensor],
     masked_state: int,
 ) -> None:
-    return None
+    _one_device(keep, mask_now, gates, states, orders, counts)
 
 
 @torch.library.register_fake("peftkernels::allocation_orthogonality.cpu", lib=library)
@@ -75,6 +85,7 @@ def _orthogonality(
     gradients: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     factors = [*lora_A, *lora_B]
+    _one_device(factors[0], factors, keep, add_to)
     in_double = any(factor.dtype is torch.float64 for factor in factors)
     term = factors[0].new_empty((), dtype=torch.float64 if in_double else torch.float32)
     if add_to or not gradients:

@@ -10,11 +10,15 @@ one number per rank (factors, S, H) is float32 where x is float16: see `rank_dty
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from peftkernels._operands import rank_dtype as rank_dtype
+from peftkernels._operator_checks import check_backward, check_forward, check_shrink, checked
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton")
 
@@ -35,14 +39,6 @@ _BACKWARD = (
 _SHRINK = "lora_shrink.{name}(Tensor x, Tensor[] lora_A) -> Tensor"
 
 library = torch.library.Library("peftkernels", "DEF")
-
-
-def rank_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of factors, S and H in a call whose x has `dtype`: float32 for float16, else that of x.
-
-    Float16 ends at 65504 and at 6e-8: G·B of a young B, or S times a large scaling, would become zeros or infinities.
-    """
-    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def shrink_shape(x: Tensor, lora_A: Tensor, save_shrink: bool) -> tuple[int, int]:
@@ -67,12 +63,17 @@ def _forward_fake(
     save_shrink: bool,
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    check_forward(
+        x, weight, lora_A, lora_B, bias, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor, dropout_p,
+        dropout_seed, save_shrink, given_shrink,
+    )  # fmt: skip
     save_shrink = save_shrink and given_shrink is None
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty(shrink_shape(x, lora_A, save_shrink), dtype=rank_dtype(x.dtype))
 
 
 def _shrink_fake(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+    check_shrink(x, lora_A)
     ranks = sum(factor.shape[0] for factor in lora_A)
     return x.new_empty((math.prod(x.shape[:-1]), ranks), dtype=rank_dtype(x.dtype))
 
@@ -104,6 +105,7 @@ def _backward_fake(
     gate: Tensor | None,
     *shared: Any,
 ) -> tuple[Tensor, ...]:
+    check_backward(grad_y, x, weight, lora_A, lora_B, bias, shrink, gate, *shared)
     return empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, shared[-1])
 
 
@@ -114,6 +116,16 @@ for _name in IMPLEMENTATIONS:
     torch.library.register_fake(f"peftkernels::lora_linear_fwd.{_name}", _forward_fake, lib=library)
     torch.library.register_fake(f"peftkernels::lora_linear_bwd.{_name}", _backward_fake, lib=library)
     torch.library.register_fake(f"peftkernels::lora_shrink.{_name}", _shrink_fake, lib=library)
+
+
+def implement(name: str, forward: Callable[..., Any], backward: Callable[..., Any], shrink: Callable[..., Any]) -> None:
+    """Implement the overloads of ``name`` on every device by functions of Python, which need not check arguments."""
+    for operator, check, function in (
+        ("lora_linear_fwd", check_forward, forward),
+        ("lora_linear_bwd", check_backward, backward),
+        ("lora_shrink", check_shrink, shrink),
+    ):
+        library.impl(f"{operator}.{name}", checked(check, function), "CompositeExplicitAutograd")
 
 
 @register_flop_formula(torch.ops.peftkernels.lora_linear_fwd)

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from peftkernels import composition, dispatch
 from peftkernels._autocast import autocast_dtype
-from peftkernels._checks import check_arguments
+from peftkernels._checks import check_arguments, plain_number
 from peftkernels.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
@@ -299,6 +299,7 @@ def _call(
 ) -> Tensor:
     """`lora_linear` from its checks on; with ``weight_of``, the weight is not kept for the backward pass."""
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
+    scaling, dropout_p, dropout_seed = plain_number(scaling), plain_number(dropout_p), plain_number(dropout_seed, int)
     device = x.device
     dtype = autocast_dtype(x.dtype, device.type)
     if dtype is not x.dtype:

@@ -7,6 +7,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from peftkernels._operands import backed
+
 
 class RankState(IntEnum):
     """What a rank does in a step.
@@ -40,6 +42,63 @@ def _counts(state: Tensor) -> Tensor:
     return torch.stack(((state == active).sum(), (state != dead).sum())).to(torch.int32)
 
 
+def check_plan(state: Tensor, order: Tensor, counts: Tensor, prefix: str = "") -> None:
+    """Raise TypeError or ValueError where these are not the tensors of a plan, by all that is known without a value."""
+    for name, value in (("state", state), ("order", order), ("counts", counts)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{prefix}{name}: found {type(value).__name__}, expected a tensor")
+    if (
+        state.dtype is torch.uint8
+        and order.dtype is torch.int32
+        and counts.dtype is torch.int32
+        and state.dim() == 1
+        and order.shape == state.shape
+        and counts.shape == (2,)
+        and state.device == order.device == counts.device
+    ):
+        return
+    _check_state(state, f"{prefix}state")
+    for name, value, shape in (("order", order, tuple(state.shape)), ("counts", counts, (2,))):
+        if value.dtype != torch.int32:
+            raise TypeError(f"{prefix}{name}: found dtype {value.dtype}, expected torch.int32")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{prefix}{name}: found shape {tuple(value.shape)}, expected {shape}")
+        if value.device != state.device:
+            raise ValueError(f"{prefix}{name}: found device {value.device}, expected state's, {state.device}")
+
+
+def check_values(state: Tensor, order: Tensor, counts: Tensor) -> None:
+    """Raise ValueError where tensors on the CPU hold no plan, such as memory that nobody wrote.
+
+    Elsewhere to look would be to wait for the device: its kernels keep to ranks that there are, whatever a plan says.
+    """
+    for name, value in (("state", state), ("order", order), ("counts", counts)):
+        if value.device.type != "cpu" or type(value) is not Tensor:
+            return
+        backed(f"rank_plan.{name}", value)
+    n_active, n_live = counts.tolist()
+    r = state.shape[0]
+    if not 0 <= n_active <= n_live <= r:
+        raise ValueError(
+            f"rank_plan.counts: found [{n_active}, {n_live}], expected [n_active, n_active + n_probe] of {r} ranks"
+        )
+    places, states = order.tolist(), state.tolist()
+    expected = [int(RankState.ACTIVE)] * n_active + [int(RankState.PROBE)] * (n_live - n_active)
+    expected += [int(RankState.DEAD)] * (r - n_live)
+    if sorted(places) == list(range(r)) and [states[rank] for rank in places] == expected:
+        return
+    for place, rank in enumerate(places):
+        if not 0 <= rank < r:
+            raise ValueError(f"rank_plan.order: found rank {rank} at place {place}, expected ranks from 0 to {r - 1}")
+        if rank in places[:place]:
+            raise ValueError(f"rank_plan.order: found rank {rank} twice, expected it once")
+        if states[rank] != expected[place]:
+            raise ValueError(
+                f"rank_plan.state: found {states[rank]} for rank {rank}, expected {expected[place]} by the plan's "
+                "order and counts"
+            )
+
+
 class RankPlan:
     """Rank states together with the compact order that kernels walk.
 
@@ -47,13 +106,16 @@ class RankPlan:
     order   int32 (r,)   ACTIVE ranks first, then PROBE, then DEAD, each in ascending index order
     counts  int32 (2,)   [n_active, n_active + n_probe]
 
-    The constructor wraps existing tensors without copying or checking their contents; use `from_state` or
-    `from_mask` to build a plan.
+    The constructor wraps existing tensors without copying or reading them; use `from_state` or `from_mask` to build a
+    plan. Raises TypeError or ValueError for tensors of another dtype, shape or device. What they hold is looked at
+    where it is used: on the CPU an order or counts that do not belong to the states raise ValueError; on accelerators,
+    which are not read, kernels keep to ranks that there are.
     """
 
     __slots__ = ("counts", "order", "state")
 
     def __init__(self, state: Tensor, order: Tensor, counts: Tensor) -> None:
+        check_plan(state, order, counts)
         self.state = state
         self.order = order
         self.counts = counts

@@ -16,6 +16,7 @@
 #include "adapter.h"
 #include "allocation.h"
 #include "allocation_factors.h"
+#include "check_allocation.h"
 #include "multiversion.h"
 #include "product_means.h"
 #include "scratch.h"
@@ -126,12 +127,7 @@ struct Factors {
   std::vector<Factor> all;
   std::vector<at::Tensor> copies;
 
-  Elements elements(const char* name, const at::Tensor& tensor, const Place& place) {
-    TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, ": found a tensor on ", tensor.device(), ", expected the CPU");
-    TORCH_CHECK_VALUE(
-        tensor.dim() == 2 && tensor.size(0) == place.rows && tensor.size(1) == place.columns, name,
-        ": found shape ", tensor.sizes(), ", expected [", place.rows, ", ", place.columns, "]");
-    with_float_type(tensor.scalar_type(), name, [](auto) {});
+  Elements elements(const at::Tensor& tensor) {
     if (tensor.is_contiguous()) {
       return {tensor.const_data_ptr(), tensor.scalar_type()};
     }
@@ -140,8 +136,10 @@ struct Factors {
   }
 };
 
-Factors collect(at::TensorList parameters, const OptionalTensors& gradients, const at::Tensor& table, const Place* places) {
-  const auto count = static_cast<size_t>(table.size(0));
+// The factors of all places, which are not part of the averages.
+Factors collect(
+    at::TensorList parameters, const OptionalTensors& gradients, const Place* places, size_t count,
+    const at::Tensor& sensitivity, const at::Tensor& uncertainty) {
   TORCH_CHECK_VALUE(
       parameters.size() == count && gradients.size() == count, "parameters: found ", parameters.size(), " and ",
       gradients.size(), " gradients, expected ", count, " of each");
@@ -150,9 +148,15 @@ Factors collect(at::TensorList parameters, const OptionalTensors& gradients, con
   for (size_t i = 0; i < count; ++i) {
     const auto& place = places[i];
     const std::optional<at::Tensor> gradient = gradients.get(i);
-    Factor factor{factors.elements("parameters", parameters[i], place), {}, place.offset, place.numel()};
+    const auto index = static_cast<int64_t>(i);
+    const auto checked = [&](const Name& name, const at::Tensor& tensor) {
+      check_factor(name, tensor, place, sensitivity);
+      check_factor(name, tensor, place, uncertainty);
+      return factors.elements(tensor);
+    };
+    Factor factor{checked({"parameters", index}, parameters[i]), {}, place.offset, place.numel()};
     if (gradient && gradient->defined()) {
-      factor.gradient = factors.elements("gradients", *gradient, place);
+      factor.gradient = checked({"gradients", index}, *gradient);
     }
     factors.all.push_back(factor);
   }
@@ -174,18 +178,12 @@ void for_blocks(const Factor& factor, const Work& work) {
 }
 
 template <typename Call>
-void with_average_type(const at::Tensor& sensitivity, const at::Tensor& uncertainty, const Call& call) {
-  TORCH_CHECK_TYPE(
-      sensitivity.scalar_type() == uncertainty.scalar_type() && uncertainty.is_contiguous() &&
-          sensitivity.sizes() == uncertainty.sizes(),
-      "uncertainty: expected a tensor like sensitivity");
+void with_average_type(const at::Tensor& sensitivity, const Call& call) {
   if (sensitivity.scalar_type() == at::kDouble) {
-    return call(double{});
+    call(double{});
+  } else {
+    call(float{});
   }
-  TORCH_CHECK_TYPE(
-      sensitivity.scalar_type() == at::kFloat, "sensitivity: found dtype ", sensitivity.scalar_type(),
-      ", expected float32 or float64");
-  call(float{});
 }
 
 int64_t threads_for_elements(int64_t numel) {
@@ -318,12 +316,22 @@ std::tuple<at::Tensor, at::Tensor> update_averages(
     at::TensorList parameters, const OptionalTensors& gradients, const at::Tensor& table,
     const at::Tensor& sensitivity, const at::Tensor& uncertainty, double beta1, double beta2,
     const std::optional<at::Tensor>& skip, bool with_scores) {
-  const Place* const all_places = places(table, sensitivity);
-  const auto factors = collect(parameters, gradients, table, all_places);
+  const Place* const all_places = check_places(table, sensitivity, uncertainty);
+  if (with_scores) {
+    check_layers(all_places, table.size(0));
+  }
+  check_beta("beta1", beta1);
+  check_beta("beta2", beta2);
+  check_flag("skip", skip);
+  check_written("sensitivity", sensitivity);
+  check_written("uncertainty", uncertainty);
+  check_apart("uncertainty", uncertainty, "sensitivity", sensitivity);
+  const auto factors =
+      collect(parameters, gradients, all_places, static_cast<size_t>(table.size(0)), sensitivity, uncertainty);
   const bool skipped = skip && *skip->const_data_ptr<bool>();
   bool is_finite = true;
   at::Tensor scores;
-  with_average_type(sensitivity, uncertainty, [&](auto type) {
+  with_average_type(sensitivity, [&](auto type) {
     using T = decltype(type);
     const int64_t threads = threads_for_elements(sensitivity.numel());
     is_finite = all_finite<T>(factors.all, threads);
@@ -349,9 +357,10 @@ std::tuple<at::Tensor, at::Tensor> update_averages(
 }
 
 at::Tensor rank_scores(const at::Tensor& table, const at::Tensor& sensitivity, const at::Tensor& uncertainty) {
-  const Place* const all_places = places(table, sensitivity);
+  const Place* const all_places = check_places(table, sensitivity, uncertainty);
+  check_layers(all_places, table.size(0));
   at::Tensor result;
-  with_average_type(sensitivity, uncertainty, [&](auto type) {
+  with_average_type(sensitivity, [&](auto type) {
     using T = decltype(type);
     const T* const average = sensitivity.const_data_ptr<T>();
     const T* const deviation = uncertainty.const_data_ptr<T>();

@@ -13,32 +13,6 @@
 
 namespace peftkernels::cpu {
 
-// Where a factor lies in the flat buffers, and its shape: a row of the table of `FactorLayout`.
-struct Place {
-  int64_t offset, rows, columns;
-
-  int64_t numel() const {
-    return rows * columns;
-  }
-};
-
-// The rows of `table`, int64 (factors, 3), checked against a flat buffer.
-inline const Place* places(const at::Tensor& table, const at::Tensor& flat) {
-  TORCH_CHECK_VALUE(
-      table.scalar_type() == at::kLong && table.dim() == 2 && table.size(1) == 3 && table.is_contiguous(),
-      "table: expected a contiguous int64 tensor (factors, 3)");
-  TORCH_CHECK_VALUE(flat.dim() == 1 && flat.is_contiguous(), "averages: expected a contiguous tensor of one dimension");
-  static_assert(sizeof(Place) == 3 * sizeof(int64_t));
-  const auto* const all = reinterpret_cast<const Place*>(table.const_data_ptr<int64_t>());
-  if (const int64_t factors = table.size(0)) {
-    const auto& last = all[factors - 1];
-    TORCH_CHECK_VALUE(
-        last.offset + last.numel() <= flat.numel(), "averages: found ", flat.numel(), " elements, expected at least ",
-        last.offset + last.numel());
-  }
-  return all;
-}
-
 // Calls `call` with a value of the C++ type of a float dtype.
 template <typename Call>
 void with_float_type(at::ScalarType dtype, const char* name, const Call& call) {

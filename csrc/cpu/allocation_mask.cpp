@@ -1,8 +1,7 @@
-#include <c10/util/Exception.h>
-
 #include <cstring>
 
 #include "allocation.h"
+#include "check_allocation.h"
 
 namespace peftkernels::cpu {
 namespace {
@@ -37,35 +36,13 @@ void apply_to_layer(
   counts[1] = masked_state == kDead ? counts[0] : static_cast<int32_t>(r);
 }
 
-void check(const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t numel) {
-  TORCH_CHECK_VALUE(
-      tensor.device().is_cpu() && tensor.scalar_type() == dtype && tensor.numel() == numel && tensor.is_contiguous(),
-      name, ": found ", tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), ", expected a contiguous ",
-      dtype, " tensor of ", numel, " elements on the CPU");
-}
-
 } // namespace
 
 void apply_mask(
     const at::Tensor& keep, const std::optional<at::Tensor>& mask_now, at::TensorList gates, at::TensorList states,
     at::TensorList orders, at::TensorList counts, int64_t masked_state) {
+  check_mask(keep, mask_now, gates, states, orders, counts, masked_state);
   const size_t layers = gates.size();
-  TORCH_CHECK_VALUE(
-      states.size() == layers && orders.size() == layers && counts.size() == layers, "plans: found ", states.size(),
-      ", expected ", layers, ", one for each gate");
-  int64_t ranks = 0;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    const auto& gate = gates[layer];
-    TORCH_CHECK_VALUE(
-        gate.device().is_cpu() && gate.dim() == 2 && gate.size(1) == 1, "gates: found ", gate.sizes(), " on ",
-        gate.device(), ", expected (r, 1) on the CPU");
-    const int64_t r = gate.size(0);
-    check("plan.state", states[layer], at::kByte, r);
-    check("plan.order", orders[layer], at::kInt, r);
-    check("plan.counts", counts[layer], at::kInt, 2);
-    ranks += r;
-  }
-  check("keep", keep, at::kBool, ranks);
   const bool now = !mask_now || *mask_now->const_data_ptr<bool>();
   const bool* kept = keep.const_data_ptr<bool>();
   for (size_t layer = 0; layer < layers; ++layer) {

@@ -11,6 +11,7 @@
 #include "adapter.h"
 #include "allocation.h"
 #include "allocation_factors.h"
+#include "check_allocation.h"
 #include "multiversion.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -290,24 +291,13 @@ double factor_term(const Factor& factor, double share, double scale, const at::T
   return norm;
 }
 
-void check(const Factor& factor) {
-  const auto& tensor = factor.tensor;
-  TORCH_CHECK_VALUE(
-      tensor.device().is_cpu() && tensor.dim() == 2, "factors: found ", tensor.sizes(), " on ", tensor.device(),
-      ", expected a matrix on the CPU");
-  with_float_type(tensor.scalar_type(), "factors", [](auto) {});
-}
-
 } // namespace
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> orthogonality(
     at::TensorList lora_A, at::TensorList lora_B, double weight, at::TensorList keep, at::TensorList add_to,
     double scale, bool gradients) {
+  check_orthogonality(lora_A, lora_B, keep, add_to);
   const size_t n = lora_A.size(), count = 2 * n;
-  TORCH_CHECK_VALUE(
-      lora_B.size() == n && (keep.empty() || keep.size() == n) && (add_to.empty() || add_to.size() == count),
-      "lora_B, keep, add_to: found ", lora_B.size(), ", ", keep.size(), " and ", add_to.size(), " tensors, expected ",
-      n, ", 0 or ", n, ", and 0 or ", count);
   std::vector<Factor> factors;
   std::vector<at::Tensor> kept;
   std::unordered_set<const void*> seen;
@@ -317,23 +307,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> orthogonality(
   for (size_t i = 0; i < count; ++i) {
     const bool is_A = i < n;
     Factor factor{is_A ? lora_A[i] : lora_B[i - n], is_A, nullptr, {}, {}};
-    check(factor);
     factor.tensor = factor.tensor.contiguous();
     if (!keep.empty()) {
       kept.push_back(keep[i % n].contiguous());
-      TORCH_CHECK_VALUE(
-          kept.back().scalar_type() == at::kBool && kept.back().numel() == factor.ranks(), "keep: found ",
-          kept.back().scalar_type(), " ", kept.back().sizes(), ", expected bool [", factor.ranks(), "]");
       factor.keep = kept.back().const_data_ptr<bool>();
     }
     const auto dtype = factor.in_double() ? at::kDouble : at::kFloat;
     bool in_place = false;
     if (!add_to.empty()) {
       const auto& target = add_to[i];
-      TORCH_CHECK_VALUE(
-          target.sizes() == factor.tensor.sizes() && target.device().is_cpu(), "add_to: found ", target.sizes(), " on ",
-          target.device(), ", expected ", factor.tensor.sizes(), " on the CPU");
-      with_float_type(target.scalar_type(), "add_to", [](auto) {});
       // A tensor that is given twice is not added to by two threads at once.
       in_place = target.is_contiguous() && seen.insert(target.const_data_ptr()).second;
     }

@@ -195,6 +195,4 @@ def _backward(
 
 def register() -> None:
     """Implement the `.eager` overloads on every device."""
-    _ops.library.impl("lora_linear_fwd.eager", _forward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_linear_bwd.eager", _backward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_shrink.eager", _shrink, "CompositeExplicitAutograd")
+    _ops.implement("eager", _forward, _backward, _shrink)

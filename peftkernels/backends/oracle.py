@@ -75,6 +75,4 @@ def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
 
 def register() -> None:
     """Implement the `.reference` overloads on every device."""
-    _ops.library.impl("lora_linear_fwd.reference", _forward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_linear_bwd.reference", _backward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_shrink.reference", _shrink, "CompositeExplicitAutograd")
+    _ops.implement("reference", _forward, _backward, _shrink)

@@ -155,8 +155,18 @@ def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
     return shrink
 
 
+def _served(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, for a first argument of a device and dtype that the kernels take."""
+
+    def operator(first: Tensor, *arguments: Any) -> Any:
+        reason = refusal(first.device, first.dtype)
+        if reason is not None:
+            raise RuntimeError(f"impl='triton' cannot serve this call: {reason}")
+        return function(first, *arguments)
+
+    return operator
+
+
 def register() -> None:
     """Implement the `.triton` overloads."""
-    _ops.library.impl("lora_linear_fwd.triton", _forward_operator, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_linear_bwd.triton", backward, "CompositeExplicitAutograd")
-    _ops.library.impl("lora_shrink.triton", _shrink, "CompositeExplicitAutograd")
+    _ops.implement("triton", _served(_forward_operator), _served(backward), _served(_shrink))

@@ -217,7 +217,7 @@ def _adapter_gradients(
     grads = rows_of(grad_y)
     rows = None if x is None else rows_of(x)
     lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
-    shrink = dense(shrink)
+    shrink, order, counts = dense(shrink), dense(order), dense(counts)
     tensors = [grads, weight, lora_A, lora_B, *(tensor for tensor in (rows, shrink) if tensor is not None)]
     strides = (grads.stride(0), 0 if rows is None else rows.stride(0))
     kinds = kinds_of(grads, lora_A, gate, scaling_tensor, counts, seed, None, is_aligned(tensors, n, k, *strides))

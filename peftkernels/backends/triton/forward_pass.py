@@ -242,6 +242,7 @@ def forward(
             return F.linear(x, weight, bias), shrink_of_nothing
         rows = rows_of(x)
         lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
+        rank_order, rank_counts = dense(rank_order), dense(rank_counts)
         aligned = is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0))
         kinds = kinds_of(rows, lora_A, gate, scaling_tensor, rank_counts, dropout_seed, bias, aligned)
         plain_weight = weight.stride() == (k, 1)

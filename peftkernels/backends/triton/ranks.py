@@ -48,12 +48,15 @@ def as_operand(values, x_type: tl.constexpr):
 
 @triton.jit
 def active_and_live(counts_ptr, r):
-    """How many ranks are ACTIVE and how many are not DEAD: all r of them without a plan."""
+    """How many ranks are ACTIVE and how many are not DEAD: all r of them without a plan, never more.
+
+    The host does not read a plan on the device, so that what is written there is kept to ranks that there are.
+    """
     n_active = r
     n_live = r
     if counts_ptr is not None:
-        n_active = tl.load(counts_ptr)
-        n_live = tl.load(counts_ptr + 1)
+        n_live = tl.minimum(tl.maximum(tl.load(counts_ptr + 1), 0), r)
+        n_active = tl.minimum(tl.maximum(tl.load(counts_ptr), 0), n_live)
     return n_active, n_live
 
 
@@ -63,6 +66,7 @@ def rank_at(order_ptr, places, r):
     ranks = places
     if order_ptr is not None:
         ranks = tl.load(order_ptr + places, mask=places < r, other=0)
+        ranks = tl.where((ranks >= 0) & (ranks < r), ranks, 0)
     return ranks
 
 
