@@ -90,6 +90,15 @@ py::dict pack_cache_stats() {
   return result;
 }
 
+// Why the weight's packs are refused; none when they are not.
+std::optional<std::string> pack_refusal(const at::Tensor& weight) {
+  const auto refusal = cpu::is_refused(weight) ? cpu::ask_again(weight) : cpu::Refusal::None;
+  if (refusal == cpu::Refusal::None) {
+    return std::nullopt;
+  }
+  return refusal == cpu::Refusal::Limit ? "limit" : "memory";
+}
+
 // The entry that `functional.py` tries first; the arguments are what `dispatch.py` says of this process.
 py::object direct_call(
     const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan,
@@ -109,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_pack_limit", [](std::optional<int64_t> bytes, std::optional<double> share) {
     cpu::set_pack_limit({bytes, share});
   });
-  m.def("refuses_packs", [](const at::Tensor& weight) { return cpu::is_refused(weight) && !cpu::ask_again(weight); });
+  m.def("pack_refusal", &pack_refusal);
   m.def("forget_weight", &cpu::forget_weight, py::call_guard<py::gil_scoped_release>());
   m.def("clear_pack_cache", &cpu::clear_pack_cache);
   m.def("available_memory", &cpu::available_memory, py::arg("root") = "");

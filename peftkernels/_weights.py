@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -24,7 +23,6 @@ def generation() -> int:
     return _generation
 
 
-@torch.compiler.disable
 def weights_changed(module_or_tensor: nn.Module | Tensor) -> None:
     """Forget what is kept of a frozen weight, or of all weights of a module, that was written behind torch's back.
 

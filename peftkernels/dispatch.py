@@ -18,6 +18,11 @@ IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
 REGISTERED = _ops.IMPLEMENTATIONS
 _CUDA_UNAVAILABLE = "this version of peftkernels has no CUDA C++ kernels"
 
+_REFUSED = {
+    "limit": "PEFTKERNELS_CPU_PACK_LIMIT leaves no room to keep this weight packed",
+    "memory": "the system gave no memory to keep this weight packed",
+}
+
 PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
 
 oracle.register()
@@ -104,11 +109,8 @@ def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
     if not cpu.keeps_packs():
         return "PEFTKERNELS_CPU_PACK is off, and packing the weight in every call costs more than it saves"
     # A compiled program does not follow the cache: it keeps the choice that was right while there was room.
-    if not torch.compiler.is_compiling() and cpu.refuses_packs(weight):
-        return (
-            "PEFTKERNELS_CPU_PACK_LIMIT leaves no room to keep this weight packed, and packing it in every call costs "
-            "more than it saves"
-        )
+    if not torch.compiler.is_compiling() and (refused := cpu.pack_refusal(weight)) is not None:
+        return f"{_REFUSED[refused]}, and packing it in every call costs more than it saves"
     return None
 
 

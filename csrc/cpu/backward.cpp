@@ -8,11 +8,11 @@
 #include "gradient.h"
 #include "lora_linear.h"
 #include "operands.h"
-#include "pack_cache.h"
 #include "product.h"
 #include "rows.h"
 #include "scratch.h"
 #include "transpose.h"
+#include "weight_panels.h"
 
 namespace peftkernels::cpu {
 namespace {
@@ -49,8 +49,7 @@ class Backward {
         needs_(needs),
         expands_(ranks.live() > 0 && (needs.x || needs.A || needs.gate)),
         gradients_(gradients),
-        group_(depth_group<scalar_t>()),
-        panel_size_(round_up(columns_, group_) * kPanelColumns) {
+        group_(depth_group<scalar_t>()) {
     if (rows.defined()) {
       x_ = left_rows<scalar_t>(rows);
     }
@@ -59,7 +58,7 @@ class Backward {
     }
     if (needs_.x) {
       grad_x_ = grad_x.data_ptr<scalar_t>();
-      pack_ = packed_weight(weight, grads.scalar_type(), Direction::Backward);
+      panels_ = WeightPanels<scalar_t>(weight, Direction::Backward, rows_);
     }
   }
 
@@ -231,7 +230,6 @@ class Backward {
     if (!needs_.x) {
       return;
     }
-    const auto* const packed = pack_.template const_data_ptr<scalar_t>();
     const int64_t active = ranks_.active;
     Product<scalar_t> product{};
     product.rows = end - begin;
@@ -248,8 +246,8 @@ class Backward {
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       const int64_t column = panel * kPanelColumns;
       product.width = std::min(kPanelColumns, depth_ - column);
-      product.right = packed + panel * panel_size_;
-      product.ahead = panel + 1 < end_panel ? product.right + panel_size_ : nullptr;
+      product.right = panels_[panel];
+      product.ahead = panel + 1 < end_panel ? panels_.ahead(panel + 1) : nullptr;
       if (product.tail_depth > 0) {
         product.tail_right = tail_operand_ + column * group_;
       } else if (active > 0) {
@@ -349,10 +347,10 @@ class Backward {
   Needs needs_;
   bool expands_;
   FactorGradients& gradients_;
-  int64_t group_, panel_size_;
+  int64_t group_;
   const scalar_t* shrink_ = nullptr;
   scalar_t* grad_x_ = nullptr;
-  at::Tensor pack_;
+  WeightPanels<scalar_t> panels_;
   const scalar_t *expand_operand_ = nullptr, *tail_operand_ = nullptr;
   // The calling thread's scratch, written by the first pass and read by the later ones.
   scalar_t *tail_rows_ = nullptr, *left_A_ = nullptr, *left_B_ = nullptr;

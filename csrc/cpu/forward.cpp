@@ -8,10 +8,10 @@
 #include "check_call.h"
 #include "lora_linear.h"
 #include "operands.h"
-#include "pack_cache.h"
 #include "product.h"
 #include "rows.h"
 #include "scratch.h"
+#include "weight_panels.h"
 
 namespace peftkernels::cpu {
 namespace {
@@ -38,8 +38,7 @@ class Forward {
         y_(y.data_ptr<scalar_t>()),
         shrink_(shrink.size(0) > 0 ? shrink.data_ptr<scalar_t>() : nullptr),
         group_(depth_group<scalar_t>()),
-        pack_(packed_weight(weight, rows.scalar_type(), Direction::Forward)),
-        panel_size_(round_up(depth_, group_) * kPanelColumns) {
+        panels_(weight, Direction::Forward, rows_) {
     if (given.defined()) {
       given_ = left_rows<scalar_t>(given);
     }
@@ -179,7 +178,6 @@ class Forward {
   }
 
   void output_tiles(int64_t begin, int64_t end, int64_t first_panel, int64_t end_panel) {
-    const auto* const packed = pack_.const_data_ptr<scalar_t>();
     Product<scalar_t> product{};
     product.rows = end - begin;
     product.depth = depth_;
@@ -192,8 +190,8 @@ class Forward {
     product.tail_right_stride = kPanelColumns;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       product.width = width_of(panel);
-      product.right = packed + panel * panel_size_;
-      product.ahead = panel + 1 < end_panel ? product.right + panel_size_ : nullptr;
+      product.right = panels_[panel];
+      product.ahead = panel + 1 < end_panel ? panels_.ahead(panel + 1) : nullptr;
       product.start = bias_row_ == nullptr ? nullptr : bias_row_ + panel * kPanelColumns;
       if (tail_operand_ != nullptr) {
         product.tail_right = tail_operand_ + panel * tail_size_;
@@ -213,8 +211,8 @@ class Forward {
   const Dropout& dropout_;
   scalar_t *y_, *shrink_;
   int64_t group_;
-  at::Tensor pack_;
-  int64_t panel_size_, tail_size_ = 0;
+  WeightPanels<scalar_t> panels_;
+  int64_t tail_size_ = 0;
   const float* bias_row_ = nullptr;
   const scalar_t *live_A_ = nullptr, *live_B_ = nullptr;
   const scalar_t *shrink_operand_ = nullptr, *tail_operand_ = nullptr;

@@ -3,12 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "pack.h"
-#include "weight_sample.h"
+#include "weight_checksums.h"
 
 namespace peftkernels::cpu {
 
@@ -37,17 +40,26 @@ struct WeightKeyHash {
   }
 };
 
-// A pack and what it is made for, as in `pack`.
-struct Pack {
+// What a pack is made for, as in `pack`.
+struct PackKind {
+  bool operator==(const PackKind& other) const {
+    return dtype == other.dtype && direction == other.direction && group == other.group;
+  }
+
   at::ScalarType dtype;
   Direction direction;
   int64_t group;
+};
+
+struct Pack {
+  PackKind kind;
   at::Tensor panels;
 };
 
-inline uint32_t version_of(const at::Tensor& weight) {
+// Nothing for tensors made under inference mode, which have no counter.
+inline std::optional<uint32_t> version_of(const at::Tensor& weight) {
   const auto& counter = weight.unsafeGetTensorImpl()->version_counter();
-  return counter.enabled() ? counter.current_version() : 0;
+  return counter.enabled() ? std::optional<uint32_t>(counter.current_version()) : std::nullopt;
 }
 
 // What the cache knows of a weight.
@@ -58,12 +70,35 @@ struct KnownWeight {
         memory(weight.storage().data()),
         memory_bytes(weight.storage().nbytes()),
         data(weight.const_data_ptr()),
-        version(version_of(weight)),
-        sample(weight) {}
+        version(version_of(weight)) {}
 
-  // Whether the weight is as it was.
+  // Whether the weight is as it was, as far as its address and its version counter tell.
   bool is(const at::Tensor& weight) const {
-    return data == weight.const_data_ptr() && version == version_of(weight) && sample.matches(data);
+    return data == weight.const_data_ptr() && version == version_of(weight);
+  }
+
+  // What a call with so many rows of x or G reads again, going on where the last call ended: as much as costs a few per
+  // cent of its product. All of a weight that is small or that no counter tells of any change of, of one that a core's
+  // cache holds 64 bytes of each line at least, and of any other as much when there are 16 rows or so.
+  WeightChecksums::Share next_share(int64_t rows) {
+    constexpr int64_t kSmall = int64_t{1} << 15, kNear = int64_t{1} << 20;
+    const int64_t all = checksums->diagonals(), blocks = checksums->blocks(), bytes = checksums->bytes();
+    if (!version || bytes <= kSmall) {
+      return {0, all, 0, blocks};
+    }
+    const int64_t rows_for_all = bytes <= kNear ? 128 : 1024, least = bytes <= kNear ? 1 : 4;
+    const int64_t budget = std::min(rows_for_all, std::max(least, rows)) * all * blocks / rows_for_all;
+    if (bytes <= kNear || budget >= blocks) {
+      const WeightChecksums::Share share{next_diagonal, std::max<int64_t>(1, budget / blocks), 0, blocks};
+      next_diagonal = (next_diagonal + share.diagonals) % all;
+      next_block = 0;
+      return share;
+    }
+    const int64_t count = std::min(blocks - next_block, std::max<int64_t>(1, budget));
+    const WeightChecksums::Share share{next_diagonal, 1, next_block, count};
+    next_block = (next_block + count) % blocks;
+    next_diagonal = (next_diagonal + (next_block == 0 ? 1 : 0)) % all;
+    return share;
   }
 
   // Whether it lies in memory that `other` has a part of.
@@ -74,9 +109,9 @@ struct KnownWeight {
   }
 
   // Its pack of this kind, if there is one.
-  const Pack* find(at::ScalarType dtype, Direction direction, int64_t group) const {
+  const Pack* find(const PackKind& kind) const {
     for (const auto& pack : packs) {
-      if (pack.direction == direction && pack.dtype == dtype && pack.group == group) {
+      if (pack.kind == kind) {
         return &pack;
       }
     }
@@ -98,12 +133,15 @@ struct KnownWeight {
   const void* memory;
   size_t memory_bytes;
   const void* data;
-  uint32_t version;
-  WeightSample sample;
+  std::optional<uint32_t> version;
+  std::shared_ptr<const WeightChecksums> checksums; // there are some where there are packs
+  int64_t next_diagonal = 0, next_block = 0; // what is read again next
   std::vector<Pack> packs;
   int64_t used = 0;
-  // Of a refused weight: the bytes there was no room for, and how often they have been asked for since when.
+  // Of a refused weight: the bytes there was no room for, whether it was the system that had none, and how often they
+  // have been asked for since when.
   int64_t wanted = 0, asked = 0, asked_since = 0;
+  bool out_of_memory = false;
 };
 
 } // namespace peftkernels::cpu

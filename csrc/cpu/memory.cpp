@@ -60,6 +60,15 @@ std::optional<int64_t> left_by_groups(const std::string& root, const GroupFiles&
   }
 }
 
+// From torch's allocator, whose one complaint of such a request is that there is no memory.
+at::Tensor empty_or_none(int64_t rows, int64_t columns, at::ScalarType dtype) {
+  try {
+    return at::empty({rows, columns}, dtype);
+  } catch (const c10::Error&) {
+    return {};
+  }
+}
+
 } // namespace
 
 std::optional<int64_t> available_memory(const std::string& root) {
@@ -99,13 +108,15 @@ std::optional<int64_t> available_memory(const std::string& root) {
 at::Tensor empty_in_huge_pages(int64_t rows, int64_t columns, at::ScalarType dtype, int64_t least) {
   const auto bytes = static_cast<size_t>(rows * columns) * c10::elementSize(dtype);
   if (static_cast<int64_t>(bytes) < least) {
-    return at::empty({rows, columns}, dtype);
+    return empty_or_none(rows, columns, dtype);
   }
   // Mapped with room to spare, which is cut off again so that the tensor begins at a huge page.
   constexpr size_t kHugePage = size_t{1} << 21;
   const size_t spare = bytes + kHugePage;
   void* const map = mmap(nullptr, spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  TORCH_CHECK_WITH(OutOfMemoryError, map != MAP_FAILED, "cannot allocate ", bytes, " bytes for a packed weight");
+  if (map == MAP_FAILED) {
+    return {};
+  }
   const auto up = [](size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; };
   const auto first = reinterpret_cast<size_t>(map), begin = up(first, kHugePage);
   const auto end = up(begin + bytes, static_cast<size_t>(sysconf(_SC_PAGESIZE)));
@@ -125,7 +136,7 @@ at::Tensor empty_in_huge_pages(int64_t rows, int64_t columns, at::ScalarType dty
 #else
 
 at::Tensor empty_in_huge_pages(int64_t rows, int64_t columns, at::ScalarType dtype, int64_t /*least*/) {
-  return at::empty({rows, columns}, dtype);
+  return empty_or_none(rows, columns, dtype);
 }
 
 #endif

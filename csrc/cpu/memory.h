@@ -16,7 +16,7 @@ std::optional<int64_t> available_memory(const std::string& root = "");
 
 // An uninitialised tensor (rows, columns). From `least` bytes on the system is asked to back it with huge pages, which
 // are faster to make and spare the processor looking up addresses, and its memory goes back to the system at once when
-// it is freed. Smaller ones come from torch's allocator.
+// it is freed. Smaller ones come from torch's allocator. An undefined tensor where there is no memory for it.
 at::Tensor empty_in_huge_pages(int64_t rows, int64_t columns, at::ScalarType dtype, int64_t least);
 
 } // namespace peftkernels::cpu

@@ -94,20 +94,28 @@ struct Operand {
 };
 
 template <typename To, typename From>
-void pack_panels(const Operand& operand, const From* data, int64_t group, To* packed) {
-  at::parallel_for(0, operand.panels(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kPanelColumns;
-      const auto depth_offset = [&](int64_t d) { return d * operand.depth_stride; };
-      const auto width_offset = [&](int64_t w) { return (first + w) * operand.column_stride; };
-      const int64_t width = std::min(kPanelColumns, operand.columns - first);
-      To* const to = packed + panel * operand.panel_size(group);
-      if (operand.depth_stride <= operand.column_stride) {
-        pack_operand<true>(data, operand.depth, width, kPanelColumns, group, depth_offset, width_offset, to);
-      } else {
-        pack_operand<false>(data, operand.depth, width, kPanelColumns, group, depth_offset, width_offset, to);
-      }
-    }
+void pack_one(const Operand& operand, const From* data, int64_t group, int64_t panel, To* to) {
+  const int64_t first = panel * kPanelColumns;
+  const auto depth_offset = [&](int64_t d) { return d * operand.depth_stride; };
+  const auto width_offset = [&](int64_t w) { return (first + w) * operand.column_stride; };
+  const int64_t width = std::min(kPanelColumns, operand.columns - first);
+  if (operand.depth_stride <= operand.column_stride) {
+    pack_operand<true>(data, operand.depth, width, kPanelColumns, group, depth_offset, width_offset, to);
+  } else {
+    pack_operand<false>(data, operand.depth, width, kPanelColumns, group, depth_offset, width_offset, to);
+  }
+}
+
+// use(the weight's elements, an element of `dtype`) with both in their types.
+template <typename Use>
+void with_types(const at::Tensor& weight, at::ScalarType dtype, const Use& use) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "pack_weight", [&] {
+    const auto* const data = weight.const_data_ptr<scalar_t>();
+    AT_DISPATCH_SWITCH(
+        dtype, "pack_weight",
+        AT_DISPATCH_CASE(at::kFloat, [&] { use(data, float()); })
+        AT_DISPATCH_CASE(at::kBFloat16, [&] { use(data, at::BFloat16()); })
+        AT_DISPATCH_CASE(at::kHalf, [&] { use(data, at::Half()); }));
   });
 }
 
@@ -128,15 +136,25 @@ at::Tensor pack(const at::Tensor& weight, at::ScalarType dtype, Direction direct
   const Operand operand(weight, direction);
   auto packed =
       empty_in_huge_pages(operand.panels(), operand.panel_size(group), dtype, kept ? kHugePage : kLargestRecycled);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "pack_weight", [&] {
-    const auto* const data = weight.const_data_ptr<scalar_t>();
-    AT_DISPATCH_SWITCH(
-        dtype, "pack_weight",
-        AT_DISPATCH_CASE(at::kFloat, [&] { pack_panels(operand, data, group, packed.data_ptr<float>()); })
-        AT_DISPATCH_CASE(at::kBFloat16, [&] { pack_panels(operand, data, group, packed.data_ptr<at::BFloat16>()); })
-        AT_DISPATCH_CASE(at::kHalf, [&] { pack_panels(operand, data, group, packed.data_ptr<at::Half>()); }));
+  if (!packed.defined()) {
+    return packed;
+  }
+  with_types(weight, dtype, [&](const auto* data, auto element) {
+    auto* const to = packed.data_ptr<decltype(element)>();
+    at::parallel_for(0, operand.panels(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        pack_one(operand, data, group, panel, to + panel * operand.panel_size(group));
+      }
+    });
   });
   return packed;
+}
+
+void pack_panel(
+    const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t group, int64_t panel, void* to) {
+  with_types(weight, dtype, [&](const auto* data, auto element) {
+    pack_one(Operand(weight, direction), data, group, panel, static_cast<decltype(element)*>(to));
+  });
 }
 
 int64_t packed_bytes(const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t group) {

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -74,6 +76,7 @@ struct Cache {
   void drop_packs(KnownWeight& weight, Dropped& dropped) {
     dropped.push_back({weight.storage, std::move(weight.packs)});
     weight.packs.clear();
+    weight.checksums.reset();
   }
 
   Weights::iterator erase(Weights::iterator it, Dropped& dropped) {
@@ -112,15 +115,20 @@ struct Cache {
       return false;
     }
     if (room() < bytes) {
-      weight.wanted = weight.bytes() + bytes;
-      weight.asked = 0;
-      weight.asked_since = clock;
-      ++refused;
-      drop_packs(weight, dropped);
+      refuse(weight, bytes, /*out_of_memory=*/false, dropped);
       return false;
     }
     promised += bytes;
     return true;
+  }
+
+  void refuse(KnownWeight& weight, int64_t bytes, bool out_of_memory, Dropped& dropped) {
+    refused += weight.wanted > 0 ? 0 : 1;
+    weight.wanted = std::max<int64_t>(1, weight.bytes() + bytes);
+    weight.out_of_memory = out_of_memory;
+    weight.asked = 0;
+    weight.asked_since = clock;
+    drop_packs(weight, dropped);
   }
 
   // Counts a request of a refused weight; true when there is room for it, made at the cost of others if need be.
@@ -209,60 +217,116 @@ struct Promise {
   int64_t bytes;
 };
 
-} // namespace
-
-at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction) {
-  const int64_t group = depth_group_of(dtype);
-  const int64_t bytes = packed_bytes(weight, dtype, direction, group);
+// The pack that is kept of the weight, if there is one and the weight is as it was. Undefined where there is none.
+at::Tensor kept_pack(const at::Tensor& weight, const PackKind& kind, int64_t rows) {
   const WeightKey key(weight);
   auto& state = cache();
   Dropped dropped;
-  bool keep = false;
+  at::Tensor panels;
+  std::shared_ptr<const WeightChecksums> checksums;
+  WeightChecksums::Share share{};
   int64_t serial = 0;
   {
     const std::lock_guard<std::mutex> guard(state.mutex);
     if (++state.clock % kCallsPerSweep == 0) {
       state.erase_dead(dropped);
     }
-    auto* known = state.find(key, weight, dropped);
-    if (known != nullptr) {
-      known->used = state.clock;
-      if (const auto* const found = known->find(dtype, direction, group)) {
-        ++state.hits;
-        return found->panels;
-      }
+    auto* const known = state.find(key, weight, dropped);
+    if (known == nullptr) {
+      return panels;
     }
-    ++state.misses;
-    if (keeps(state.mode, direction)) {
-      state.erase_dead(dropped);
-      if (known == nullptr) {
-        known = &state.weights.emplace(key, KnownWeight(weight, ++state.serials)).first->second;
-        known->used = state.clock;
-        watch(weight);
-      }
-      serial = known->serial;
-      keep = state.admit(*known, bytes, dropped);
+    known->used = state.clock;
+    const auto* const found = known->find(kind);
+    if (found == nullptr) {
+      return panels;
     }
+    ++state.hits;
+    panels = found->panels;
+    checksums = known->checksums;
+    share = known->next_share(rows);
+    serial = known->serial;
   }
-  // Freed before more is taken. Packing needs no lock: two threads that want the same pack at once both make it, and
-  // the first one's is kept.
-  dropped.clear();
-  if (!keep) {
-    return pack(weight, dtype, direction, group, /*kept=*/false);
-  }
-  const Promise promise{state, bytes};
-  auto panels = pack(weight, dtype, direction, group, /*kept=*/true);
-  const std::lock_guard<std::mutex> guard(state.mutex);
-  auto* const known = state.find(key, weight, dropped);
-  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread; and the
-  // weight may have changed and been met again by another thread, as it is now and not as it was packed.
-  if (known == nullptr || known->serial != serial || known->wanted > 0 || !keeps(state.mode, direction)) {
+  if (checksums->match(weight.const_data_ptr(), share)) {
     return panels;
   }
-  if (const auto* const found = known->find(dtype, direction, group)) {
+  panels.reset();
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  --state.hits;
+  const auto found = state.weights.find(key);
+  if (found != state.weights.end() && found->second.serial == serial) {
+    state.erase(found, dropped);
+  }
+  return panels;
+}
+
+// Asks for `bytes` to keep a pack in. The weight's serial number where they are promised.
+std::optional<int64_t> request(const at::Tensor& weight, const PackKind& kind, int64_t bytes) {
+  const WeightKey key(weight);
+  auto& state = cache();
+  Dropped dropped; // freed before more is taken
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  ++state.misses;
+  if (!keeps(state.mode, kind.direction)) {
+    return std::nullopt;
+  }
+  state.erase_dead(dropped);
+  auto* known = state.find(key, weight, dropped);
+  if (known == nullptr) {
+    known = &state.weights.emplace(key, KnownWeight(weight, ++state.serials)).first->second;
+    known->used = state.clock;
+    watch(weight);
+  }
+  return state.admit(*known, bytes, dropped) ? std::optional<int64_t>(known->serial) : std::nullopt;
+}
+
+// Null where there is no memory for them.
+std::shared_ptr<const WeightChecksums> checksums_of(const at::Tensor& weight) {
+  try {
+    return std::make_shared<const WeightChecksums>(weight);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+} // namespace
+
+at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t rows) {
+  const PackKind kind{dtype, direction, depth_group_of(dtype)};
+  if (auto kept = kept_pack(weight, kind, rows); kept.defined()) {
+    return kept;
+  }
+  auto& state = cache();
+  const int64_t bytes = packed_bytes(weight, dtype, direction, kind.group);
+  const auto serial = request(weight, kind, bytes);
+  if (!serial) {
+    return pack(weight, dtype, direction, kind.group, /*kept=*/false);
+  }
+  // Packing needs no lock: two threads that want the same pack at once both make it, and the first one's is kept.
+  const Promise promise{state, bytes};
+  const auto checksums = checksums_of(weight);
+  auto panels = checksums == nullptr ? at::Tensor() : pack(weight, dtype, direction, kind.group, /*kept=*/true);
+  Dropped dropped;
+  const std::lock_guard<std::mutex> guard(state.mutex);
+  auto* const known = state.find(WeightKey(weight), weight, dropped);
+  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread; and the
+  // weight may have changed and been met again by another thread, as it is now and not as it was packed.
+  if (known == nullptr || known->serial != *serial || known->wanted > 0 || !keeps(state.mode, direction)) {
+    return panels;
+  }
+  if (!panels.defined()) {
+    state.refuse(*known, bytes, /*out_of_memory=*/true, dropped);
+    return panels;
+  }
+  if (known->checksums != nullptr && !(*known->checksums == *checksums)) {
+    // It has changed unseen since its other pack was made, or while one of the two was.
+    state.drop_packs(*known, dropped);
+    return panels;
+  }
+  if (const auto* const found = known->find(kind)) {
     return found->panels;
   }
-  known->packs.push_back({dtype, direction, group, panels});
+  known->checksums = checksums;
+  known->packs.push_back({kind, panels});
   return panels;
 }
 
@@ -276,13 +340,16 @@ bool is_refused(const at::Tensor& weight) {
   return found != state.weights.end() && found->second.wanted > 0;
 }
 
-bool ask_again(const at::Tensor& weight) {
+Refusal ask_again(const at::Tensor& weight) {
   auto& state = cache();
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
   ++state.clock;
   const auto found = state.weights.find(WeightKey(weight));
-  return found == state.weights.end() || found->second.wanted == 0 || state.asked_enough(found->second, dropped);
+  if (found == state.weights.end() || found->second.wanted == 0 || state.asked_enough(found->second, dropped)) {
+    return Refusal::None;
+  }
+  return found->second.out_of_memory ? Refusal::Memory : Refusal::Limit;
 }
 
 PackMode pack_mode() {
@@ -296,7 +363,7 @@ void set_pack_mode(PackMode mode) {
   state.mode = mode;
   for (auto& [key, weight] : state.weights) {
     const auto first = std::stable_partition(weight.packs.begin(), weight.packs.end(), [mode](const Pack& pack) {
-      return keeps(mode, pack.direction);
+      return keeps(mode, pack.kind.direction);
     });
     dropped.push_back({weight.storage, {first, weight.packs.end()}});
     weight.packs.erase(first, weight.packs.end());

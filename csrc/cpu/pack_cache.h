@@ -28,23 +28,29 @@ struct PackCacheStats {
   std::optional<int64_t> limit; // in bytes, as things stand now
 };
 
-// The weight (N, K) as `pack` lays it out, in dtype `dtype`.
-// Taken from the cache when the mode keeps packs of this direction and the weight has not changed since: its storage,
-// version counter and a sample of its elements are compared, the last because writes through `.data` move no counter.
+// The weight (N, K) as `pack` lays it out, in dtype `dtype`; `rows` of x or G will be multiplied with it. An undefined
+// tensor where the system has no memory for it.
 //
-// A weight is kept whole or not at all. Where a pack would exceed the limit it is made for the call alone, and the
-// weight's other pack is dropped too: a weight is served either from packs or by an implementation that needs none. No
-// pack gives way to another weight's until that weight has been refused kPatience times since the pack's last use, by
-// which time the refused calls have cost more than packing. So a loop over more weights than fit keeps the same ones.
-at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction);
+// Taken from the cache when the mode keeps packs of this direction and the weight has not changed since: its storage and
+// version counter are compared, and checksums of a part of its elements, because no counter tells of writes through
+// `.data` and numpy, and tensors made under inference mode have none. KnownWeight::next_share says which part.
+//
+// A weight is kept whole or not at all. Where a pack would exceed the limit, or the system has no memory for it, it is
+// made for the call alone, and the weight's other pack is dropped too: a weight is served either from packs or by an
+// implementation that needs none. No pack gives way to another weight's until that weight has been refused kPatience
+// times since the pack's last use, by which time the refused calls have cost more than packing. So a loop over more
+// weights than fit keeps the same ones.
+at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t rows);
 
 constexpr int64_t kPatience = 16;
 
 // Whether there was no room for the weight's packs, so that every call would pack it for itself.
 bool is_refused(const at::Tensor& weight);
 
-// As a call would on a refused weight, without packing: counts a refusal, and says whether there is room from now on.
-bool ask_again(const at::Tensor& weight);
+enum class Refusal : int64_t { None, Limit, Memory }; // there is no room within the limit, the system has no memory
+
+// As a call would on a refused weight, without packing: counts a refusal, and says why it is refused still.
+Refusal ask_again(const at::Tensor& weight);
 
 PackMode pack_mode();
 void set_pack_mode(PackMode mode);

@@ -1,6 +1,8 @@
 // Working memory that a thread keeps between calls.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -18,6 +20,7 @@ enum class Scratch {
   TailPanel, // one panel of that
   TailRows, // left operand of the tail
   Bias, // bias in fp32
+  WeightPanel, // a panel of a weight for whose pack there is no memory
   FactorA, // A of the live ranks, in the dtype of computation
   WideRow, // a row of B in fp32, and what is gathered from it
   FactorB, // B of the live ranks, in the dtype of computation
@@ -48,7 +51,10 @@ T* thread_scratch(int64_t count) {
     // Nothing is there, should the allocation fail.
     memory.reset();
     capacity = 0;
-    memory.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlignment)));
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    memory.reset(static_cast<T*>(::operator new(bytes, kAlignment, std::nothrow)));
+    TORCH_CHECK_WITH(
+        OutOfMemoryError, memory != nullptr, "lora_linear: cannot allocate ", bytes, " bytes of working memory");
     capacity = count;
   }
   return memory.get();

@@ -82,12 +82,14 @@ def direct_call(
     return _extension().direct_call(automatic, named, rank_plan, second_derivatives)
 
 
-def refuses_packs(weight: Tensor) -> bool:
-    """Whether the limit left no room for the packs of `weight`, so that every call would pack it anew.
+def pack_refusal(weight: Tensor) -> str | None:
+    """Why every call would have to pack `weight` anew: "limit" (no room within it) or "memory" (the system gave none).
 
-    To ask counts as a call: now and then it makes room, at the cost of weights that were not used for as long.
+    None when its packs are kept. To ask counts as a call: now and then it makes room, at the cost of weights that were
+    not used for as long, or asks the system again.
     """
-    return bool(_extension().refuses_packs(weight))
+    reason: str | None = _extension().pack_refusal(weight)
+    return reason
 
 
 def build_facts() -> dict[str, object]:
@@ -124,7 +126,7 @@ def set_pack_limit(limit: int | str) -> None:
     A number of bytes (1073741824, "1GiB", "1.5GB"), a share ("50%") of the memory that would be available to this
     process if it held no packs, looked up whenever a pack is made, or "unlimited". Where less is allowed than the packs
     take, those of the weights that have not been used for longest are freed. A weight is kept whole or not at all, and
-    once there is no more room, weights that have none are served without packs: see `refuses_packs`.
+    once there is no more room, weights that have none are served without packs: see `pack_refusal`.
 
     Raises TypeError or ValueError for anything else.
     """

@@ -12,4 +12,4 @@ and stands in `ATTACKS`. `python -m attacks`, in the folder tests, runs them on 
 
 from __future__ import annotations
 
-ATTACKS = ("public-calls", "raw-operators", "lifetimes", "kills")
+ATTACKS = ("public-calls", "raw-operators", "lifetimes", "threads", "memory-limits", "kills")

@@ -99,6 +99,22 @@ def test_a_compiled_program_sees_the_change(seed: int) -> None:
         torch.testing.assert_close(compiled(call.x, call.weight), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_told_within_a_compiled_function(seed: int) -> None:
+    call = make_call(seed, leading=(6,), n=N, k=K, r=4)
+    before = _weights.generation()
+
+    @torch.compile(backend="aot_eager")
+    def compiled(x: Tensor, weight: Tensor) -> Tensor:
+        y = lora_linear(x, weight, call.lora_A, call.lora_B, impl="cpu")
+        weights_changed(weight)
+        return y + 1
+
+    with torch.no_grad():
+        compiled(call.x, call.weight)
+    assert count("entries") == 0
+    assert _weights.generation() != before
+
+
 def test_other_tensors_and_modules_are_taken_without_a_word() -> None:
     empty = torch.zeros(4, 4)
     empty.untyped_storage().resize_(0)
