@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
+from peftkernels._weights import weights_changed
 from peftkernels.dispatch import Explanation
 from peftkernels.functional import explain, lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 from peftkernels.shrinks import shared_shrink
 
 if TYPE_CHECKING:
-    from peftkernels._weights import weights_changed
     from peftkernels.integrations.peft import apply_to_peft, revert, stats
 
 __all__ = [
@@ -34,8 +34,6 @@ def __getattr__(name: str) -> Any:
         from peftkernels.integrations import peft
 
         return getattr(peft, name)
-    if name == "weights_changed":  # which torch.compile leaves out: to say so imports the compiler
-        return importlib.import_module("peftkernels._weights").weights_changed
     if name == "layers":  # where Hugging Face's kernels looks for them
         return importlib.import_module("peftkernels.layers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
