@@ -107,7 +107,7 @@ def test_numbers_of_numpy(kind: str) -> None:
 
     stock, patched = both(kind, change, lora_dropout=0.5)
     equal(patched(X), stock(X))
-    assert peftkernels.stats(patched).served + peftkernels.stats(patched).fell_back == 1
+    assert peftkernels.stats(patched).served == 1
 
 
 def test_annealed_dropout_is_followed() -> None:
@@ -183,7 +183,7 @@ def test_inputs_that_are_not_dense() -> None:
         nested = torch.nested.nested_tensor([X[:2], X[2:]])
         for ours, expected in zip(patched(nested).unbind(), stock(nested).unbind(), strict=True):
             equal(ours, expected)
-        told(patched, "x: found a nested tensor, expected a dense tensor")
+        told(patched, "x: found a nested tensor, expected a dense one")
         sparse = X.relu().to_sparse()
         equal(patched(sparse), stock(sparse))
         told(patched, "x: found layout torch.sparse_coo, expected a dense tensor")
