@@ -18,7 +18,7 @@ from attacks.attack import TESTS, Counts, death_of
 
 NAME = "memory-limits"
 TITLE = "the operator and a layer under many limits of the address space"
-SHORT, LONG = 8, 500
+SHORT, LONG = 4, 500
 
 MEBIBYTE = 1 << 20
 

@@ -20,7 +20,7 @@ from peftkernels.nn import LoRALinear
 
 NAME = "threads"
 TITLE = "weights change, die and are packed while threads read them"
-SHORT, LONG = 40, 3_000
+SHORT, LONG = 10, 2_000
 
 SHAPES = ((48, 64), (300, 260), (1500, 600))
 READERS, WRITERS = 3, 2
