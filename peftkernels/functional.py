@@ -61,21 +61,24 @@ class _Gradients(torch.autograd.Function):
         return None, None, None, None, *found, *(None for _ in grads)
 
 
-def _operator(impl: str, direction: int, first: Tensor, weight: Tensor, lora_A: Tensor) -> Callable[..., Any]:
-    """What computes: an overload, or the function behind it where no mode, no subclass and no tracer would see it."""
+def _operator(impl: str, direction: int, *tensors: Tensor | None) -> Callable[..., Any]:
+    """What computes: an overload, or the function behind it where no mode, no subclass and no tracer would see it.
+
+    tensors  those that are read as numbers; torch's dispatcher also negates the memory of views that ask for it
+    """
     overloads = _OVERLOADS[impl]
     behind = _FUNCTIONS.get(impl)
     if (
         behind is None
         or behind[0] is not overloads
         or is_dynamo_compiling()
-        or type(first) is not Tensor
-        or type(weight) not in _PLAIN
-        or type(lora_A) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return overloads[direction]
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return overloads[direction]
     return behind[1][direction]
 
 
@@ -102,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
         save_shrink = needs_B or needs_gate
-        y, shrink = _operator(impl, 0, x, weight, lora_A)(
+        y, shrink = _operator(impl, 0, x, weight, lora_A, lora_B, bias, gate, scaling_tensor, given_shrink)(
             x,
             weight,
             lora_A,
@@ -163,7 +166,7 @@ class _LoraLinear(torch.autograd.Function):
         # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if differentiable else nullcontext():
-            gradients = _operator(ctx.impl, 1, grad_y, weight, lora_A)(
+            gradients = _operator(ctx.impl, 1, grad_y, x, weight, lora_A, lora_B, shrink, gate, scaling_tensor)(
                 grad_y,
                 x,
                 weight,
@@ -356,7 +359,7 @@ def _call(
             chosen,
             weight_of,
         )
-    return _operator(chosen, 0, x, weight, lora_A)(
+    return _operator(chosen, 0, x, weight, lora_A, lora_B, bias, gate, scaling_tensor, shrink)(
         x,
         weight,
         lora_A,

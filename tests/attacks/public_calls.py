@@ -263,8 +263,13 @@ def _wrong(arguments: dict[str, Any], call: Call, outcome: Outcome, said: str) -
             return f"{said}: y has shape {tuple(outcome.y.shape)}"
         if legal.grad_y.shape != outcome.y.shape:
             legal = legal.replace(grad_y=torch.ones_like(outcome.y))
-        if not all(bool(value.isfinite().all()) for value in legal.tensors().values()):
+        if not abs(legal.scaling) < 1e6 or not all(v.isfinite().all() for v in legal.tensors().values()):
+            # What overflows has no budget.
             return None
+        if legal.gate is not None:
+            legal = legal.replace(gate=legal.gate.reshape(-1))
+            if "gate" in outcome.gradients:
+                outcome.gradients["gate"] = outcome.gradients["gate"].reshape(-1)
         if not _consistent(legal.rank_plan):
             return None
         budget = Budget(legal)

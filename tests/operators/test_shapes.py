@@ -206,3 +206,13 @@ def test_outputs_are_contiguous_and_share_no_memory(impl: str, dtype: str, seed:
     for value in (y, *torch.autograd.grad(y, trained, call.grad_y)):
         assert value.is_contiguous()
         assert value.untyped_storage().data_ptr() not in inputs
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias", "gate", "scaling"])
+def test_views_whose_memory_is_negated(impl: str, name: str, seed: int) -> None:
+    """The imaginary part of a conjugate has the numbers of another tensor with the other sign: kernels must see it."""
+    call = make_call(seed, scaling="tensor")
+    negated = call.replace(**{name: torch._neg_view(getattr(call, name))})
+    expected = run(call.replace(**{name: -getattr(call, name)}), impl).named()
+    for result, value in run(negated, impl).named().items():
+        assert torch.equal(value, expected[result]), f"{impl}, {result} with a negated view as {name}"
