@@ -124,9 +124,11 @@ def _fact(name: str) -> str:
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
     """What a state says of the run: counts, flags, frozen layers and the last decision."""
-    for name in ("step", "nonfinite_steps", "skipped_steps", "rollbacks"):
+    # States of earlier versions lack these two.
+    facts = {"undecided_steps": 0, "informed": True, **facts}
+    for name in ("step", "nonfinite_steps", "undecided_steps", "skipped_steps", "rollbacks"):
         check_whole(facts.get(name), _fact(name))
-    for name in ("released", "all_active"):
+    for name in ("released", "all_active", "informed"):
         if not isinstance(facts.get(name), bool):
             raise ValueError(f"{_fact(name)}: found {shown(facts.get(name))}, expected true or false")
     frozen = facts.get("frozen")

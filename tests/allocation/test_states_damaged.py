@@ -57,6 +57,7 @@ def _changed() -> list[tuple[str, dict[str, Tensor]]]:
 
 # Numbers that may be what they say.
 _RIGHT = {"released = True", "all_active = True", "decision = None", "decision.budget = 1.5", "frozen = []"}
+_RIGHT |= {"informed = True", "informed = 'missing'", "undecided_steps = 'missing'"}
 _RIGHT.add(f"decision.budget = {10**30}")
 
 
