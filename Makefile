@@ -4,7 +4,8 @@ VENV ?= .venv
 # Exact versions of all that is installed, those that were tested together: make upgrade writes them.
 CONSTRAINTS ?= constraints.txt
 # torch is installed first and by itself: the kernels are built against it (--no-build-isolation). Any torch >= 2.11
-# works: make TORCH="torch==2.11.0" leaves it and what it asks for by version out of the constraints.
+# works: make TORCH="torch==2.11.0" leaves it and what it asks for by version out of the constraints. CUDA builds
+# bring their own Triton.
 TORCH ?= torch
 # Processes that run tests side by side.
 PROCESSES ?= 2
@@ -31,8 +32,9 @@ install: $(INSTALLED)  ## make the virtual environment and build the package int
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/versions.py check $(CONSTRAINTS)
-	sed -E '$(if $(filter-out torch,$(TORCH)),/^(torch|triton|setuptools)==/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	sed -E '/^(triton$(if $(filter-out torch,$(TORCH)),|torch|setuptools))==/d' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(PIP_INSTALL) "$(TORCH)"
+	$(BIN)/python .ci/versions.py triton $(CONSTRAINTS) >> $(VENV)/constraints.txt
 	$(PIP_INSTALL) "setuptools>=77" wheel ninja "pybind11>=2.12"
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]" $(HOLD)
 	touch $@
@@ -46,7 +48,7 @@ test: install  ## run every test, those that need the machine for themselves at 
 	$(PYTEST) -m alone || status=$$?; \
 	exit $$status
 
-# Kept back: TORCH="torch==2.13.0", others by HOLD="triton==3.7.1 'peft<1'".
+# Kept back: TORCH="torch==2.13.0", others by HOLD="numpy==2.4.6 'peft<1'".
 upgrade:  ## write the newest versions into constraints.txt, once all tests pass with them in an environment of their own
 	rm -rf $(UPGRADE) $(INSTALLED)
 	$(MAKE) install VENV=$(UPGRADE) CONSTRAINTS=/dev/null

@@ -2,6 +2,7 @@
 
     python .ci/versions.py write         print those of this environment, kept back by TORCH and HOLD (Makefile)
     python .ci/versions.py check FILE    say so when the file is for another Python than this one
+    python .ci/versions.py triton FILE   print its line of Triton, unless this environment's torch asks for a release
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import requires
 from pathlib import Path
 
 PYTHON = ".".join(map(str, sys.version_info[:2]))
@@ -49,6 +51,10 @@ def main(command: str, *arguments: str) -> None:
         freeze = [sys.executable, "-m", "pip", "--disable-pip-version-check", "freeze", "--all"]
         frozen = subprocess.run(freeze, stdout=subprocess.PIPE, text=True, check=True).stdout
         print(constraints(frozen, {name: os.environ.get(name, "") for name in ("TORCH", "HOLD")}), end="")
+    elif command == "triton":
+        asked = any(one.startswith("triton") for one in requires("torch") or ())
+        lines = Path(arguments[0]).read_text().splitlines()
+        print("".join(f"{line}\n" for line in lines if line.startswith("triton==") and not asked), end="")
     elif note := another_python(Path(arguments[0]).read_text()):
         print(note, file=sys.stderr)
 
