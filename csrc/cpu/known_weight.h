@@ -86,8 +86,8 @@ struct KnownWeight {
     if (!version || bytes <= kSmall) {
       return {0, all, 0, blocks};
     }
-    const int64_t rows_for_all = bytes <= kNear ? 128 : 1024, least = bytes <= kNear ? 1 : 4;
-    const int64_t budget = std::min(rows_for_all, std::max(least, rows)) * all * blocks / rows_for_all;
+    const int64_t rows_for_all = bytes <= kNear ? 128 : 1024;
+    const int64_t budget = std::min(rows_for_all, rows) * all * blocks / rows_for_all;
     if (bytes <= kNear || budget >= blocks) {
       const WeightChecksums::Share share{next_diagonal, std::max<int64_t>(1, budget / blocks), 0, blocks};
       next_diagonal = (next_diagonal + share.diagonals) % all;

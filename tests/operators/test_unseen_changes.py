@@ -27,7 +27,7 @@ def _fresh_cache() -> Iterator[None]:
 
 def _rows_for_all(shape: tuple[int, int], rows: int) -> int:
     """How many calls of so many rows read every element again."""
-    per_call = min(rows, 128) if shape == NEAR else min(max(rows, 4), 1024)
+    per_call = min(rows, 128) if shape == NEAR else min(rows, 1024)
     return 2 * math.ceil((128 if shape == NEAR else 1024) / per_call)
 
 
