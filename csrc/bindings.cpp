@@ -51,7 +51,6 @@ py::dict build_facts() {
   facts["bf16_products"] = cpu::has_avx512_kernels<at::BFloat16>() ? "AVX-512" : "brgemm";
   // Without such instructions ATen's kernel is a slow loop, which the library's own matmul beats.
   facts["bf16_kernels"] = cpu::depth_group<at::BFloat16>() == 2;
-  facts["fp16_kernels"] = cpu::depth_group<at::Half>() == 2;
   return facts;
 }
 

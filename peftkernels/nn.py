@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from typing_extensions import Self
 
+from peftkernels._base_weight import BaseWeight
 from peftkernels.dispatch import IMPLEMENTATIONS
 from peftkernels.functional import lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
@@ -42,8 +44,13 @@ class _AdapterLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight (N, K), for code that asks a linear layer for its dtype or device."""
-        return self.base_layer.weight
+        """The base layer's weight (N, K), for code that asks a linear layer for its dtype or device.
+
+        While the adapter is not merged into it, a product with it raises RuntimeError: it would leave the adapter out, as
+        `nn.MultiheadAttention` does with its `out_proj`. `base_layer.weight` is the parameter itself.
+        """
+        weight = self.base_layer.weight
+        return weight if self.merged else weight.as_subclass(BaseWeight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -282,6 +289,14 @@ class AdaLoRALinear(_AdapterLinear):
             impl=self.impl,
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        state = self.rank_state
+        # `to_empty` leaves whatever lies in memory: kernels would take it for ranks.
+        if type(state) is Tensor and not state.is_meta and not self.rank_plan.is_consistent():
+            self.rank_plan.update_(torch.full_like(state, int(RankState.ACTIVE)))
+        return self
+
     def _live_factors(self) -> tuple[Tensor, Tensor]:
         active = self.rank_state == RankState.ACTIVE
         gated_A = _at_least_float32(self.lora_A[active]) * _at_least_float32(self.lora_E[active])
@@ -319,6 +334,11 @@ def _check_arguments(linear: Any, r: Any, lowest_rank: int, lora_alpha: Any, lor
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise TypeError(
             f"linear: found {type(linear).__name__} with a forward of its own, expected the forward of torch.nn.Linear"
+        )
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"linear: found a {type(linear).__name__}, as nn.MultiheadAttention has in out_proj: it reads the weight "
+            "and never calls the layer, so that an adapter would do nothing; expected a layer that is called"
         )
     if parametrize.is_parametrized(linear):
         raise ValueError("linear: found a parametrized weight or bias, expected plain parameters")

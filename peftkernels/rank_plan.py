@@ -148,6 +148,12 @@ class RankPlan:
         state.masked_fill_(mask, int(RankState.ACTIVE))
         return cls(state, _order(state), _counts(state))
 
+    def is_consistent(self) -> bool:
+        """Whether states are states, and order and counts follow from them; reads an accelerator back."""
+        state = self.state
+        known = bool((state <= int(RankState.ACTIVE)).all())
+        return known and torch.equal(self.order, _order(state)) and torch.equal(self.counts, _counts(state))
+
     def update_(self, state: Tensor) -> RankPlan:
         """Take new states in place, on the device, without synchronising with the host (CUDA graphs may capture it).
 

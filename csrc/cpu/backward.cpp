@@ -401,8 +401,7 @@ Gradients lora_linear_backward(
     AT_DISPATCH_SWITCH(
         dtype, "lora_linear_bwd.cpu",
         AT_DISPATCH_CASE(at::kFloat, [&] { Backward<float>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
-        AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); })
-        AT_DISPATCH_CASE(at::kHalf, [&] { Backward<at::Half>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); }));
+        AT_DISPATCH_CASE(at::kBFloat16, [&] { Backward<at::BFloat16>(grads, rows, weight, factor_A, factor_B, shrink_rows, ranks, dropout, wanted, grad_x, gradients).run(); }));
   }
   return {
       grad_x,

@@ -20,8 +20,8 @@ bool is_first(const char* name, const at::Tensor& tensor, const char* shape) {
   }
   const auto dtype = tensor.scalar_type();
   PEFTKERNELS_EXPECT(
-      TYPE, dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && depth_group<at::Half>() == 2), name,
-      ": found dtype ", in_words(dtype), ", which this processor's matrix kernels do not compute in");
+      TYPE, dtype == at::kFloat || dtype == at::kBFloat16, name, ": found dtype ", in_words(dtype),
+      ", expected float32 or bfloat16");
   PEFTKERNELS_EXPECT(VALUE, tensor.dim() > 0, name, ": found a 0-dim tensor, expected shape ", shape);
   return true;
 }

@@ -163,11 +163,9 @@ void Dropout::keep(int64_t first, int64_t count, uint8_t* bits) const {
 template <typename T>
 void Dropout::apply(const uint8_t* bits, int64_t bit, int64_t count, const T* from, T* to) const {
 #ifdef PEFTKERNELS_BUILDS_AVX512
-  if constexpr (!std::is_same_v<T, c10::Half>) {
-    if (has_avx512_kernels<float>()) {
-      apply_by_vector(bits, bit, count, scale_, from, to);
-      return;
-    }
+  if (has_avx512_kernels<float>()) {
+    apply_by_vector(bits, bit, count, scale_, from, to);
+    return;
   }
 #endif
   apply_by_element(bits, bit, count, scale_, from, to);
@@ -175,6 +173,5 @@ void Dropout::apply(const uint8_t* bits, int64_t bit, int64_t count, const T* fr
 
 template void Dropout::apply(const uint8_t*, int64_t, int64_t, const float*, float*) const;
 template void Dropout::apply(const uint8_t*, int64_t, int64_t, const c10::BFloat16*, c10::BFloat16*) const;
-template void Dropout::apply(const uint8_t*, int64_t, int64_t, const c10::Half*, c10::Half*) const;
 
 } // namespace peftkernels::cpu

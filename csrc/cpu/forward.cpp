@@ -259,8 +259,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
   AT_DISPATCH_SWITCH(
       dtype, "lora_linear_fwd.cpu",
       AT_DISPATCH_CASE(at::kFloat, [&] { Forward<float>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { Forward<at::BFloat16>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { Forward<at::Half>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); }));
+      AT_DISPATCH_CASE(at::kBFloat16, [&] { Forward<at::BFloat16>(rows, weight, factor_A, factor_B, bias_row, ranks, dropout, given, y, shrink).run(); }));
   return {y, shrink};
 }
 

@@ -114,8 +114,7 @@ void with_types(const at::Tensor& weight, at::ScalarType dtype, const Use& use) 
     AT_DISPATCH_SWITCH(
         dtype, "pack_weight",
         AT_DISPATCH_CASE(at::kFloat, [&] { use(data, float()); })
-        AT_DISPATCH_CASE(at::kBFloat16, [&] { use(data, at::BFloat16()); })
-        AT_DISPATCH_CASE(at::kHalf, [&] { use(data, at::Half()); }));
+        AT_DISPATCH_CASE(at::kBFloat16, [&] { use(data, at::BFloat16()); }));
   });
 }
 
@@ -125,8 +124,6 @@ int64_t depth_group_of(at::ScalarType dtype) {
   switch (dtype) {
     case at::kBFloat16:
       return depth_group<at::BFloat16>();
-    case at::kHalf:
-      return depth_group<at::Half>();
     default:
       return 1;
   }

@@ -40,11 +40,6 @@ bool has_avx512_kernels<c10::BFloat16>() {
   return has;
 }
 
-template <>
-bool has_avx512_kernels<c10::Half>() {
-  return false;
-}
-
 template <typename T>
 int64_t depth_group() {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -56,11 +51,9 @@ int64_t depth_group() {
 
 template <typename T>
 void multiply(const Product<T>& product, float* to, int64_t to_stride) {
-  if constexpr (!std::is_same_v<T, c10::Half>) {
-    if (has_avx512_kernels<T>()) {
-      avx512::multiply(product, to, to_stride);
-      return;
-    }
+  if (has_avx512_kernels<T>()) {
+    avx512::multiply(product, to, to_stride);
+    return;
   }
   brgemm::multiply(product, to, to_stride);
 }
@@ -70,11 +63,9 @@ void multiply_rounded(const Product<T>& product, T* to, int64_t to_stride) {
   if constexpr (std::is_same_v<T, float>) {
     multiply(product, to, to_stride);
   } else {
-    if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      if (has_avx512_kernels<T>()) {
-        avx512::multiply_rounded(product, to, to_stride);
-        return;
-      }
+    if (has_avx512_kernels<T>()) {
+      avx512::multiply_rounded(product, to, to_stride);
+      return;
     }
     brgemm::multiply_rounded(product, to, to_stride);
   }
@@ -82,11 +73,9 @@ void multiply_rounded(const Product<T>& product, T* to, int64_t to_stride) {
 
 template <typename T>
 void sum_over_rows(const RowSums<T>& sums, float* to, int64_t to_stride, bool accumulate) {
-  if constexpr (!std::is_same_v<T, c10::Half>) {
-    if (has_avx512_kernels<T>()) {
-      avx512::sum_over_rows(sums, to, to_stride, accumulate);
-      return;
-    }
+  if (has_avx512_kernels<T>()) {
+    avx512::sum_over_rows(sums, to, to_stride, accumulate);
+    return;
   }
   brgemm::sum_over_rows(sums, to, to_stride, accumulate);
 }
@@ -100,18 +89,13 @@ void release_kernels() {
 
 template int64_t depth_group<float>();
 template int64_t depth_group<c10::BFloat16>();
-template int64_t depth_group<c10::Half>();
 template void multiply(const Product<float>&, float*, int64_t);
 template void multiply(const Product<c10::BFloat16>&, float*, int64_t);
-template void multiply(const Product<c10::Half>&, float*, int64_t);
 template void multiply_rounded(const Product<float>&, float*, int64_t);
 template void multiply_rounded(const Product<c10::BFloat16>&, c10::BFloat16*, int64_t);
-template void multiply_rounded(const Product<c10::Half>&, c10::Half*, int64_t);
 template void sum_over_rows(const RowSums<float>&, float*, int64_t, bool);
 template void sum_over_rows(const RowSums<c10::BFloat16>&, float*, int64_t, bool);
-template void sum_over_rows(const RowSums<c10::Half>&, float*, int64_t, bool);
 template void release_kernels<float>();
 template void release_kernels<c10::BFloat16>();
-template void release_kernels<c10::Half>();
 
 } // namespace peftkernels::cpu

@@ -140,17 +140,12 @@ void release() {
 
 template int64_t depth_group<float>();
 template int64_t depth_group<c10::BFloat16>();
-template int64_t depth_group<c10::Half>();
 template void multiply(const Product<float>&, float*, int64_t);
 template void multiply(const Product<c10::BFloat16>&, float*, int64_t);
-template void multiply(const Product<c10::Half>&, float*, int64_t);
 template void multiply_rounded(const Product<c10::BFloat16>&, c10::BFloat16*, int64_t);
-template void multiply_rounded(const Product<c10::Half>&, c10::Half*, int64_t);
 template void sum_over_rows(const RowSums<float>&, float*, int64_t, bool);
 template void sum_over_rows(const RowSums<c10::BFloat16>&, float*, int64_t, bool);
-template void sum_over_rows(const RowSums<c10::Half>&, float*, int64_t, bool);
 template void release<float>();
 template void release<c10::BFloat16>();
-template void release<c10::Half>();
 
 } // namespace peftkernels::cpu::brgemm

@@ -158,14 +158,6 @@ float dot(const c10::BFloat16* a, const c10::BFloat16* b, int64_t count) {
   return dot_bf16(bits_of(a), bits_of(b), count);
 }
 
-float dot(const c10::Half* a, const c10::Half* b, int64_t count) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    sum += static_cast<float>(a[i]) * static_cast<float>(b[i]);
-  }
-  return sum;
-}
-
 void scale_columns(
     const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* factor, float* to) {
   scale_columns_fp32(from, from_stride, rows, columns, factor, to);
@@ -174,15 +166,6 @@ void scale_columns(
 void scale_columns(
     const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* factor, c10::BFloat16* to) {
   scale_columns_bf16(from, from_stride, rows, columns, factor, bits_of(to));
-}
-
-void scale_columns(
-    const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* factor, c10::Half* to) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < columns; ++i) {
-      to[row * columns + i] = static_cast<c10::Half>(from[row * from_stride + i] * factor[i]);
-    }
-  }
 }
 
 void gather_columns(
@@ -201,12 +184,6 @@ void add_row(const float* from, int64_t count, float* sums) {
 
 void add_row(const c10::BFloat16* from, int64_t count, float* sums) {
   add_row_bf16(bits_of(from), count, sums);
-}
-
-void add_row(const c10::Half* from, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += static_cast<float>(from[i]);
-  }
 }
 
 void pair_rows(const uint16_t* first, const uint16_t* second, int64_t count, uint16_t* to) {

@@ -53,8 +53,7 @@ at::Tensor lora_shrink(const at::Tensor& x, at::TensorList lora_A) {
   }
   AT_DISPATCH_SWITCH(
       dtype, "lora_shrink.cpu", AT_DISPATCH_CASE(at::kFloat, [&] { shrink_all<float>(rows, factors, shrink); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { shrink_all<at::BFloat16>(rows, factors, shrink); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { shrink_all<at::Half>(rows, factors, shrink); }));
+      AT_DISPATCH_CASE(at::kBFloat16, [&] { shrink_all<at::BFloat16>(rows, factors, shrink); }));
   return shrink;
 }
 

@@ -14,6 +14,7 @@ from peftkernels.allocation.explain import explain_decision, run_facts
 from peftkernels.allocation.hook import run_after_step
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.orthogonality import add_orthogonality_gradient, orthogonality
+from peftkernels.allocation.ownership import leave_layers
 from peftkernels.allocation.protocol import factors_of
 from peftkernels.allocation.report import AllocationReport
 from peftkernels.allocation.settings import AllocatorSettings
@@ -76,7 +77,8 @@ class BudgetAllocator(Stepping):
     the host wait for an accelerator before the last allocation.
 
     A factor without a gradient counts as one with gradient zero and is warned about once; if no factor has one, `step`
-    raises RuntimeError. Raises TypeError or ValueError naming the argument found wrong.
+    raises RuntimeError. Raises TypeError or ValueError naming the argument found wrong, and ValueError for a layer that
+    has an allocator already: `close` hands layers over.
     """
 
     def __init__(
@@ -114,10 +116,11 @@ class BudgetAllocator(Stepping):
     def attach(self, optimizer: Optimizer) -> None:
         """Run after every `optimizer.step()` from now on, until `detach`.
 
-        Raises RuntimeError when attached already or when the layers were sharded since the allocator was made,
-        TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a layer
-        that is not frozen are not among the optimizer's parameters.
+        Raises RuntimeError when attached already, when closed or when the layers were sharded since the allocator was
+        made, TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a
+        layer that is not frozen are not among the optimizer's parameters.
         """
+        self._check_open()
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
         if self._sharded is None:
@@ -130,6 +133,17 @@ class BudgetAllocator(Stepping):
         if self._handle is not None:
             self._handle.remove()
             self._handle = self._optimizer = None
+
+    def close(self) -> None:
+        """Undo `attach`, and leave the layers, with their ranks as they are, to another allocator.
+
+        A layer has one allocator at a time, and gives it up when that is closed or no longer held by anybody. After
+        this the allocator can be asked and saved; what would change a layer raises RuntimeError. Does nothing when
+        closed.
+        """
+        self.detach()
+        leave_layers(self, self._modules)
+        self._closed = True
 
     def observe(self, loss: Tensor | float) -> None:
         """Give the loss of the step that is being made, before `optimizer.step()`, to those who need it.
@@ -196,6 +210,7 @@ class BudgetAllocator(Stepping):
         since the hook calls it then, and ValueError for a step that is not after the last one; steps count from 1.
         Where `capturable` is True a step that is given is read by the host, and may not pass over the last allocation.
         """
+        self._check_open()
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer, whose hook steps it; call detach() first")
         self._advance(step)
@@ -230,6 +245,7 @@ class BudgetAllocator(Stepping):
             names = list(self._layers)
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             raise ValueError(f"name: found {name!r}, expected one of {shown}")
+        self._check_open()
         if name in self.masks.frozen:
             return
         self.masks.check_writable()
@@ -301,6 +317,7 @@ class BudgetAllocator(Stepping):
 
         Raises ValueError, before any change, for a state of other settings, of another strategy or of other layers.
         """
+        self._check_open()
         unpack_state(self, state)
         self._watchers.started(lambda: run_facts(self))
 
@@ -316,6 +333,7 @@ class BudgetAllocator(Stepping):
         on from where they are. Raises TypeError for anything but a token of `snapshot`, ValueError for another
         allocator's or optimizer's, before any change.
         """
+        self._check_open()
         before, rollbacks = self.steps, self._rollbacks
         restore_snapshot(self, token)
         self._rollbacks = rollbacks + 1

@@ -104,6 +104,10 @@ class Allocator(Protocol):
         """Undo `attach`."""
         ...
 
+    def close(self) -> None:
+        """Undo `attach`, and leave the layers to another allocator."""
+        ...
+
     def observe(self, loss: Tensor | float) -> None:
         """The loss of the step that is being made, before `optimizer.step()`."""
         ...

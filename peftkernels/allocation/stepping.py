@@ -14,6 +14,7 @@ from peftkernels.allocation.deciding import choose_ranks
 from peftkernels.allocation.hook import IdleWatch, found_overflow
 from peftkernels.allocation.kernels import AllocationKernels, kernels_for
 from peftkernels.allocation.masks import RankMasks, common_device
+from peftkernels.allocation.ownership import check_free, take_layers
 from peftkernels.allocation.progress import RunProgress
 from peftkernels.allocation.protocol import FACTORS, GatedLayer, find_gated_layers
 from peftkernels.allocation.selection import Decision
@@ -44,6 +45,7 @@ class Stepping(RunProgress):
         self.strategy = strategy
         self._impl = impl
         found = find_gated_layers(model)
+        check_free(found)
         self._sharded = find_shards(found)
         self._layers: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.layers
         self._own: Mapping[str, GatedLayer] = found if self._sharded is None else self._sharded.own
@@ -67,6 +69,9 @@ class Stepping(RunProgress):
         self._optimizer: Optimizer | None = None
         self._watch = IdleWatch(self._own)
         self._forget_whole()
+        self._modules: Mapping[str, GatedLayer] = found
+        take_layers(self, found)
+        self._closed = False
 
     def take_over(self, facts: Mapping[str, Any], keep: Tensor, decision: Decision | None, losses: Tensor) -> None:
         """Become what a checked state says; `load_state_dict` and `rollback` do it, nobody else should."""
@@ -112,6 +117,10 @@ class Stepping(RunProgress):
             self._watchers.tell(self._step + 1, "skipped", {"why": why})
         else:
             self._advance(None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the allocator was closed: its layers may have another one; make a new one")
 
     def _advance(self, step: int | None) -> None:
         if step is None and self._on_device is not None:
