@@ -46,8 +46,8 @@ class _AdapterLinear(nn.Module):
     def weight(self) -> Tensor:
         """The base layer's weight (N, K), for code that asks a linear layer for its dtype or device.
 
-        While the adapter is not merged into it, a product with it raises RuntimeError: it would leave the adapter out, as
-        `nn.MultiheadAttention` does with its `out_proj`. `base_layer.weight` is the parameter itself.
+        While the adapter is not merged into it, a product with it raises RuntimeError: it would leave the adapter out,
+        as `nn.MultiheadAttention` does with its `out_proj`. `base_layer.weight` is the parameter itself.
         """
         weight = self.base_layer.weight
         return weight if self.merged else weight.as_subclass(BaseWeight)

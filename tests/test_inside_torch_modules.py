@@ -46,7 +46,7 @@ def test_attention_does_not_compute_with_a_layer_put_there_by_hand(kind: type, t
     attention = nn.MultiheadAttention(16, 2, batch_first=True).train(training)
     attention.out_proj = adapted(nn.Linear(16, 16), kind)
     x = torch.randn(1, 3, 16)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="multi_head_attention_forward: found the weight of a layer"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="multi_head_attention_forward: found the weight of a"):
         attention(x, x, x)
 
 

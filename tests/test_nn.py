@@ -121,7 +121,8 @@ def test_base_is_shared_and_frozen(kind: str) -> None:
     linear = nn.Linear(11, 7)
     layer = KINDS[kind].from_linear(linear, 4, 6)
     assert layer.base_layer is linear
-    assert layer.weight is linear.weight
+    assert layer.base_layer.weight is linear.weight
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
     assert layer.bias is linear.bias
     assert not linear.weight.requires_grad
     assert not linear.bias.requires_grad
