@@ -45,6 +45,7 @@ def test_its_state_is_saved_and_resumed() -> None:
         for step in range(8):
             if step == 4 and resumed:
                 saved = allocator.state_dict()
+                allocator.close()
                 allocator = BudgetAllocator(layers, strategy(), total_step=20, target_r=2)
                 allocator.load_state_dict(saved)
             draw_gradients(layers)

@@ -120,6 +120,7 @@ def test_bytes() -> None:
         layers, Knapsack(AdaLora()), total_step=2, budget=Budget(100, "bytes"), costs=byte_costs(layers)
     )
     assert allocator.budget(0) == 2 * 52 + 6 * 80
+    allocator.close()
     with pytest.raises(ValueError, match=r"costs: found None, expected bytes by layer .*byte_costs\(model\)"):
         BudgetAllocator(layers, AdaLora(), total_step=2, budget=Budget(100, "bytes"))
 

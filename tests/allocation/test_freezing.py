@@ -129,6 +129,7 @@ def test_a_resumed_policy_freezes_at_the_same_step() -> None:
     for step in range(1, 60):
         if step == 43:
             saved, policy_state = allocator.state_dict(), first.state_dict()
+            allocator.close()
             allocator = BudgetAllocator(layers, Magnitude(), total_step=1000, target_r=2, tinit=900)
             allocator.load_state_dict(saved)
             second = LayerFreezing(patience=5)

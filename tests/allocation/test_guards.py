@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -55,10 +56,13 @@ def test_a_bad_step_costs_nothing_but_itself() -> None:
     """Left out of a run, the scores are those of the run without it."""
     torch.manual_seed(1)
     layers = adapter_layers((8, 9))
+    twins = copy.deepcopy(layers)
     with_bad = AdaLoraAllocator(layers, total_step=30, target_r=2, deltaT=40)
-    without = AdaLoraAllocator(layers, total_step=30, target_r=2, deltaT=40)
+    without = AdaLoraAllocator(twins, total_step=30, target_r=2, deltaT=40)
     for step in range(6):
         draw_gradients(layers)
+        for parameter, twin in zip(trainable(layers), trainable(twins), strict=True):
+            twin.grad = parameter.grad.clone()
         without.step()
         with_bad.step()
         if step == 2:

@@ -148,11 +148,13 @@ def test_the_inner_state_is_saved_with_its_settings() -> None:
     draw_gradients(layers)
     allocator.step()
     state = allocator.state_dict()
+    allocator.close()
     other = BudgetAllocator(layers, Knapsack(AdaLora()), total_step=12, target_r=2)
     other.load_state_dict(state)
     assert other.state_dict().keys() == state.keys()
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in state.items())
     assert any(name.startswith("strategy.inner.sensitivity") and tensor.any() for name, tensor in state.items())
+    other.close()
     with pytest.raises(ValueError, match=r"inner\.beta1 \(found 0\.85, expected 0\.5\)"):
         BudgetAllocator(layers, Knapsack(AdaLora(0.5)), total_step=12, target_r=2).load_state_dict(state)
 

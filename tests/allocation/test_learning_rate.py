@@ -180,6 +180,7 @@ def test_priorities_multiply_the_scores() -> None:
         allocator = BudgetAllocator(layers, GateGradient(priorities=priorities), total_step=9, target_r=1, tinit=5)
         allocator.step()
         scores.append(allocator.strategy.scores(allocator.statistics))
+        allocator.close()
     assert torch.allclose(scores[1], scores[0] * torch.tensor([2.0, 2.0, 6.0, 6.0]))
     with pytest.raises(ValueError, match=r"priorities: found no module for '\*\.v_proj'"):
         BudgetAllocator(layers, GateGradient(priorities={"*.v_proj": 2.0}), total_step=9, target_r=1)

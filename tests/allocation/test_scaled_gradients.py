@@ -65,9 +65,10 @@ def test_scores_that_are_not_numbers_decide_nothing(capturable: bool, exact_budg
         draw_gradients(layers)
         allocator.step()
     pattern, decision = allocator.rank_pattern(), allocator.decision
-    kept = layers["layer0"].lora_A.detach().clone()
+    kept = [layer.lora_A.detach().clone() for layer in layers.values()]
     with torch.no_grad():
-        layers["layer0"].lora_A.fill_(math.nan)
+        for layer in layers.values():
+            layer.lora_A.fill_(math.nan)
     draw_gradients(layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if capturable else "ignore")
@@ -78,7 +79,8 @@ def test_scores_that_are_not_numbers_decide_nothing(capturable: bool, exact_budg
     assert (after.step, after.budget) == (decision.step, decision.budget) == (5, allocator.budget(5))
     assert not after.scores.isnan().any()
     with torch.no_grad():
-        layers["layer0"].lora_A.copy_(kept)
+        for layer, before in zip(layers.values(), kept, strict=True):
+            layer.lora_A.copy_(before)
     for _ in range(6):
         draw_gradients(layers)
         allocator.step()
@@ -95,7 +97,7 @@ def test_scores_that_are_not_numbers_are_warned_about() -> None:
     layers = adapter_layers((8, 9))
     allocator = BudgetAllocator(layers, Broken(), total_step=9, target_r=2)
     draw_gradients(layers)
-    with pytest.warns(UserWarning, match="the scores at step 1 are not numbers; the mask before stays"):
+    with pytest.warns(UserWarning, match="its scores are not finite or all the same: the mask before stays"):
         allocator.step()
     assert all(allocator.rank_pattern()["layer0"])
 

@@ -204,10 +204,12 @@ def test_groups_in_another_order_are_another_budget() -> None:
     layers = adapter_layers((8, 9), (8, 9), (8, 9))
     groups = {"a": Group(["layer0", "layer1"], 3), "b": Group(["layer1", "layer2"], 3)}
     first = BudgetAllocator(layers, Magnitude(), budget=Budget(groups=groups), total_step=9)
+    state = first.state_dict()
+    first.close()
     turned = Budget(groups=dict(reversed(groups.items())))
     second = BudgetAllocator(layers, Magnitude(), budget=turned, total_step=9)
     with pytest.raises(ValueError, match=r"budget \(found .*'a'.*'b'.*expected .*'b'.*'a'"):
-        second.load_state_dict(first.state_dict())
+        second.load_state_dict(state)
 
 
 def test_layers_in_another_order_are_refused() -> None:
@@ -287,5 +289,6 @@ def test_random_survives_another_seed_of_the_process() -> None:
     torch.manual_seed(99)
     other = BudgetAllocator(layers, Random(3), total_step=10, target_r=2)
     assert torch.equal(other.state_dict()["strategy.scores"], saved["strategy.scores"])
+    other.close()
     with pytest.raises(ValueError, match=r"seed \(found 3, expected 4\)"):
         BudgetAllocator(layers, Random(4), total_step=10, target_r=2).load_state_dict(saved)
