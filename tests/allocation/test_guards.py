@@ -88,8 +88,9 @@ def test_the_guard_of_accelerators_gives_the_same_bits() -> None:
 def test_a_missing_gradient_counts_as_zero() -> None:
     torch.manual_seed(3)
     layers = adapter_layers((8, 9), (10, 9))
-    allocators = [AdaLoraAllocator(layers, total_step=30, target_r=2, deltaT=40) for _ in range(2)]
-    for allocator, clear in zip(allocators, ("none", "zero"), strict=True):
+    both = (layers, copy.deepcopy(layers))
+    allocators = [AdaLoraAllocator(own, total_step=30, target_r=2, deltaT=40) for own in both]
+    for allocator, layers, clear in zip(allocators, both, ("none", "zero"), strict=True):
         torch.manual_seed(4)
         draw_gradients(layers)
         allocator.step()

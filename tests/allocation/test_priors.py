@@ -96,7 +96,7 @@ def test_the_weight_is_saved_and_resumed(learned: RankPrior) -> None:
         for _ in range(1 if cut is None else 2):
             state = None if allocator is None else allocator.state_dict()
             if allocator is not None:
-                allocator.detach()
+                allocator.close()
             allocator = BudgetAllocator(problem.student, Prior(AdaLora(), learned), total_step=40, budget=Budget(9))
             if state is not None:
                 allocator.load_state_dict(state)

@@ -291,6 +291,7 @@ def test_layers_without_ranks_and_one_layer() -> None:
             assert allocator.explain().modules[0].why == "it has no ranks"
             assert allocator.explain().modules[0].margin is None
             allocator.load_state_dict(allocator.state_dict())
+            allocator.close()
 
 
 class _Fixed(Strategy):
@@ -358,6 +359,7 @@ def test_what_a_kept_frozen_layer_costs(exact_budget: bool) -> None:
         allocator = BudgetAllocator(layers, _Fixed(scores), total_step=8, target_r=target_r, exact_budget=exact_budget)
         allocator.freeze("layer0", drop=False)
         assert _shares_of(layers, allocator, 9) == {"layer0": 6, "layer1": others}
+        allocator.close()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

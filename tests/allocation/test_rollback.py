@@ -105,7 +105,7 @@ def test_any_kept_step_comes_back_to_the_bit(strategy: str, compact: bool) -> No
 
     def make() -> _Run:
         run = _Run()
-        run.allocator.detach()
+        run.allocator.close()
         settings: dict[str, Any] = {"total_step": 20, "target_r": 2, "tinit": 3, "tfinal": 5, "deltaT": 2}
         run.allocator = BudgetAllocator(run.model, STRATEGIES[strategy](), compact=compact, **settings)
         run.allocator.attach(run.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import types
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_interrupted_between_any_two_calls(strategy: str, fused: bool, mode: str
 def test_pending_losses_are_in_the_state() -> None:
     layers = adapter_layers((8, 9), (10, 9))
     arguments: dict[str, Any] = {"total_step": 10, "target_r": 2}
-    first, second = (BudgetAllocator(layers, GateGradient(), **arguments) for _ in range(2))
+    first, second = (BudgetAllocator(own, GateGradient(), **arguments) for own in (copy.deepcopy(layers), layers))
     first.observe(1.0)
     first.observe(torch.tensor(4.0, dtype=torch.float16))
     second.load_state_dict(first.state_dict())
@@ -133,8 +134,8 @@ def test_names_and_groups_of_any_kind(tmp_path: Path) -> None:
     layers = nn.ModuleDict({"注意.q"[:2]: adapter_layers((8, 9))["layer0"], "λ": adapter_layers((10, 9))["layer0"]})
     groups = types.MappingProxyType({"höher": Group(["注?"], numpy.float64(2)), "λ": Group("λ", 3)})
     allocators = [
-        BudgetAllocator(layers, GateGradient(), budget=Budget(groups=groups), total_step=10, exact_budget=True)
-        for _ in range(2)
+        BudgetAllocator(own, GateGradient(), budget=Budget(groups=groups), total_step=10, exact_budget=True)
+        for own in (layers, copy.deepcopy(layers))
     ]
     torch.manual_seed(0)
     for _ in range(5):
@@ -215,7 +216,8 @@ def test_groups_in_another_order_are_another_budget() -> None:
 def test_layers_in_another_order_are_refused() -> None:
     layers = adapter_layers((8, 9), (10, 9))
     first = BudgetAllocator(layers, Magnitude(), total_step=9, target_r=2)
-    second = BudgetAllocator(dict(reversed(layers.items())), Magnitude(), total_step=9, target_r=2)
+    turned = dict(reversed(copy.deepcopy(layers).items()))
+    second = BudgetAllocator(turned, Magnitude(), total_step=9, target_r=2)
     with pytest.raises(ValueError, match="in another order: found 'layer0' as layer 0, expected 'layer1'"):
         second.load_state_dict(first.state_dict())
 
@@ -246,10 +248,11 @@ def test_layers_in_another_order_are_refused() -> None:
 def test_damaged_states_are_refused_before_a_change(change: Any, message: str, released: bool) -> None:
     torch.manual_seed(0)
     layers = adapter_layers((8, 9), (10, 9))
-    source, target = (BudgetAllocator(layers, GateGradient(), total_step=10, target_r=2) for _ in range(2))
-    for allocator, steps in ((source, 4), (target, 12 if released else 2)):
+    twins = copy.deepcopy(layers)
+    source, target = (BudgetAllocator(own, GateGradient(), total_step=10, target_r=2) for own in (twins, layers))
+    for allocator, own, steps in ((source, twins, 4), (target, layers, 12 if released else 2)):
         for _ in range(steps):
-            draw_gradients(layers)
+            draw_gradients(own)
             allocator.step()
     state = source.state_dict()
     change(state)
