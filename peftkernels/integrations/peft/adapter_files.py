@@ -28,7 +28,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # An earlier configuration while the tensors change; what a killed save leaves of it belongs to tensors of peft's, which
 # have none in their header.
 _EARLIER = f".{CONFIG_NAME}.{{}}.replaced"
-_METADATA = "peftkernels.adapter_config"
+_METADATA = "peftkernels_adapter_config"
 # What decides the numbers an adapter gives. The rest may be edited: names, task, what peft makes of them.
 _DECIDES = ("peft_type", "init_r", "r", "lora_alpha", "lora_dropout", "alpha_pattern", "rank_pattern")
 
