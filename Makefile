@@ -22,7 +22,7 @@ QUICK := $(addprefix tests/, test_constraints.py test_messages.py test_nn.py \
     $(addprefix integrations/test_, peft_backend.py quantised.py) \
     $(addprefix cli/test_, checkpoint.py doctor.py main.py report.py))
 
-.PHONY: help install check test upgrade demo lint bench report attacks wheel hub clean
+.PHONY: help install check test upgrade demo lint bench report attacks sanitize wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -71,6 +71,9 @@ report: install  ## write the tables of README.md and bench/plots/ from bench/re
 
 attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; about an hour on two cores)
 	cd tests && $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
+
+sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UBSan (half an hour on two cores; Linux, gcc)
+	cd tests && $(abspath $(BIN))/python -m support.sanitize $(ARGS)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

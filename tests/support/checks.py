@@ -212,6 +212,21 @@ def reads_a_given_shrink(call: Call, impl: str) -> None:
 
 
 # Every check on a call where a fault of its kind shows; each takes an implementation and a seed.
+def reads_plans_of_views(call: Call, impl: str) -> None:
+    """A plan whose tensors are columns of a table is the same plan."""
+    assert call.rank_plan is not None
+
+    def column(value: Tensor) -> Tensor:
+        table = value.new_ones(value.numel(), 3)
+        table[:, 1] = value
+        return table[:, 1]
+
+    plan = RankPlan(*(column(value) for value in (call.rank_plan.state, call.rank_plan.order, call.rank_plan.counts)))
+    expected, found = run(call, impl).named(), run(call.replace(rank_plan=plan), impl).named()
+    for name, value in expected.items():
+        _same(found[name], value, f"{impl}, {call.label}, plan of views, {name}")
+
+
 CHECKS: dict[str, Callable[[str, int], None]] = {
     "budget": lambda impl, seed: within_budget(make_call(seed, leading=(140,), n=70, k=90, r=9), impl),
     "budget of all gradients": lambda impl, seed: within_budget(
@@ -224,6 +239,7 @@ CHECKS: dict[str, Callable[[str, int], None]] = {
         make_call(seed, plan=True, r=8, dtype=served(impl, ("fp16-fp32_factors", "bf16-fp32_factors"))[0]), impl
     ),
     "masked equals sliced": lambda impl, seed: masked_equals_sliced(make_call(seed, r=9, plan=True), impl),
+    "plans of views": lambda impl, seed: reads_plans_of_views(make_call(seed, r=9, plan=True), impl),
     "rank states": lambda impl, seed: follows_rank_states(make_call(seed, r=9, plan=True), impl),
     "DEAD ranks contained": lambda impl, seed: contains_dead_ranks(make_call(seed, r=9, plan=True), impl),
     "PROBE ranks contained": lambda impl, seed: contains_probe_ranks(make_call(seed, r=9, plan=True), impl),

@@ -211,6 +211,11 @@ def _coarse_or_none(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.bfloat16().to(value.dtype)
 
 
+def _in_one_piece(state: Tensor) -> Tensor:
+    """What lies behind the first element of a view."""
+    return state.as_strided(state.shape, (1,), state.storage_offset()).clone()
+
+
 _NO_ADAPTER = {"lora_B": lambda given: torch.zeros_like(given["lora_B"])}
 _NO_PLAN = {"rank_state": None, "rank_order": None, "rank_counts": None}
 _NO_DROPOUT = {"dropout_p": 0.0, "dropout_seed": None}
@@ -261,6 +266,8 @@ FAULTS: dict[str, Mutant] = {
     "gates read by position in backward": Mutant(backward=_with(gate=_gate_by_position)),
     "mask ignored": Mutant(forward=_with(**_NO_PLAN)),
     "mask ignored in backward": Mutant(backward=_with(**_NO_PLAN)),
+    "a plan of views read as if in one piece": Mutant(forward=_with(**_plan(_in_one_piece))),
+    "a plan of views read as if in one piece in backward": Mutant(backward=_with(**_plan(_in_one_piece))),
     "n_active off by one": Mutant(forward=_with(**_one_fewer(0))),
     "n_active off by one in backward": Mutant(backward=_with(**_one_fewer(0))),
     "n_active + n_probe off by one": Mutant(forward=_with(**_one_fewer(1))),
