@@ -3,8 +3,6 @@
 #include <limits>
 #include <vector>
 
-#include "product.h"
-
 namespace peftkernels::cpu {
 namespace {
 
