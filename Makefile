@@ -72,7 +72,7 @@ report: install  ## write the tables of README.md and bench/plots/ from bench/re
 attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; about an hour on two cores)
 	cd tests && $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
 
-sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UBSan (half an hour on two cores; Linux, gcc)
+sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UBSan (ten minutes on two cores; Linux, gcc)
 	cd tests && $(abspath $(BIN))/python -m support.sanitize $(ARGS)
 
 wheel: install  ## build a wheel against the environment's torch into dist/

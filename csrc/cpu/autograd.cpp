@@ -49,10 +49,16 @@ SecondDerivatives second_derivatives;
 
 // Gradients that are there, as functions of what they depend on: for those who differentiate them again.
 struct Gradients : torch::autograd::Function<Gradients> {
-  // `arguments` are grad_y, x, weight, lora_A, lora_B and gate, undefined where there is none.
+  // `arguments` are grad_y, x, weight, lora_A, lora_B and gate; any tensor stands for one that is not given.
   static variable_list forward(
-      AutogradContext* context, at::TensorList gradients, at::TensorList arguments, const BackwardPass& pass) {
-    variable_list saved = arguments.vec();
+      AutogradContext* context, at::TensorList gradients, at::TensorList arguments, const std::array<bool, 6>& given,
+      const BackwardPass& pass) {
+    variable_list saved(arguments.size());
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (given[i]) {
+        saved[i] = arguments[i];
+      }
+    }
     for (const auto* const tensor : {&pass.bias, &pass.shrink, &pass.state, &pass.scaling_tensor, &pass.seed}) {
       saved.push_back(*tensor);
     }
@@ -87,7 +93,7 @@ struct Gradients : torch::autograd::Function<Gradients> {
     for (auto& derivative : second_derivatives(weights, arguments, pass)) {
       results.push_back(std::move(derivative));
     }
-    results.emplace_back();
+    results.resize(results.size() + 2);
     return results;
   }
 };
@@ -100,7 +106,16 @@ void make_differentiable(variable_list& gradients, at::TensorList arguments, con
       asked.push_back(gradient);
     }
   }
-  auto views = Gradients::apply(at::TensorList(asked), arguments, pass);
+  // Autograd has no place for an argument that is not there.
+  variable_list edges = arguments.vec();
+  std::array<bool, 6> given{};
+  for (size_t i = 0; i < edges.size(); ++i) {
+    given[i] = edges[i].defined();
+    if (!given[i]) {
+      edges[i] = asked.front().detach();
+    }
+  }
+  auto views = Gradients::apply(at::TensorList(asked), at::TensorList(edges), given, pass);
   auto next = views.begin();
   for (auto& gradient : gradients) {
     if (gradient.defined()) {
