@@ -35,8 +35,8 @@ TESTS = (
     "tests/allocation/test_orthogonality.py",
     "tests/allocation/test_raw_allocation_calls.py",
 )
-# Of calls of the kernels by their implementation's name, those of the C++ kernels. AddressSanitizer never hands out again
-# what was freed, which one test waits for.
+# Of calls of the kernels by their implementation's name, those of the C++ kernels. AddressSanitizer does not hand out
+# again what was freed, which one test waits for.
 ONLY = "not triton and not eager and not reference and not reuse_freed_memory"
 
 
