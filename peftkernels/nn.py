@@ -378,7 +378,7 @@ def _parameter(module: Any, name: str) -> Any:
 
 def _rank_plan(module: Any) -> RankPlan:
     buffers = module._buffers
-    return RankPlan(buffers["rank_state"], buffers["rank_order"], buffers["rank_counts"])
+    return RankPlan._of_known(buffers["rank_state"], buffers["rank_order"], buffers["rank_counts"])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

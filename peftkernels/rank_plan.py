@@ -121,6 +121,13 @@ class RankPlan:
         self.counts = counts
 
     @classmethod
+    def _of_known(cls, state: Tensor, order: Tensor, counts: Tensor) -> RankPlan:
+        """A plan of tensors that were a plan's before, such as a layer's buffers: every call looks at them itself."""
+        plan = cls.__new__(cls)
+        plan.state, plan.order, plan.counts = state, order, counts
+        return plan
+
+    @classmethod
     def from_state(cls, state: Tensor) -> RankPlan:
         """Build a plan from `state`, uint8 (r,), which is copied.
 
@@ -131,7 +138,7 @@ class RankPlan:
         if state.numel() and int(state.max()) > RankState.ACTIVE:
             raise ValueError(f"state: found value {int(state.max())}, expected 0 (DEAD), 1 (PROBE) or 2 (ACTIVE)")
         state = state.detach().clone().contiguous()
-        return cls(state, _order(state), _counts(state))
+        return cls._of_known(state, _order(state), _counts(state))
 
     @classmethod
     def from_mask(cls, mask: Tensor, masked: RankState = RankState.PROBE) -> RankPlan:
@@ -146,7 +153,7 @@ class RankPlan:
             raise ValueError(f"mask: found shape {tuple(mask.shape)}, expected (r,)")
         state = torch.full(mask.shape, int(RankState(masked)), dtype=torch.uint8, device=mask.device)
         state.masked_fill_(mask, int(RankState.ACTIVE))
-        return cls(state, _order(state), _counts(state))
+        return cls._of_known(state, _order(state), _counts(state))
 
     def is_consistent(self) -> bool:
         """Whether states are states, and order and counts follow from them; reads an accelerator back."""

@@ -157,3 +157,25 @@ def test_masked_must_be_a_state() -> None:
 
 def test_an_empty_plan() -> None:
     _assert_consistent(RankPlan.from_state(_uint8([])), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state": [2, 2]}, "state: found list, expected"),
+        ({"state": torch.ones(2)}, r"state: found dtype torch\.float32, expected torch\.uint8"),
+        ({"state": torch.ones(1, 2, dtype=torch.uint8)}, r"state: found shape \(1, 2\), expected \(r,\)"),
+        ({"order": torch.tensor([0, 1])}, r"order: found dtype torch\.int64, expected torch\.int32"),
+        ({"order": torch.tensor([0], dtype=torch.int32)}, r"order: found shape \(1,\), expected \(2,\)"),
+        ({"counts": torch.tensor([2], dtype=torch.int32)}, r"counts: found shape \(1,\), expected \(2,\)"),
+        ({"counts": torch.tensor([2.0, 2.0])}, r"counts: found dtype torch\.float32, expected torch\.int32"),
+        (
+            {"order": torch.zeros(2, dtype=torch.int32, device="meta")},
+            "order: found device meta, expected state's, cpu",
+        ),
+    ],
+)
+def test_a_plan_of_other_tensors_is_refused(changes: dict[str, Any], message: str) -> None:
+    plan = RankPlan.from_mask(torch.ones(2, dtype=torch.bool))
+    with pytest.raises((TypeError, ValueError), match="^" + message):
+        RankPlan(**{"state": plan.state, "order": plan.order, "counts": plan.counts, **changes})
