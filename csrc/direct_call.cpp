@@ -238,7 +238,7 @@ py::object tensor_or_none(const at::Tensor& tensor) {
 
 // Calls Python's `composition.second_derivatives`.
 std::vector<at::Tensor> call_second_derivatives(
-    PyObject* function, const std::array<at::Tensor, 6>& grads, const std::vector<at::Tensor>& arguments,
+    PyObject* function, const std::array<at::Tensor, 6>& grads, const cpu::Arguments& arguments,
     const cpu::BackwardPass& pass) {
   const py::gil_scoped_acquire locked;
   py::list weights, asked;
@@ -254,7 +254,7 @@ std::vector<at::Tensor> call_second_derivatives(
   const py::list found = py::reinterpret_borrow<py::object>(function)(
       weights, tensor_or_none(arguments[0]), tensor_or_none(arguments[1]), tensor_or_none(arguments[2]),
       tensor_or_none(arguments[3]), tensor_or_none(arguments[4]), tensor_or_none(pass.bias),
-      tensor_or_none(arguments[5]), tensor_or_none(pass.shrink), constants, py::cast(pass.needs), asked);
+      tensor_or_none(arguments[5]), tensor_or_none(pass.shrink), constants, py::cast(pass.needs), asked, pass.x_left_out);
   std::vector<at::Tensor> derivatives;
   for (const auto& derivative : found) {
     derivatives.push_back(derivative.is_none() ? at::Tensor() : derivative.cast<at::Tensor>());

@@ -151,17 +151,19 @@ def second_derivatives(
     at: tuple[Tensor | None, float | Tensor, float, Tensor | None],
     needs: Sequence[bool],
     asked: Sequence[bool],
+    x_left_out: bool,
 ) -> list[Tensor | None]:
     """Derivatives by grad_y, x, weight, lora_A, lora_B and gate of what `gradients` gives, weighted with ``grads``.
 
     at     the `Constants`
     needs  which of the six gradients there are
     asked  by which of the six arguments they are differentiated
+    x_left_out  whether x requires grad and was not saved
 
     Under enabled gradients the results can be differentiated again. Raises RuntimeError where they depend on an x that
-    requires grad and was not saved.
+    was left out.
     """
-    if x is None and needs[0] and any(grads[place] is not None for place in (3, 5)):
+    if x_left_out and any(grads[place] is not None for place in (3, 5)):
         raise RuntimeError(
             "lora_linear: a second derivative by x needs x, which is not saved while lora_A is frozen: let lora_A "
             "require grad where gradients are differentiated again"

@@ -37,6 +37,7 @@ class _Gradients(torch.autograd.Function):
         ctx: Any,
         at: composition.Constants,
         needs: Sequence[bool],
+        x_left_out: bool,
         shrink: Tensor | None,
         bias: Tensor | None,
         grad_y: Tensor,
@@ -48,17 +49,17 @@ class _Gradients(torch.autograd.Function):
         *gradients: Tensor | None,
     ) -> Any:
         ctx.save_for_backward(grad_y, x, weight, lora_A, lora_B, gate, shrink, bias)
-        ctx.at, ctx.needs = at, needs
+        ctx.at, ctx.needs, ctx.x_left_out = at, needs, x_left_out
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_y, x, weight, lora_A, lora_B, gate, shrink, bias = ctx.saved_tensors
-        asked = ctx.needs_input_grad[4:10]
+        asked = ctx.needs_input_grad[5:11]
         found = composition.second_derivatives(
-            grads, grad_y, x, weight, lora_A, lora_B, bias, gate, shrink, ctx.at, ctx.needs, asked
+            grads, grad_y, x, weight, lora_A, lora_B, bias, gate, shrink, ctx.at, ctx.needs, asked, ctx.x_left_out
         )
-        return None, None, None, None, *found, *(None for _ in grads)
+        return None, None, None, None, None, *found, *(None for _ in grads)
 
 
 def _operator(impl: str, direction: int, *tensors: Tensor | None) -> Callable[..., Any]:
@@ -188,7 +189,11 @@ class _LoraLinear(torch.autograd.Function):
         if differentiable:
             scale = ctx.scaling if scaling_tensor is None else scaling_tensor
             at = composition.Constants(rank_state, scale, ctx.dropout_p, dropout_seed)
-            asked = list(_Gradients.apply(at, needs, shrink, bias, grad_y, x, weight, lora_A, lora_B, gate, *asked))
+            asked = list(
+                _Gradients.apply(
+                    at, needs, x is None and needs[0], shrink, bias, grad_y, x, weight, lora_A, lora_B, gate, *asked
+                )
+            )
         return *asked, None, None, None, None, None, None, None, None, None, None
 
 

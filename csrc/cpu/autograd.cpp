@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -47,18 +48,24 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
 
 SecondDerivatives second_derivatives;
 
+variable_list only_defined(at::TensorList tensors) {
+  variable_list defined;
+  for (const auto& tensor : tensors) {
+    if (tensor.defined()) {
+      defined.push_back(tensor);
+    }
+  }
+  return defined;
+}
+
 // Gradients that are there, as functions of what they depend on: for those who differentiate them again.
 struct Gradients : torch::autograd::Function<Gradients> {
-  // `arguments` are grad_y, x, weight, lora_A, lora_B and gate; any tensor stands for one that is not given.
+  // `arguments` are grad_y, x, weight, lora_A, lora_B and gate, undefined where there is none; `present` are those that
+  // there are, since autograd takes no list with gaps.
   static variable_list forward(
-      AutogradContext* context, at::TensorList gradients, at::TensorList arguments, const std::array<bool, 6>& given,
+      AutogradContext* context, at::TensorList gradients, at::TensorList /*present*/, const Arguments& arguments,
       const BackwardPass& pass) {
-    variable_list saved(arguments.size());
-    for (size_t i = 0; i < given.size(); ++i) {
-      if (given[i]) {
-        saved[i] = arguments[i];
-      }
-    }
+    variable_list saved(arguments.begin(), arguments.end());
     for (const auto* const tensor : {&pass.bias, &pass.shrink, &pass.state, &pass.scaling_tensor, &pass.seed}) {
       saved.push_back(*tensor);
     }
@@ -66,6 +73,7 @@ struct Gradients : torch::autograd::Function<Gradients> {
     context->saved_data["needs"] = c10::List<bool>(pass.needs);
     context->saved_data["scaling"] = pass.scaling;
     context->saved_data["dropout_p"] = pass.dropout_p;
+    context->saved_data["x_left_out"] = pass.x_left_out;
     variable_list views;
     for (const auto& gradient : gradients) {
       views.push_back(gradient.view_as(gradient));
@@ -76,9 +84,10 @@ struct Gradients : torch::autograd::Function<Gradients> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const auto needs = context->saved_data["needs"].toBoolList();
-    const variable_list arguments(saved.begin(), saved.begin() + 6);
+    Arguments arguments;
+    std::copy_n(saved.begin(), arguments.size(), arguments.begin());
     BackwardPass pass{{}, saved[6], saved[7], saved[8], saved[9], saved[10], context->saved_data["scaling"].toDouble(),
-                      context->saved_data["dropout_p"].toDouble()};
+                      context->saved_data["dropout_p"].toDouble(), context->saved_data["x_left_out"].toBool()};
     // Only gradients that were asked for have a place among `grads`.
     std::array<at::Tensor, 6> weights;
     auto next = grads.begin();
@@ -90,32 +99,21 @@ struct Gradients : torch::autograd::Function<Gradients> {
     }
     TORCH_CHECK(second_derivatives, "lora_linear: nothing was set that computes second derivatives");
     variable_list results(grads.size());
-    for (auto& derivative : second_derivatives(weights, arguments, pass)) {
-      results.push_back(std::move(derivative));
+    const auto derivatives = second_derivatives(weights, arguments, pass);
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].defined()) {
+        results.push_back(derivatives[i]);
+      }
     }
-    results.resize(results.size() + 2);
+    results.resize(results.size() + 2); // of what is no list of tensors
     return results;
   }
 };
 
 // Lets the gradients that are there be differentiated again.
-void make_differentiable(variable_list& gradients, at::TensorList arguments, const BackwardPass& pass) {
-  variable_list asked;
-  for (const auto& gradient : gradients) {
-    if (gradient.defined()) {
-      asked.push_back(gradient);
-    }
-  }
-  // Autograd has no place for an argument that is not there.
-  variable_list edges = arguments.vec();
-  std::array<bool, 6> given{};
-  for (size_t i = 0; i < edges.size(); ++i) {
-    given[i] = edges[i].defined();
-    if (!given[i]) {
-      edges[i] = asked.front().detach();
-    }
-  }
-  auto views = Gradients::apply(at::TensorList(asked), at::TensorList(edges), given, pass);
+void make_differentiable(variable_list& gradients, const Arguments& arguments, const BackwardPass& pass) {
+  const auto asked = only_defined(gradients), present = only_defined(arguments);
+  auto views = Gradients::apply(at::TensorList(asked), at::TensorList(present), arguments, pass);
   auto next = views.begin();
   for (auto& gradient : gradients) {
     if (gradient.defined()) {
@@ -141,6 +139,8 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     auto y = run_forward(call, save_shrink, &saved[kShrink]);
     if (lora_A.requires_grad()) {
       saved[kX] = x;
+    } else if (x.requires_grad()) {
+      context->saved_data["x_left_out"] = true;
     }
     saved[kWeight] = call.weight;
     saved[kA] = lora_A;
@@ -189,7 +189,8 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     variable_list gradients{asked(0, x), asked(2, lora_A), asked(3, lora_B), asked(4, bias), asked(5, gate), {}};
     if (at::GradMode::is_enabled()) {
       const BackwardPass pass{needs, saved[kBias], saved[kShrink], saved[kState], saved[kScaling], saved[kSeed],
-                              context->saved_data["scaling"].toDouble(), dropout_p};
+                              context->saved_data["scaling"].toDouble(), dropout_p,
+                              context->saved_data.count("x_left_out") > 0};
       make_differentiable(
           gradients, {grads[0], saved[kX], saved[kWeight], saved[kA], saved[kB], saved[kGate]}, pass);
     }

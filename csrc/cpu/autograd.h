@@ -27,16 +27,20 @@ struct Call {
 at::Tensor lora_linear(const Call& call);
 
 // What a backward pass had beside the tensors that it may be differentiated by; undefined where there is nothing.
+// `x_left_out`: x requires grad and was not saved.
 struct BackwardPass {
   std::array<bool, 6> needs;
   at::Tensor bias, shrink, state, scaling_tensor, seed;
   double scaling, dropout_p;
+  bool x_left_out;
 };
 
-// `composition.second_derivatives`: by grad_y, x, weight, lora_A, lora_B and gate, which are `arguments`, of the six
-// gradients weighted with `grads`.
+// grad_y, x, weight, lora_A, lora_B and gate; undefined where there is none.
+using Arguments = std::array<at::Tensor, 6>;
+
+// `composition.second_derivatives`: by each of the arguments, of the six gradients weighted with `grads`.
 using SecondDerivatives = std::function<std::vector<at::Tensor>(
-    const std::array<at::Tensor, 6>& grads, const std::vector<at::Tensor>& arguments, const BackwardPass& pass)>;
+    const std::array<at::Tensor, 6>& grads, const Arguments& arguments, const BackwardPass& pass)>;
 
 // Chooses what computes them, once for the process.
 void set_second_derivatives(SecondDerivatives function);
