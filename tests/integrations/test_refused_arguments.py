@@ -256,3 +256,17 @@ def test_an_error_that_is_not_about_arguments_is_not_swallowed() -> None:
 def test_a_trained_scale_under_compile() -> None:
     stock, patched = both("lora", trained_scale)
     equal(torch.compile(patched, backend="eager")(X), stock(X))
+
+
+@each_kind
+def test_an_adapter_that_was_never_filled(kind: str) -> None:
+    """Stock peft computes with it, from memory that nobody wrote, and says nothing."""
+    _, patched = both(kind)
+    layer = layer_in(patched)
+    if kind == "adalora":
+        layer.lora_A["default"] = nn.Parameter(layer.lora_A["default"].to("meta"))
+    else:
+        layer.lora_A["default"].to("meta")
+    with pytest.raises(ValueError, match="lora_A: found device meta, expected x's, cpu"):
+        patched(X)
+    assert peftkernels.stats(patched).fell_back == 0

@@ -203,11 +203,17 @@ def served_or_reason(
     except (TypeError, ValueError):
         # Asked only now: a call that the operator takes does not pay for a second look at its arguments.
         reason = kind._argument_reason(module, x, operands)
-        if reason is None:
+        # With a factor that is not there yet peft's code would compute from memory that nobody wrote.
+        if reason is None or _without_memory(x, operands):
             raise
         service.take_back()
         return reason
     return served
+
+
+def _without_memory(x: Tensor, operands: Operands) -> bool:
+    """Return True if x is there and an operand lies on the meta device."""
+    return not x.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in operands.values())
 
 
 def _shared_shrink(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor | None:
