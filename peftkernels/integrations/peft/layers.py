@@ -6,7 +6,7 @@ state_dict, merging, copies and files stay as they are. Imported only where peft
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from peftkernels._weights import weights_changed
 from peftkernels.dispatch import sharing_disadvantage
 from peftkernels.functional import lora_linear
 from peftkernels.integrations.peft.bypass import PLAIN, bypass_reason
@@ -66,6 +67,16 @@ class Served:
         shared = vars(self)[ATTRIBUTE].model
         if shared is not None:
             shared.deleted(adapter_name)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As peft's, which writes the base weight through `.data`: no version counter tells of it."""
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        weights_changed(cast(Linear, self).base_layer)
+
+    def unmerge(self) -> None:
+        """As peft's, see `merge`."""
+        super().unmerge()  # type: ignore[misc]
+        weights_changed(cast(Linear, self).base_layer)
 
     def _prepare(self, service: Service) -> None:
         """Change what else has to be changed while the module is patched, and note in `service.undo` what it was."""
