@@ -9,7 +9,7 @@ torch.func. Products with W are in x's dtype, the adapter's in the wider of x's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,3 +203,36 @@ def second_derivatives(
     return [
         next(results) if value is not None and is_asked else None for value, is_asked in zip(inputs, asked, strict=True)
     ]
+
+
+class Gradients(torch.autograd.Function):
+    """Gradients that are there, as functions of what they depend on: for those who differentiate them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        at: Constants,
+        needs: Sequence[bool],
+        x_left_out: bool,
+        shrink: Tensor | None,
+        bias: Tensor | None,
+        grad_y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gate: Tensor | None,
+        *gradients: Tensor | None,
+    ) -> Any:
+        ctx.save_for_backward(grad_y, x, weight, lora_A, lora_B, gate, shrink, bias)
+        ctx.at, ctx.needs, ctx.x_left_out = at, needs, x_left_out
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_y, x, weight, lora_A, lora_B, gate, shrink, bias = ctx.saved_tensors
+        asked = ctx.needs_input_grad[5:11]
+        found = second_derivatives(
+            grads, grad_y, x, weight, lora_A, lora_B, bias, gate, shrink, ctx.at, ctx.needs, asked, ctx.x_left_out
+        )
+        return None, None, None, None, None, *found, *(None for _ in grads)

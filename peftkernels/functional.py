@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,39 +27,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _KERNELS = ("cpu", "triton")
 _SEED_END = 2**63 - 1
 _FORWARD_MODE = "forward-mode differentiation"
-
-
-class _Gradients(torch.autograd.Function):
-    """Gradients that are there, as functions of what they depend on: for those who differentiate them again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        at: composition.Constants,
-        needs: Sequence[bool],
-        x_left_out: bool,
-        shrink: Tensor | None,
-        bias: Tensor | None,
-        grad_y: Tensor,
-        x: Tensor | None,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        gate: Tensor | None,
-        *gradients: Tensor | None,
-    ) -> Any:
-        ctx.save_for_backward(grad_y, x, weight, lora_A, lora_B, gate, shrink, bias)
-        ctx.at, ctx.needs, ctx.x_left_out = at, needs, x_left_out
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_y, x, weight, lora_A, lora_B, gate, shrink, bias = ctx.saved_tensors
-        asked = ctx.needs_input_grad[5:11]
-        found = composition.second_derivatives(
-            grads, grad_y, x, weight, lora_A, lora_B, bias, gate, shrink, ctx.at, ctx.needs, asked, ctx.x_left_out
-        )
-        return None, None, None, None, None, *found, *(None for _ in grads)
 
 
 def _operator(impl: str, direction: int, *tensors: Tensor | None) -> Callable[..., Any]:
@@ -190,7 +157,7 @@ class _LoraLinear(torch.autograd.Function):
             scale = ctx.scaling if scaling_tensor is None else scaling_tensor
             at = composition.Constants(rank_state, scale, ctx.dropout_p, dropout_seed)
             asked = list(
-                _Gradients.apply(
+                composition.Gradients.apply(
                     at, needs, x is None and needs[0], shrink, bias, grad_y, x, weight, lora_A, lora_B, gate, *asked
                 )
             )

@@ -79,7 +79,7 @@ struct KnownWeight {
 
   // What a call with so many rows of x or G reads again, going on where the last call ended: as much as costs a few per
   // cent of its product. All of a weight that is small or that no counter tells of any change of, of one that a core's
-  // cache holds 64 bytes of each line at least, and of any other as much when there are 16 rows or so.
+  // cache holds 64 bytes of each line at least, and of any other as much from 65536 / (bytes of a line) rows on.
   WeightChecksums::Share next_share(int64_t rows) {
     constexpr int64_t kSmall = int64_t{1} << 15, kNear = int64_t{1} << 20;
     const int64_t all = checksums->diagonals(), blocks = checksums->blocks(), bytes = checksums->bytes();
