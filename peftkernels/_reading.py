@@ -75,6 +75,13 @@ def check_number(value: Any, where: str) -> float:
     return value
 
 
+def check_not_below_zero(value: Any, where: str) -> float:
+    """`value` where it is a finite number of at least 0."""
+    if check_number(value, where) < 0:
+        raise ValueError(f"{where}: found {value}, expected at least 0")
+    return value
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number that float64 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -83,6 +90,20 @@ def is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def check_flag(value: Any, where: str) -> bool:
+    """`value` where it is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: found {shown(value)}, expected true or false")
+    return value
+
+
+def check_list(value: Any, where: str) -> list[Any]:
+    """`value` where it is a list."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: found {shown(value)}, expected a list")
+    return value
 
 
 def check_text(value: Any, where: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkernels.allocation.protocol import find_gated_layers
 from peftkernels.allocation.settings import check_smoothing
+from peftkernels.allocation.state_checks import check_finite, check_names, check_not_negative, check_tensor
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
@@ -123,9 +124,16 @@ class NoiseScale:
         return {"means": self._means.clone(), "rows": torch.tensor(self._last_rows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
-        self._means = state["means"].clone()
-        self._last_rows = int(state["rows"])
+        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else."""
+        check_names(state, ("means", "rows"))
+        means = check_finite(check_tensor(state, "means", self._means.shape, self._means.dtype), "means")
+        rows = check_not_negative(check_tensor(state, "rows", torch.Size(()), torch.int64), "rows")
+        if not 0 <= means[2] <= 1 + 1e-6:
+            # What the estimates are divided by tends to 1 from below; rounding may carry it a little past.
+            raise ValueError(f"state['means']: found the weight {float(means[2])}, expected a number from 0 to 1")
+        if means[2] > 0 and rows == 0:
+            raise ValueError("state['rows']: found 0, expected at least 1 beside an estimate")
+        self._means, self._last_rows = means.clone(), int(rows)
         self._forget()
 
     def _forget(self) -> None:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from peftkernels._reading import check_not_below_zero, check_number, check_whole
+from peftkernels.allocation.state_checks import check_names
+
 
 class Band:
     """A running mean m and variance v of the numbers seen, and the limit above which a number is out of the band.
@@ -51,6 +54,14 @@ class Band:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         self.count, self.mean, self.variance = state["count"], state["mean"], state["variance"]
+
+    @staticmethod
+    def check(state: Any, where: str) -> None:
+        """Raises ValueError, with `where` in front, unless `load` can take the state over."""
+        check_names(state, ("count", "mean", "variance"), where)
+        check_whole(state["count"], f"{where}.count")
+        check_number(state["mean"], f"{where}.mean")
+        check_not_below_zero(state["variance"], f"{where}.variance")
 
     def __str__(self) -> str:
         return f"mean {self.mean:.4g}, deviation {math.sqrt(self.variance):.4g}, limit {self.limit:.4g}"

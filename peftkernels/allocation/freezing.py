@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from peftkernels._reading import check_list, check_not_below_zero, check_whole
 from peftkernels.allocation.module_average import ModuleGradientAverage
+from peftkernels.allocation.state_checks import check_names, within
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
@@ -88,7 +88,16 @@ class LayerFreezing:
         return {"average": self._average.state_dict(), "peaks": list(self._peaks), "low_steps": list(self._low_steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        average: Mapping[str, Tensor] = state["average"]
-        self._average.load_state_dict(average)
-        self._peaks, self._low_steps = list(state["peaks"]), list(state["low_steps"])
+        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else; the next step does
+        where it was saved for another number of modules."""
+        check_names(state, ("average", "peaks", "low_steps"))
+        average = ModuleGradientAverage(self._average.beta)
+        with within("state: average"):
+            average.load_state_dict(state["average"])
+        peaks = [check_not_below_zero(peak, "state: peaks") for peak in check_list(state["peaks"], "state: peaks")]
+        low_steps = [check_whole(low, "state: low_steps") for low in check_list(state["low_steps"], "state: low_steps")]
+        modules = average.modules or 0
+        for name, count in (("peaks", len(peaks)), ("low_steps", len(low_steps))):
+            if count != modules:
+                raise ValueError(f"state: {name}: found {count} modules, expected {modules} as in the average")
+        self._average, self._peaks, self._low_steps = average, peaks, low_steps

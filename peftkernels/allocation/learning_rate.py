@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from peftkernels._module_names import names_without_wrappers
+from peftkernels._reading import check_not_below_zero, check_text, shown
 from peftkernels.allocation.module_average import ModuleGradientAverage
 from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.state_checks import check_names, within
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
@@ -44,6 +47,8 @@ class LearningRateMultipliers:
             raise ValueError(f"every: found {every!r}, expected an int of at least 1")
         self.every = every
         self._current: dict[str, float] = {}
+        # The modules of the allocator that it is attached to.
+        self._names: list[str] | None = None
 
     def multipliers(self, allocator: BudgetAllocator) -> dict[str, float] | None:
         """The multiplier of each module by name after a step; None to leave them as they are."""
@@ -58,7 +63,7 @@ class LearningRateMultipliers:
         """Act on the optimizer of `allocator` from now on.
 
         Raises RuntimeError where the allocator is attached to none, ValueError where a parameter group has the factors
-        of several modules, or of a module and other parameters.
+        of several modules, or of a module and other parameters, or where a state was loaded that names other modules.
         """
         optimizer = allocator.optimizer
         if optimizer is None:
@@ -75,6 +80,11 @@ class LearningRateMultipliers:
                     "peftkernels.allocation.learning_rate.module_groups makes such groups"
                 )
 
+        names = list(allocator.masks.layers)
+        if self._names is None:
+            # Multipliers from before the first of these can only be loaded ones.
+            self._current = _with_own_names(self._current, names)
+        self._names = names
         if optimizer not in _rates:
             _rates[optimizer] = _Rates(optimizer, module_of)
         _rates[optimizer].policies.append(self)
@@ -92,8 +102,17 @@ class LearningRateMultipliers:
         return {"multipliers": self.current}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._current = dict(state["multipliers"])
+        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else, and for modules
+        that the allocator does not have; a policy that is attached later asks that when it is."""
+        # A subclass may have more than these.
+        check_names(state, self.state_dict())
+        multipliers = state["multipliers"]
+        where = "state: multipliers"
+        if not isinstance(multipliers, Mapping):
+            raise ValueError(f"{where}: found {shown(multipliers)}, expected a number for each module by name")
+        for name, value in multipliers.items():
+            check_not_below_zero(value, f"{where}[{check_text(name, where)!r}]")
+        self._current = dict(multipliers) if self._names is None else _with_own_names(multipliers, self._names)
 
 
 class _Rates:
@@ -164,9 +183,16 @@ class LearningRatePriorities(LearningRateMultipliers):
         return {**super().state_dict(), "average": self._average.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_names(state, ("multipliers", "average"))
+        average = ModuleGradientAverage(self._average.beta)
+        with within("state: average"):
+            average.load_state_dict(state["average"])
+            if self._names is not None and average.modules not in (None, len(self._names)):
+                raise ValueError(f"state['sums']: found {average.modules} modules, expected {len(self._names)}")
+        if state["multipliers"] and average.modules is None:
+            raise ValueError("state: average: found none beside multipliers, expected what they were computed from")
         super().load_state_dict(state)
-        average: Mapping[str, Tensor] = state["average"]
-        self._average.load_state_dict(average)
+        self._average = average
 
 
 class LearningRateScale(LearningRateMultipliers):
@@ -204,6 +230,17 @@ class LearningRateScale(LearningRateMultipliers):
             else 1.0
             for name, live in kept.items()
         }
+
+
+def _with_own_names(multipliers: Mapping[str, float], own: Sequence[str]) -> dict[str, float]:
+    """Multipliers by the allocator's own names, from which saved ones may differ by what the model was wrapped in."""
+    by_bare_name = dict(zip(names_without_wrappers(own), own, strict=True))
+    found = {}
+    for (name, value), bare in zip(multipliers.items(), names_without_wrappers(list(multipliers)), strict=True):
+        if name not in own and bare not in by_bare_name:
+            raise ValueError(f"state: multipliers[{name!r}]: found an unknown module, expected one of the allocator's")
+        found[name if name in own else by_bare_name[bare]] = value
+    return found
 
 
 def bounded_mean_one(values: list[float], lowest: float, highest: float) -> list[float]:

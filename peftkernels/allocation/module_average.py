@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.settings import check_smoothing
+from peftkernels.allocation.state_checks import check_floats, check_names, check_not_negative, check_tensor
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
@@ -29,11 +30,14 @@ class ModuleGradientAverage:
         self._weight: Tensor | None = None
 
     def update(self, allocator: BudgetAllocator) -> None:
-        """Take in the gradients of the step that the allocator has just made."""
+        """Take in the gradients of the step that the allocator has just made. Raises ValueError where the averages are
+        those of another number of modules."""
         bus, keep = allocator.statistics, allocator.masks.keep
         if self._sums is None or self._weight is None:
             self._sums = torch.zeros(len(bus.names), dtype=torch.float64, device=bus.device)
             self._weight = torch.zeros((), dtype=torch.float64, device=bus.device)
+        if len(self._sums) != len(bus.names):
+            raise ValueError(f"state: found averages of {len(self._sums)} modules, expected {len(bus.names)}")
         self._sums, self._weight = self._sums.to(bus.device), self._weight.to(bus.device)
         sizes = torch.where(keep, bus.gate_gradients.abs(), 0.0).double()
         empty = torch.zeros_like(self._sums)
@@ -57,6 +61,21 @@ class ModuleGradientAverage:
         return {"sums": self._sums.clone(), "weight": self._weight.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
-        self._sums = state["sums"].clone() if state else None
-        self._weight = state["weight"].clone() if state else None
+        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else."""
+        if isinstance(state, Mapping) and not state:
+            self._sums = self._weight = None
+            return
+        check_names(state, ("sums", "weight"))
+        length = check_floats(state, "sums", None).shape
+        sums = check_not_negative(check_tensor(state, "sums", length, torch.float64), "sums")
+        weight = check_not_negative(check_tensor(state, "weight", torch.Size(()), torch.float64), "weight")
+        # The weight tends to 1 from below; rounding may carry it a little past.
+        if weight > 1 + 1e-6 or (weight == 0 and bool(sums.any())):
+            wanted = "a number above 0 beside such sums" if weight == 0 else "at most 1"
+            raise ValueError(f"state['weight']: found {float(weight)}, expected {wanted}")
+        self._sums, self._weight = sums.clone(), weight.clone()
+
+    @property
+    def modules(self) -> int | None:
+        """How many modules it is about; None before the first step."""
+        return None if self._sums is None else len(self._sums)

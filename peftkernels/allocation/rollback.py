@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from peftkernels._reading import check_flag, check_list, check_object, check_text, check_whole, shown
 from peftkernels.allocation.band import Band
 from peftkernels.allocation.json_tensor import METADATA, decode, encode
 from peftkernels.allocation.settings import check_smoothing
 from peftkernels.allocation.snapshot_ring import Snapshots, check_count
+from peftkernels.allocation.state_checks import FACTS, check_names, check_settings, check_tensor, fact, part, within
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
 
 _SNAPSHOTS = "snapshots."
 _KEEP = "keep"
+_FACTS = ("settings", "bands", "above", "learned", "events", "decided", "alarmed")
 
 
 class RollbackPolicy:
@@ -233,26 +236,63 @@ class RollbackPolicy:
         return {METADATA: encode(facts), _KEEP: self._keep.clone(), **snapshots}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for a state of other settings or of
-        snapshots that do not belong to the allocator."""
+        """Take over what `state_dict` gave. Raises ValueError, before any change, for a state of other settings, of
+        snapshots that do not belong to the allocator, or with anything missing or wrong."""
         facts = decode(state)
-        different = [
-            f"{name} (found {facts.get('settings', {}).get(name)!r}, expected {value!r})"
-            for name, value in self._settings.items()
-            if facts.get("settings", {}).get(name) != value
-        ]
-        if different:
-            raise ValueError(f"state: it was saved by a policy with other settings: {', '.join(different)}")
-        own = {name.removeprefix(_SNAPSHOTS): part for name, part in state.items() if name.startswith(_SNAPSHOTS)}
-        self.snapshots.load_state_dict(own)
-        for name, learned in facts["bands"].items():
-            self._bands[name].load(learned)
+        check_names(facts, _FACTS, FACTS)
+        check_settings(check_object(facts["settings"], fact("settings")), self._settings, "a policy")
+        learned = self._check_bands(facts)
+        _check_history(facts)
+        own = part(state, _SNAPSHOTS)
+        check_names(state, (METADATA, _KEEP, *(_SNAPSHOTS + name for name in own)))
+        with within("state: snapshots"):
+            snapshots = self.snapshots.read(own)
+        keep = check_tensor(state, _KEEP, self._keep.shape, self._keep.dtype)
+        self.snapshots.keep(snapshots)
+        for name, band in facts["bands"].items():
+            self._bands[name].load(band)
         self._above = facts["above"]
-        self._learned = dict(facts["learned"])
+        self._learned = learned
         self._events = facts["events"]
         self._decided = facts["decided"]
         self._alarmed = facts["alarmed"]
-        self._keep = state[_KEEP].to(self._keep.device).clone()
+        self._keep = keep.to(self._keep.device).clone()
+
+    def _check_bands(self, facts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """What the facts of a state say of the bands; returns what they had learned at each snapshot, by its step."""
+        check_names(facts["bands"], self._bands, fact("bands"))
+        for name, band in facts["bands"].items():
+            Band.check(band, fact(f"bands.{name}"))
+        check_names(facts["above"], self._bands, fact("above"))
+        for name, steps in facts["above"].items():
+            for step in check_list(steps, fact(f"above.{name}")):
+                check_whole(step, fact(f"above.{name}"))
+        learned: dict[int, dict[str, Any]] = {}
+        for pair in check_list(facts["learned"], fact("learned")):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"{fact('learned')}: found {shown(pair)}, expected a step and what was learned by it")
+            step = check_whole(pair[0], fact("learned"))
+            if step in learned:
+                raise ValueError(f"{fact('learned')}: found step {step} twice, expected it once")
+            check_names(pair[1], self._bands, fact(f"learned.{step}"))
+            for name, band in pair[1].items():
+                Band.check(band, fact(f"learned.{step}.{name}"))
+            learned[step] = pair[1]
+        return learned
+
+
+def _check_history(facts: Mapping[str, Any]) -> None:
+    """What the facts of a state say of the run so far."""
+    for place, event in enumerate(check_list(facts["events"], fact("events"))):
+        where = fact(f"events[{place}]")
+        check_names(event, ("step", "to", "why"), where)
+        check_whole(event["step"], f"{where}.step")
+        if event["to"] is not None:
+            check_whole(event["to"], f"{where}.to", most=event["step"])
+        check_text(event["why"], f"{where}.why")
+    if facts["decided"] is not None:
+        check_whole(facts["decided"], fact("decided"))
+    check_flag(facts["alarmed"], fact("alarmed"))
 
 
 def _check_above_zero(name: str, value: Any) -> None:

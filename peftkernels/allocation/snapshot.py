@@ -66,17 +66,24 @@ def check_snapshot(allocator: BudgetAllocator, token: Snapshot) -> list[Tensor]:
     """The parameters that a token of this allocator is about; raises TypeError or ValueError for any other token."""
     if not isinstance(token, Snapshot):
         raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
-    check_state(allocator, token.state)
+    facts, _ = check_state(allocator, token.state)
+    if facts["step"] != token.step:
+        raise ValueError(f"token: found step {token.step} beside a state of step {facts['step']}, expected the same")
     parameters = trained_parameters(allocator)
     # A token from before `attach`, or one used after `detach`, is about the factors alone.
     pairs = list(zip(parameters, token.parameters, strict=False))
     factors = len(allocator.masks.layers) * len(FACTORS)
+    if len(token.parameters) < factors:
+        raise ValueError(f"token: found {len(token.parameters)} parameters, expected at least the {factors} factors")
     attached = allocator.optimizer is not None and token.moments is not None
-    different = [index for index, (own, kept) in enumerate(pairs) if local_part(own).shape != kept.shape]
-    if different or (attached and len(parameters) != len(token.parameters)):
-        found = f"{len(token.parameters)} parameters" if not different else tuple(pairs[different[0]][1].shape)
-        expected = f"{len(parameters)}" if not different else f"{tuple(local_part(pairs[different[0]][0]).shape)}"
-        raise ValueError(f"token: found {found}, expected {expected} as the allocator's optimizer trains now")
+    expected = "as the allocator's optimizer trains now"
+    for index, (own, kept) in enumerate(pairs):
+        if (shape := local_part(own).shape) != kept.shape:
+            raise ValueError(
+                f"token: parameters.{index}: found {tuple(kept.shape)}, expected {tuple(shape)} {expected}"
+            )
+    if attached and len(parameters) != len(token.parameters):
+        raise ValueError(f"token: found {len(token.parameters)} parameters, expected {len(parameters)} {expected}")
     return parameters[: len(pairs) if attached else factors]
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from peftkernels._module_names import names_without_wrappers
-from peftkernels._reading import check_number, check_object, check_whole, shown
+from peftkernels._reading import check_flag, check_not_below_zero, check_object, check_whole, shown
 from peftkernels.allocation.json_tensor import METADATA, decode, encode
 from peftkernels.allocation.selection import Decision
+from peftkernels.allocation.state_checks import check_floats, check_settings, check_tensor, fact, part
 
 if TYPE_CHECKING:
     from peftkernels.allocation.engine import BudgetAllocator
@@ -44,7 +45,7 @@ def pack_state(allocator: BudgetAllocator) -> dict[str, Tensor]:
     if not allocator.released:
         # Afterwards nobody asks the strategy again, whatever it has kept.
         tensors |= {_STRATEGY + name: tensor for name, tensor in allocator.strategy.tensors().items()}
-    owned = {name: part.detach().clone(memory_format=torch.contiguous_format) for name, part in tensors.items()}
+    owned = {name: own.detach().clone(memory_format=torch.contiguous_format) for name, own in tensors.items()}
     return {METADATA: encode(facts), **owned}
 
 
@@ -57,33 +58,22 @@ def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> tupl
         raise ValueError(f"state: found format {shown(found)}, expected {_FORMAT} as given by state_dict()")
     expected = _identity(allocator)
     for name in ("settings", "ranks"):
-        check_object(facts.get(name), _fact(name))
+        check_object(facts.get(name), fact(name))
     if facts.get("strategy") != expected["strategy"]:
         raise ValueError(f"state: found the strategy {shown(facts.get('strategy'))}, expected {expected['strategy']!r}")
     facts, state = _with_own_names(facts, state, list(expected["ranks"]))
-    differences = [
-        f"{name} (found {facts['settings'].get(name)!r}, expected {value!r})"
-        for name, value in expected["settings"].items()
-        if facts["settings"].get(name) != value
-    ]
-    differences += [
-        f"{name} (found {value!r}, expected none)"
-        for name, value in facts["settings"].items()
-        if name not in expected["settings"]
-    ]
-    if differences:
-        raise ValueError(f"state: it was saved by an allocator with other settings: {', '.join(differences)}")
+    check_settings(facts["settings"], expected["settings"], "an allocator")
     _check_layers(facts, expected)
     _check_facts(facts)
     keep = allocator.masks.keep
-    _check_tensor(state, "keep", keep.shape, keep.dtype)
-    _check_numbers(state, "losses", None)
+    check_tensor(state, "keep", keep.shape, keep.dtype)
+    check_floats(state, "losses", None)
     if facts["decision"] is not None:
-        _check_numbers(state, "decision.scores", keep.shape)
+        check_floats(state, "decision.scores", keep.shape)
         shares = len(allocator.statistics.shares.shares)
-        _check_numbers(state, "decision.thresholds", torch.Size([shares]))
+        check_floats(state, "decision.thresholds", torch.Size([shares]))
     if not facts["released"]:
-        _check_strategy(allocator, _strategy_tensors(state))
+        _check_strategy(allocator, part(state, _STRATEGY))
     return facts, state
 
 
@@ -108,7 +98,7 @@ def _write(allocator: BudgetAllocator, facts: Mapping[str, Any], state: Mapping[
     if not facts["released"]:
         if allocator.released:
             strategy.begin(bus)
-        strategy.load(_strategy_tensors(state), bus)
+        strategy.load(part(state, _STRATEGY), bus)
     elif not allocator.released:
         strategy.release()
     decision = None
@@ -118,29 +108,23 @@ def _write(allocator: BudgetAllocator, facts: Mapping[str, Any], state: Mapping[
     allocator.take_over(facts, state["keep"], decision, state["losses"])
 
 
-def _fact(name: str) -> str:
-    return f"state[{METADATA!r}]: {name}"
-
-
 def _check_facts(facts: Mapping[str, Any]) -> None:
     """What a state says of the run: counts, flags, frozen layers and the last decision."""
     # States of earlier versions lack these two.
     facts = {"undecided_steps": 0, "informed": True, **facts}
     for name in ("step", "nonfinite_steps", "undecided_steps", "skipped_steps", "rollbacks"):
-        check_whole(facts.get(name), _fact(name))
+        check_whole(facts.get(name), fact(name))
     for name in ("released", "all_active", "informed"):
-        if not isinstance(facts.get(name), bool):
-            raise ValueError(f"{_fact(name)}: found {shown(facts.get(name))}, expected true or false")
+        check_flag(facts.get(name), fact(name))
     frozen = facts.get("frozen")
     if not isinstance(frozen, list) or not all(isinstance(name, str) and name in facts["ranks"] for name in frozen):
-        raise ValueError(f"{_fact('frozen')}: found {shown(frozen)}, expected names of the layers")
+        raise ValueError(f"{fact('frozen')}: found {shown(frozen)}, expected names of the layers")
     if "decision" not in facts:
-        raise ValueError(f"{_fact('decision')}: found nothing, expected the last decision or null")
+        raise ValueError(f"{fact('decision')}: found nothing, expected the last decision or null")
     if facts["decision"] is not None:
-        decision = check_object(facts["decision"], _fact("decision"))
-        check_whole(decision.get("step"), _fact("decision.step"), most=facts["step"])
-        if check_number(decision.get("budget"), _fact("decision.budget")) < 0:
-            raise ValueError(f"{_fact('decision.budget')}: found {decision['budget']}, expected at least 0")
+        decision = check_object(facts["decision"], fact("decision"))
+        check_whole(decision.get("step"), fact("decision.step"), most=facts["step"])
+        check_not_below_zero(decision.get("budget"), fact("decision.budget"))
 
 
 def _with_own_names(
@@ -169,10 +153,6 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
             if found is not None:
                 return ".".join([*parts[:begin], found, *parts[end:]])
     return name
-
-
-def _strategy_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_STRATEGY): part for name, part in state.items() if name.startswith(_STRATEGY)}
 
 
 def _identity(allocator: BudgetAllocator) -> dict[str, Any]:
@@ -217,33 +197,10 @@ def _check_strategy(allocator: BudgetAllocator, found: Mapping[str, Tensor]) -> 
     try:
         expected = strategy.tensors()
         for name, tensor in expected.items():
-            _check_tensor(found, name, tensor.shape, tensor.dtype, _STRATEGY)
+            check_tensor(found, name, tensor.shape, tensor.dtype, _STRATEGY)
         unknown = sorted(found.keys() - expected.keys())
         if unknown:
             raise ValueError(f"state[{_STRATEGY + unknown[0]!r}]: found a tensor that the strategy does not know")
     finally:
         if allocator.released:
             strategy.release()
-
-
-def _check_tensor(
-    found: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, prefix: str = ""
-) -> None:
-    own = found.get(name)
-    if not (isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype):
-        described = f"{tuple(own.shape)} {own.dtype}" if isinstance(own, Tensor) else "nothing"
-        raise ValueError(f"state[{prefix + name!r}]: found {described}, expected {tuple(shape)} {dtype}")
-
-
-def _check_numbers(found: Mapping[str, Tensor], name: str, shape: torch.Size | None) -> None:
-    """Floating-point numbers of any precision, of this shape; of any length where it is None."""
-    own = found.get(name)
-    if (
-        isinstance(own, Tensor)
-        and own.is_floating_point()
-        and (own.dim() == 1 if shape is None else own.shape == shape)
-    ):
-        return
-    described = f"{tuple(own.shape)} {own.dtype}" if isinstance(own, Tensor) else "nothing"
-    wanted = "a tensor of one dimension" if shape is None else tuple(shape)
-    raise ValueError(f"state[{name!r}]: found {described}, expected {wanted} of floating-point numbers")

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.integrations.checkpoint_state import first_difference, part
+from peftkernels.allocation.state_checks import part
+from peftkernels.integrations.checkpoint_state import first_difference
 
 _STATE = "allocator."
 _GATES = "gates."

@@ -64,8 +64,3 @@ def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
         if not torch.equal(tensor, other.to(tensor.dtype)):
             return f"different values of {name}"
     return None
-
-
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkernels.integrations.checkpoint_state import first_difference, part
+from peftkernels.allocation.state_checks import part
+from peftkernels.integrations.checkpoint_state import first_difference
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
 _PARAMETERS = "parameters."
