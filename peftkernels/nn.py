@@ -18,6 +18,7 @@ from peftkernels.dispatch import IMPLEMENTATIONS
 from peftkernels.functional import lora_linear
 from peftkernels.rank_plan import RankPlan, RankState
 
+_PLAIN = (Tensor, nn.Parameter)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # AdaLoRALinear's scale where no lora_alpha is given: docs/learning-rate-and-scale.md has the reason and what it was
 # measured on. HF peft's default alpha of 8 makes it 8/r.
@@ -50,7 +51,8 @@ class _AdapterLinear(nn.Module):
         as `nn.MultiheadAttention` does with its `out_proj`. `base_layer.weight` is the parameter itself.
         """
         weight = self.base_layer.weight
-        return weight if self.merged else weight.as_subclass(BaseWeight)
+        # A weight of a class of its own, as FSDP2 shards it, answers for itself.
+        return weight if self.merged or type(weight) not in _PLAIN else weight.as_subclass(BaseWeight)
 
     @property
     def bias(self) -> Tensor | None:

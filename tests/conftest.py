@@ -58,6 +58,7 @@ def _process_is_left_as_it_was() -> Iterator[None]:
     """Tests run in any order: what one changes for the whole process it puts back."""
     before = process_state.state()
     yield
+    process_state.forget_what_was_compiled()
     changed = process_state.changes(before, process_state.state())
     assert not changed, "the test left changed: " + "; ".join(changed)
 

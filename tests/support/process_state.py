@@ -49,6 +49,12 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
+def forget_what_was_compiled() -> None:
+    """Empty the cache of torch's compiler, which gives up on code that it has compiled eight times for others."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @contextmanager
 def numbers_of(name: str) -> Iterator[None]:
     """Random numbers that are drawn in the block without a seed depend on `name` alone, and on none before it."""

@@ -24,7 +24,7 @@ def _nothing(device: torch.device, dtype: torch.dtype) -> None:
 @contextmanager
 def recorded(driver: StandIn) -> Iterator[list[dict[str, Any]]]:
     """In the block the Triton backend serves CPU tensors as it serves a GPU's; yields every launch with its faults."""
-    from peftkernels import dispatch
+    from peftkernels.backends import triton
     from peftkernels.backends.triton import allocation, launch
 
     found: list[dict[str, Any]] = []
@@ -41,7 +41,7 @@ def recorded(driver: StandIn) -> Iterator[list[dict[str, Any]]]:
 
     with (
         mock.patch.object(launch.Variant, "__call__", call),
-        mock.patch.object(dispatch, "_triton_refusal", _nothing),
+        mock.patch.object(triton, "refusal", _nothing),
         mock.patch.object(allocation, "refusal", _nothing),
     ):
         yield found
