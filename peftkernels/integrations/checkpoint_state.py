@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkernels._files import write_atomically
+from peftkernels._reading import check_text, check_whole, parse_json
 
 STATE_NAME = "adalora_state.safetensors"
 _METADATA = "peftkernels"
@@ -39,10 +40,18 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: found no readable safetensors file ({error})") from error
-    facts = json.loads(header.get(_METADATA, "null"))
+    facts = parse_json(header.get(_METADATA, "null").encode(), f"{path}: header")
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != _FORMAT:
         raise ValueError(f"{path}: found format {found!r}, expected {_FORMAT} as AdaLoraCallback writes it")
+    return tensors, facts
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `read_state` gives, of a training: with its kind and its step. Raises ValueError, naming the file, else."""
+    tensors, facts = read_state(folder)
+    check_text(facts.get("kind"), f"{folder / STATE_NAME}: kind")
+    check_whole(facts.get("step"), f"{folder / STATE_NAME}: step")
     return tensors, facts
 
 

@@ -7,8 +7,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkernels.allocation.state_checks import within
 from peftkernels.integrations.allocator_training import AllocatorTraining
-from peftkernels.integrations.checkpoint_state import STATE_NAME, read_state, state_folder, write_state
+from peftkernels.integrations.checkpoint_state import STATE_NAME, read_checkpoint, state_folder, write_state
 from peftkernels.integrations.peft.loading import WatchedLoad, watch_load
 from peftkernels.integrations.peft.training import PeftTraining
 from peftkernels.integrations.sharded_refusal import refuse_sharded
@@ -144,7 +145,7 @@ class AdaLoraCallback(TrainerCallback):
         step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             folder = state_folder(state.best_model_checkpoint)
-            tensors, facts = ({}, {}) if folder is None else read_state(folder)
+            tensors, facts = ({}, {}) if folder is None else read_checkpoint(folder)
             if folder is None or facts["kind"] != training.kind or training.difference(tensors) is not None:
                 warnings.warn(
                     f"load_best_model_at_end: {state.best_model_checkpoint} has no {STATE_NAME} with the parameters "
@@ -153,7 +154,8 @@ class AdaLoraCallback(TrainerCallback):
                     stacklevel=2,
                 )
             else:
-                training.adopt(tensors, facts)
+                with within(f"{folder / STATE_NAME}"):
+                    training.adopt(tensors, facts)
                 step = facts["step"]
         training.end(step)
         self._training = None
@@ -181,7 +183,7 @@ class AdaLoraCallback(TrainerCallback):
         if folder is None:
             self._without_state(training, step, " or ".join(map(str, folders)))
             return
-        tensors, facts = read_state(folder)
+        tensors, facts = read_checkpoint(folder)
         if facts["kind"] != training.kind or facts["step"] != step:
             raise ValueError(
                 f"resume_from_checkpoint: found the state of {facts['kind']!r} at step {facts['step']} in {folder}, "
@@ -193,7 +195,8 @@ class AdaLoraCallback(TrainerCallback):
                 f"resume_from_checkpoint: found in {folder} the state of other parameters than the Trainer loaded "
                 f"({different}), expected those; name the folder: AdaLoraCallback(resume_from_checkpoint=...)"
             )
-        training.unpack(tensors, facts)
+        with within(f"{folder / STATE_NAME}"):
+            training.unpack(tensors, facts)
 
     def _without_state(self, training: AllocatorTraining | PeftTraining, step: int, places: str) -> None:
         """The checkpoint has no state: refuse to go on, or say what that means."""

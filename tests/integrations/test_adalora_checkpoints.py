@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ from support.trainer_runs import (
     trainer_for,
     training_arguments,
 )
+from torch import Tensor
 
 import peftkernels
-from peftkernels.integrations.checkpoint_state import STATE_NAME, read_state
-from peftkernels.integrations.transformers import AdaLoraCallback
+from peftkernels.integrations.checkpoint_state import STATE_NAME, read_checkpoint, read_state, write_state
+from peftkernels.integrations.peft.training import PeftTraining
+from peftkernels.integrations.transformers import FROM_TRAINER, AdaLoraCallback
 
 
 @pytest.mark.parametrize("delta", [1, 2])
@@ -162,6 +166,49 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="found no readable safetensors file"):
         trainer_for(tmp_path).train(resume_from_checkpoint=str(path.parent))
+
+
+def _damaged(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(what the error names, tensors, facts) with each part of a state missing or of another kind."""
+    for name in ("kind", "step", "finalised", "rank_pattern", "settings"):
+        yield name, tensors, {key: value for key, value in facts.items() if key != name}
+        for wrong in (1.5, "x", [], [1], {"x": 1}, {"x": [True]}):
+            if not (name == "kind" and wrong == "x"):
+                yield name, tensors, {**facts, name: wrong}
+    for name in facts["settings"]:
+        yield name, tensors, {**facts, "settings": {k: v for k, v in facts["settings"].items() if k != name}}
+    for name, kept in facts["rank_pattern"].items():
+        for wrong in (None, kept[1:], [1] * len(kept)):
+            yield name, tensors, {**facts, "rank_pattern": {**facts["rank_pattern"], name: wrong}}
+    for name, tensor in tensors.items():
+        bare = name.split(".", 1)[1]
+        if "ranknum" not in name:
+            yield bare, {key: value for key, value in tensors.items() if key != name}, facts
+        for other in (torch.stack([tensor, tensor]), tensor.to(torch.int32)):
+            yield bare, {**tensors, name: other}, facts
+        yield "another", {**tensors, f"{name}.another": tensor}, facts
+
+
+def test_a_state_with_anything_missing_or_wrong_is_refused_by_name(tmp_path: Path) -> None:
+    trainer_for(tmp_path, save_strategy="steps", save_steps=5).train()
+    checkpoint = tmp_path / "checkpoint-5"
+    tensors, facts = read_state(checkpoint)
+    assert facts["rank_pattern"] is not None
+    model = adalora_model()
+    trainer = trainer_for(tmp_path / "other", model, save_strategy="steps", save_steps=5)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    training = PeftTraining(model)
+    training.begin(None, STEPS, None, FROM_TRAINER)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tried = 0
+    for name, parts, said in _damaged(tensors, facts):
+        tried += 1
+        write_state(checkpoint, parts, said)
+        with pytest.raises(ValueError, match=re.escape(name)):
+            training.unpack(*read_checkpoint(checkpoint))
+        assert training.pattern is None and not training.allocator.exp_avg_ipt
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert tried > 100
 
 
 def test_checkpoints_load_into_plain_peft(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkernels.allocation.state_checks import part
+from peftkernels._reading import check_flag, check_list, check_object, shown
+from peftkernels.allocation.state_checks import check_floats, check_names, part
 from peftkernels.integrations.checkpoint_state import first_difference
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
@@ -143,7 +144,9 @@ class PeftTraining:
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from what `pack` gave, after `begin`. Raises ValueError where the schedule cannot go on from there."""
+        """Go on from what `pack` gave, after `begin`. Raises ValueError, before any change, for anything else and where
+        the schedule cannot go on from there."""
+        self._check_state(tensors, facts)
         changed = [
             f"{name} (found {facts['settings'][name]}, now {getattr(self.config, name)})"
             for name in _SETTINGS
@@ -172,9 +175,47 @@ class PeftTraining:
         self._finalised = facts["finalised"]
 
     def adopt(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """The parameters of another checkpoint were loaded into the model: take its pattern over."""
+        """The parameters of another checkpoint were loaded into the model: take its pattern over. Raises
+        ValueError, before any change, for anything but what `pack` gave."""
+        self._check_state(tensors, facts)
         self._restore_parameters(tensors)
         self.pattern = facts["rank_pattern"]
+
+    def _check_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        parameters, factors = self._parameters(), self.factors
+        saved = part(tensors, _PARAMETERS)
+        # peft does not save `ranknum`: a state may do without it.
+        expected = [name for name in parameters if name in saved or ".ranknum." not in name]
+        check_names(saved, expected, "state: parameters")
+        for name in saved:
+            check_floats(tensors, _PARAMETERS + name, parameters[name].shape)
+        judged = {average: part(tensors, f"{average}.") for average in _AVERAGES}
+        if any(judged.values()):
+            for average, values in judged.items():
+                check_names(values, factors, f"state: {average}")
+                for name in values:
+                    check_floats(tensors, f"{average}.{name}", factors[name].shape)
+        settings = check_object(facts.get("settings"), "state: settings")
+        check_names({name: settings[name] for name in _SETTINGS if name in settings}, _SETTINGS, "state: settings")
+        check_flag(facts.get("finalised"), "state: finalised")
+        if "rank_pattern" not in facts:
+            raise ValueError("state: rank_pattern: found nothing, expected what is kept of every gate, or null")
+        if facts["rank_pattern"] is not None:
+            self._check_pattern(check_object(facts["rank_pattern"], "state: rank_pattern"))
+
+    def _check_pattern(self, pattern: Mapping[str, Any]) -> None:
+        # peft leaves the adapter's name out of some of its patterns.
+        short = not any(self.adapter in name for name in pattern)
+        gates = {
+            name.replace(f".{self.adapter}", "") if short else name: gate.shape[0]
+            for name, gate in self._gates().items()
+        }
+        check_names(pattern, gates, "state: rank_pattern")
+        for name, r in gates.items():
+            where = f"state: rank_pattern: {name}"
+            kept = check_list(pattern[name], where)
+            if len(kept) != r or not all(isinstance(one, bool) for one in kept):
+                raise ValueError(f"{where}: found {shown(kept)}, expected true or false for each of {r} ranks")
 
     def _allocate(self, step: int) -> None:
         self.config.rank_pattern = self.pattern
