@@ -54,7 +54,6 @@ def test_one_program_for_all_masks(backend: str, device: torch.device, seed: int
     call = _call(seed, "large", device, dropout_p=0.2)
     plan, gate = call.rank_plan, call.gate
     assert plan is not None and gate is not None
-    torch._dynamo.reset()
     function = torch.compile(
         lambda leaves, scaling: _apply(leaves, call, scaling=scaling), fullgraph=True, backend=backend
     )
@@ -68,7 +67,6 @@ def test_one_program_for_all_masks(backend: str, device: torch.device, seed: int
             expected = run(now, "triton")
             assert torch.equal(y.detach(), expected.y.to(device))
             _assert_gradients(leaves, expected.gradients)
-    torch._dynamo.reset()
 
 
 @in_every_size

@@ -199,7 +199,6 @@ def test_adapters_switched_off_and_mixed_batches(kernelized: Any, served: list[s
 
 @pytest.mark.parametrize("kind", ["lora", "adalora"])
 def test_one_program_without_breaks(kind: str, kernelized: Any) -> None:
-    torch._dynamo.reset()
     stock = adapter_layers(adapted(kind))[0]
     lent = kernelized(stock)
     x = torch.randn(3, stock.base_layer.in_features)

@@ -218,7 +218,6 @@ def test_compiled(kind: str) -> None:
     """One graph without breaks, and peft's gradients."""
     stock, patched = pair(kind, "bert")
     expected = gradients(stock, tokens())
-    torch._dynamo.reset()
     compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
     hidden = compiled(input_ids=tokens()).last_hidden_state
     (hidden * torch.linspace(-1, 1, hidden.shape[-1])).square().mean().backward()

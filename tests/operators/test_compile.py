@@ -22,10 +22,8 @@ from peftkernels import RankPlan, lora_linear
 def _fresh_compiler(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Every test compiles for itself, and a second compilation of the same frame is an error."""
     caplog.set_level(logging.WARNING)
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
-    torch._dynamo.reset()
 
 
 def _leaves(call: Call, impl: str) -> dict[str, Tensor]:
