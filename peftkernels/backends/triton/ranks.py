@@ -47,6 +47,12 @@ def as_operand(values, x_type: tl.constexpr):
 
 
 @triton.jit
+def at_most(values, most):
+    """int32 values from 0 to most; what lies outside, negative values too, becomes most, by a single instruction."""
+    return tl.minimum(values.to(tl.uint32), most.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def active_and_live(counts_ptr, r):
     """How many ranks are ACTIVE and how many are not DEAD: all r of them without a plan, never more.
 
@@ -55,8 +61,8 @@ def active_and_live(counts_ptr, r):
     n_active = r
     n_live = r
     if counts_ptr is not None:
-        n_live = tl.minimum(tl.maximum(tl.load(counts_ptr + 1), 0), r)
-        n_active = tl.minimum(tl.maximum(tl.load(counts_ptr), 0), n_live)
+        n_live = at_most(tl.load(counts_ptr + 1), r)
+        n_active = at_most(tl.load(counts_ptr), n_live)
     return n_active, n_live
 
 
@@ -66,7 +72,7 @@ def rank_at(order_ptr, places, r):
     ranks = places
     if order_ptr is not None:
         ranks = tl.load(order_ptr + places, mask=places < r, other=0)
-        ranks = tl.where((ranks >= 0) & (ranks < r), ranks, 0)
+        ranks = at_most(ranks, r - 1)
     return ranks
 
 

@@ -77,6 +77,8 @@ _POINTER = (
     Tile(POINTER, 64, 64, 64, 4, 4),
     Tile(POINTER, 16, 128, 64, 4, 4),
 )
+# The single launch runs out of registers there with a stage more.
+_POINTER_FROM_10 = (*_POINTER[:3], Tile(POINTER, 64, 64, 64, 4, 3), *_POINTER[4:])
 _DECODE = (
     Tile(DECODE_TILE, 16, 16, 128, 4, 4),
     Tile(DECODE_TILE, 16, 32, 128, 4, 5),
@@ -147,7 +149,8 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
         return (wide, _NARROW_FP32, *_DECODE_FP32)
     if capability < (9, 0):
         return (*_POINTER, *_DECODE)
-    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there, and so do the
-    # widest one's beside float32 operands of ranks.
-    tma = _TMA if capability < (10, 0) else _TMA[2:3] if dtype == "float16" else _TMA[1:3]
-    return (*tma, *_POINTER, *_DECODE)
+    if capability < (10, 0):
+        return (*_TMA, *_POINTER, *_DECODE)
+    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there, and beside float32
+    # operands of ranks so do the widest one's and those of four stages.
+    return (*(_TMA[3:4] if dtype == "float16" else _TMA[1:3]), *_POINTER_FROM_10, *_DECODE)
