@@ -69,7 +69,7 @@ bench: install  ## measure all cases, or CASE=..., into bench/results/ (under ha
 report: install  ## write the tables of README.md and bench/plots/ from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
-attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; about an hour on two cores)
+attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; two hours on two cores)
 	cd tests && $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
 
 sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UBSan (ten minutes on two cores; Linux, gcc)

@@ -10,7 +10,7 @@ from typing import Any
 from .readme_tables import markdown
 
 NOTHING = "No long run was kept yet: `make attacks`, then `make report`."
-HEADINGS = ("attack", "what is tried", "tried", "of these", "faults", "seconds")
+HEADINGS = ("attack", "what is tried", "tried", "of these", "faults", "seconds", "seed", "date")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -29,12 +29,14 @@ def page(found: Mapping[str, Any]) -> str:
             ", ".join(f"{count:,} {kind}" for kind, count in attack["tried"].items()),
             f"{len(attack['faults']):,}",
             f"{attack['seconds']:,.0f}",
+            str(attack["seed"]),
+            attack["date"][:10],
         ]
         for attack in found["attacks"]
     ]
     machine, versions = found["machine"], found["versions"]
     provenance = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}, "
-        f"peft {versions['peft']}, transformers {versions['transformers']}, {found['date'][:10]}, seed {found['seed']}."
+        f"peft {versions['peft']}, transformers {versions['transformers']}."
     )
     return f"{markdown(HEADINGS, rows, left=2)}\n\n{provenance}"
