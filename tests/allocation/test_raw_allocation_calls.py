@@ -148,6 +148,24 @@ def test_tensors_that_overlap_are_not_added_to() -> None:
         call("orthogonality", arguments)
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (0, 1), (3, 1)], ids=["sliding", "expanded", "rows_that_overlap"])
+def test_a_tensor_whose_elements_share_memory_is_not_added_to(strides: tuple[int, int]) -> None:
+    arguments = valid("orthogonality")
+    arguments["add_to"][1] = torch.zeros(30).as_strided((2, 6), strides)
+    with pytest.raises(ValueError, match=r"^add_to\[1\]: found strides .*, by which elements share memory"):
+        call("orthogonality", arguments)
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (6, 1), (13, 2)], ids=["turned", "contiguous", "spaced"])
+def test_strided_tensors_are_added_to(strides: tuple[int, int]) -> None:
+    arguments, plain = valid("orthogonality"), valid("orthogonality")
+    arguments["add_to"][1] = torch.zeros(30).as_strided((2, 6), strides)
+    plain["add_to"][1] = torch.zeros(2, 6)
+    call("orthogonality", arguments)
+    call("orthogonality", plain)
+    assert torch.equal(arguments["add_to"][1], plain["add_to"][1]) and plain["add_to"][1].any()
+
+
 @pytest.mark.parametrize(("operator", "argument"), [("averages", "sensitivity"), ("mask", "states")])
 def test_inference_tensors_are_not_written_outside_of_inference_mode(operator: str, argument: str) -> None:
     """That they cannot be was said after they had been."""

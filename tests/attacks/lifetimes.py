@@ -30,7 +30,7 @@ TITLE = "weights, layers, allocators and patched models are made, used, copied, 
 SHORT, LONG = 150, 10_000
 
 # After so many cycles everything that is kept once (compiled code, thread pools, modules) is there.
-WARM = 30
+WARM = 120
 # Blocks that the allocator of the C library holds on to: a leak of one weight of a cycle in a hundred is more.
 SLACK = 24 * 2**20
 WIDTH = 48
