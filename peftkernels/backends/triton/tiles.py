@@ -151,6 +151,6 @@ def shipped(dtype: str, capability: tuple[int, int]) -> tuple[Tile, ...]:
         return (*_POINTER, *_DECODE)
     if capability < (10, 0):
         return (*_TMA, *_POINTER, *_DECODE)
-    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there, and beside float32
-    # operands of ranks those of the wide ones.
+    # From 10.0 on the sums lie in tensor memory; the narrow tiles' stores run out of registers there, and so do those
+    # of the wide ones beside float32 operands of ranks.
     return (*(_TMA[6:] if dtype == "float16" else _TMA[1:3]), *_POINTER_FROM_10, *_DECODE)
