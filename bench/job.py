@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from peftkernels.backends.registry import backend_status
 from peftkernels.cli.bench import Options
-from peftkernels.dispatch import backend_status
 
 from . import lineup, plan, results, roofline, runner
 from .cases import QUICK, Case, select

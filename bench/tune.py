@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels import dispatch
+from peftkernels.backends import registry
 from peftkernels.backends.triton import routes
 from peftkernels.backends.triton.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
 from peftkernels.cli.machine import versions
@@ -320,13 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(device, Cuda):
         capability = torch.cuda.get_device_capability(device.place)
         empty = torch.empty(0, 0, dtype=torch.bfloat16, device=device.place)
-        refused = dispatch.refusal(impl, empty, empty)
+        refused = registry.refusal(impl, empty, empty)
         if refused is not None:
             print(f"bench.tune: error: the Triton backend cannot run here: {refused}", file=sys.stderr)
             return 2
     else:
         empty = torch.empty(0, 0, dtype=getattr(torch, (options.dtype or DTYPE)[0]))
-        refused = dispatch.refusal(impl, empty, empty)
+        refused = registry.refusal(impl, empty, empty)
         if refused is not None:
             print(f"every candidate runs on the eager backend: {refused}")
             impl = "eager"

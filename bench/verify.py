@@ -1,6 +1,6 @@
 """Results are checked before a speed is printed.
 
-What peftkernels computes may be twice as far from float64 results (`peftkernels.reference`) as plain PyTorch in the
+What peftkernels computes may be twice as far from float64 results (`peftkernels.ops.reference`) as plain PyTorch in the
 same dtype, plus a rounding band of (2·eps + √n·eps_sum) times the result's size, n being the number of terms that are
 summed. The largest error is held to this and so is the root mean square, so that one bad column cannot hide. Peers
 round elsewhere; they only have to compute the same thing.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels import reference
+from peftkernels.ops import reference
 
 from . import data, lineup
 from .cases import Case

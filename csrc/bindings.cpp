@@ -19,7 +19,7 @@
 namespace py = pybind11;
 using namespace peftkernels;
 
-// The schemas are declared in peftkernels/_ops.py and _allocation_ops.py, the first of which is imported first.
+// The schemas are declared in peftkernels/ops/schemas.py and allocation.py, the first of which is imported first.
 TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
   m.impl("lora_linear_fwd.cpu", cpu::lora_linear_forward);
   m.impl("lora_linear_bwd.cpu", cpu::lora_linear_backward);

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
-from peftkernels._weights import weights_changed
-from peftkernels.dispatch import Explanation
+from peftkernels.backends.registry import Explanation
 from peftkernels.functional import explain, lora_linear
-from peftkernels.rank_plan import RankPlan, RankState
-from peftkernels.shrinks import shared_shrink
+from peftkernels.functional.frozen_weights import weights_changed
+from peftkernels.functional.shrink import shared_shrink
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
     from peftkernels.integrations.peft import apply_to_peft, revert, stats

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from typing_extensions import Self
 
 from peftkernels._base_weight import BaseWeight
-from peftkernels.dispatch import IMPLEMENTATIONS
+from peftkernels.backends.registry import IMPLEMENTATIONS
 from peftkernels.functional import lora_linear
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -145,7 +145,7 @@ def _run(options: Options, began: float) -> int:
 
 def _lineup(options: Options) -> Lineup:
     """Who can take part, with a line for whoever cannot."""
-    from peftkernels.dispatch import backend_status
+    from peftkernels.backends.registry import backend_status
 
     from .job import Lineup
 

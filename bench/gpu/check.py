@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from peftkernels import dispatch
+from peftkernels.backends import registry
 from peftkernels.backends.triton import routes
 from peftkernels.backends.triton.routes import BACKWARD, FORWARD, Choice, Product
 
@@ -28,13 +28,13 @@ def check(device: Device, impl: str, cases: Sequence[Case], say: Callable[[str],
     right, checked = True, 0
     for case in cases:
         empty = torch.empty(0, 0, dtype=data.dtypes(case)[0], device=device.place)
-        refused = None if impl == "auto" else dispatch.refusal(impl, empty, empty)
+        refused = None if impl == "auto" else registry.refusal(impl, empty, empty)
         if refused is not None:
             say(f"left out: {case.id}: {refused}")
             continue
         bench = DeviceLayer(case, device, contestants(case, peft=False), impl)
         ways: list[Choice | None] = [None]
-        if dispatch.choose(impl, bench.inputs[0], bench.weight) == "triton":
+        if registry.choose(impl, bench.inputs[0], bench.weight) == "triton":
             ways += ways_to_go(case, device)
         for way in ways:
             checked += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from peftkernels import dispatch
+from peftkernels.backends import registry
 
 from .. import results, roofline
 from ..cases import ALLOCATOR, CALLS, ENQUEUE, GRAPH, Case
@@ -116,7 +116,7 @@ def served(bench: DeviceLayer) -> str:
     """The implementation that computes ours, and where it says so the way that each product goes."""
     if bench.impl != "auto":
         return bench.impl
-    found = dispatch.explain_choice(bench.inputs[0], bench.weight)
+    found = registry.explain_choice(bench.inputs[0], bench.weight)
     directions = ("forward", "backward") if bench.case.trains else ("forward",)
     ways = [f"{direction} {found.routes[direction]}" for direction in directions if direction in found.routes]
     return "; ".join([found.chosen, *ways])

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peftkernels import reference
+from peftkernels.ops import reference
 
 from .. import data, lineup
 from ..verify import SEED, Results, WrongResultError, check, check_peer, differentiated, fused, plain

@@ -1,5 +1,5 @@
 // Dropout by counter-based Philox4x32-10: the mask of an element depends on the seed and its place in x alone, so
-// forward, backward and recomputation agree for any tiling. `peftkernels/reference.py` defines the mask.
+// forward, backward and recomputation agree for any tiling. `peftkernels/ops/reference.py` defines the mask.
 #pragma once
 
 #include <c10/util/BFloat16.h>

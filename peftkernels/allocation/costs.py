@@ -17,7 +17,7 @@ from peftkernels._reading import check_number, check_object
 from peftkernels.allocation.files import read_kind, write_json
 from peftkernels.allocation.protocol import GatedLayer, find_gated_layers
 from peftkernels.nn import AdaLoRALinear
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 # A layer's own rank may be so low that what one rank adds is lost in the clock's noise.
 LIVE_RANKS = (16, 64)

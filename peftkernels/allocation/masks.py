@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
 from peftkernels.allocation.protocol import FACTORS, GatedLayer, factors_of
 from peftkernels.allocation.sharding import ShardedFactors
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 
 class RankMasks:

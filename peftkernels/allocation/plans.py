@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 
 def update_plans(plans: Sequence[RankPlan], states: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from peftkernels._module_names import named_modules
 from peftkernels.allocation.observer import Observer
 from peftkernels.allocation.report import AllocationReport
-from peftkernels.rank_plan import RankPlan
+from peftkernels.ops.rank_plan import RankPlan
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
 

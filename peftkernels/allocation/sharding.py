@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftkernels.allocation.protocol import FACTORS, GatedLayer
-from peftkernels.rank_plan import RankPlan
+from peftkernels.ops.rank_plan import RankPlan
 
 
 class OwnLayer:

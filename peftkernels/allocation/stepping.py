@@ -23,7 +23,7 @@ from peftkernels.allocation.sharding import find_shards
 from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategy import Strategy
 from peftkernels.allocation.watchers import Watchers
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 class Stepping(RunProgress):

@@ -1,1 +1,1 @@
-"""Implementations of the operators declared in `peftkernels._ops`, one module a backend; none imports another."""
+"""What implements the operators that `peftkernels.ops` declares, a module for each backend; none imports another."""

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels import _ops
 from peftkernels._autocast import without_autocast
-from peftkernels.reference import dropout_factor
+from peftkernels.ops import schemas
+from peftkernels.ops.reference import dropout_factor
 
 
 def _dropped(rows: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -108,7 +108,7 @@ def _forward(
     given_shrink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(x.device.type):
-        dtype, low = x.dtype, _ops.rank_dtype(x.dtype)
+        dtype, low = x.dtype, schemas.rank_dtype(x.dtype)
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         live = _LiveRanks(lora_A, lora_B, low, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -128,7 +128,7 @@ def _forward(
 
 def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
     with without_autocast(x.device.type):
-        low = _ops.rank_dtype(x.dtype)
+        low = schemas.rank_dtype(x.dtype)
         factors = torch.cat([factor.to(low) for factor in lora_A])
         return F.linear(x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(low), factors)
 
@@ -152,9 +152,9 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     with without_autocast(grad_y.device.type):
-        dtype, low = grad_y.dtype, _ops.rank_dtype(grad_y.dtype)
+        dtype, low = grad_y.dtype, schemas.rank_dtype(grad_y.dtype)
         needs_x, needs_weight, needs_A, needs_B, needs_bias, needs_gate = needs
-        results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6))
+        results = list(schemas.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6))
         grads = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
         live = _LiveRanks(lora_A, lora_B, low, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor)
         rows = None if x is None else x.reshape(grads.shape[0], x.shape[-1])
@@ -195,4 +195,4 @@ def _backward(
 
 def register() -> None:
     """Implement the `.eager` overloads on every device."""
-    _ops.implement("eager", _forward, _backward, _shrink)
+    schemas.implement("eager", _forward, _backward, _shrink)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear
 from peftkernels.backends import triton
+from peftkernels.backends.registry import backend_status
 from peftkernels.cli.agreement import disagreements
 from peftkernels.cli.machine import machine, versions
-from peftkernels.dispatch import backend_status
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 _GPU_BACKENDS = ("triton", "cuda")

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkernels.allocation import BudgetAllocator
 from peftkernels.allocation.protocol import FACTORS
 from peftkernels.distributed.agreement import check_agreement
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 class LiveRanks:

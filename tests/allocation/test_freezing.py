@@ -13,7 +13,7 @@ from torch import nn
 from peftkernels.allocation import Budget, BudgetAllocator
 from peftkernels.allocation.freezing import LayerFreezing
 from peftkernels.allocation.strategies import AdaLora, Magnitude
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 def frozen_at(policy: LayerFreezing, fall_at: tuple[int | None, ...], steps: int = 60) -> dict[str, int]:

@@ -15,7 +15,7 @@ from peftkernels import RankPlan
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.kernels.layout import ALIGNMENT
 from peftkernels.allocation.kernels.plain import PlainKernels
-from peftkernels.backends import cpu_allocation
+from peftkernels.backends.cpu import allocation as cpu_allocation
 
 
 def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.orthogonality import orthogonality
-from peftkernels.backends import cpu_allocation
+from peftkernels.backends.cpu import allocation as cpu_allocation
 
 SHAPES_A = ((4, 9), (4, 9), (3, 7), (1, 5), (0, 6), (5, 3))
 

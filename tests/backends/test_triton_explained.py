@@ -7,8 +7,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from peftkernels import dispatch
-from peftkernels.backends import triton
+from peftkernels.backends import registry, triton
 from peftkernels.backends.triton import routes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -98,9 +97,9 @@ def test_both_passes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     with routes.forced(routes.Choice("tail", "pointer-64x64x64-4w-4s")):
         words = triton.route_in_words(x.to(torch.bfloat16), weight)
     assert set(words.values()) == {"tail:pointer-64x64x64-4w-4s (forced)"}
-    monkeypatch.setattr(dispatch, "choose", lambda impl, x, weight: "triton")
+    monkeypatch.setattr(registry, "choose", lambda impl, x, weight: "triton")
     monkeypatch.setattr(triton, "route_in_words", lambda x, weight: {"forward": "tail:tile (measured on 'X')"})
-    printed = str(dispatch.explain_choice(x, weight))
+    printed = str(registry.explain_choice(x, weight))
     assert printed.splitlines() == [
         "lora_linear runs on 'triton'",
         "  forward: tail:tile (measured on 'X')",

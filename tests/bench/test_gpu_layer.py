@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkernels import reference
 from peftkernels.bench import data, lineup
 from peftkernels.bench.cases import BACKWARD, DEAD, FORWARD, GRAPH, PROBE, Case
 from peftkernels.bench.gpu import layer as layers
@@ -21,6 +20,7 @@ from peftkernels.bench.gpu.floor import library_linear
 from peftkernels.bench.gpu.layer import DeviceLayer, copies, twin
 from peftkernels.bench.gpu.verify import oracle, sampled_rows, verify
 from peftkernels.bench.verify import WrongResultError
+from peftkernels.ops import reference
 
 HOST = Host(torch.device("cpu"))
 SMALL = {"K": 48, "N": 40, "M": 24, "r": 8, "dtype": "bf16"}

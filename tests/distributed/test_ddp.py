@@ -8,7 +8,7 @@ from processes import Processes
 from runs import STEPS, TOTAL, Training, build, run_whole, states
 from torch.nn.parallel import DistributedDataParallel
 
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 @pytest.mark.parametrize(

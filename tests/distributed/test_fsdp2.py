@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.sharding import gather
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from processes import Processes
 from runs import LAYERS, RANKS, STEPS, Training, build, run_whole
 
 from peftkernels.distributed import LiveRanks
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 
 def elements(states: list[int], model: torch.nn.Module) -> int:

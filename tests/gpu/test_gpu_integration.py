@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peftkernels import explain, lora_linear
-from peftkernels._ops import rank_dtype
+from peftkernels.ops.schemas import rank_dtype
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"leading": (2, 9), "n": 48, "k": 80},

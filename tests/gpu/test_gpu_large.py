@@ -12,9 +12,10 @@ from support.oracle import Budget
 from support.routes import capability, x_dtype
 from torch import Tensor
 
-from peftkernels import lora_linear, reference
+from peftkernels import lora_linear
 from peftkernels.backends.triton import routes
 from peftkernels.backends.triton.routes import Choice
+from peftkernels.ops import reference
 
 
 @dataclass(frozen=True)

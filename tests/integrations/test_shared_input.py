@@ -14,7 +14,7 @@ from support.peft_models import adapted, gradients, pair, relative_errors, token
 from torch import Tensor, nn
 
 import peftkernels
-from peftkernels import dispatch
+from peftkernels.backends import registry
 from peftkernels.integrations.peft import layers
 from peftkernels.integrations.peft.served import ATTRIBUTE
 from peftkernels.integrations.peft.steps import steps_made
@@ -28,7 +28,7 @@ SHARED = 5
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Implementations on which a model shares; the C++ kernels would not for the sake of speed."""
     if request.param == "cpu":
-        reason = dispatch.backend_status()["cpu"]
+        reason = registry.backend_status()["cpu"]
         if reason is not None:
             pytest.skip(reason)
         monkeypatch.setattr(layers, "sharing_disadvantage", lambda impl, x, weight: None)
@@ -113,20 +113,20 @@ def test_the_cpp_kernels_make_their_own() -> None:
     model = adapted("lora")
     peftkernels.apply_to_peft(model)
     x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
-    if dispatch.choose("auto", x, weight) != "cpu":
-        pytest.skip(str(dispatch.explain_choice(x, weight)))
+    if registry.choose("auto", x, weight) != "cpu":
+        pytest.skip(str(registry.explain_choice(x, weight)))
     for _ in range(3):
         logits(model)
     assert shared(model) == 0
-    assert "while rows of x are in cache" in str(dispatch.sharing_disadvantage("auto", x, weight))
+    assert "while rows of x are in cache" in str(registry.sharing_disadvantage("auto", x, weight))
 
 
 def test_small_inputs_are_not_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "choose", lambda impl, x, weight: "triton")
+    monkeypatch.setattr(registry, "choose", lambda impl, x, weight: "triton")
     small = torch.empty(8, 128, device="meta")
-    assert "x has 1024 elements" in str(dispatch.sharing_disadvantage("auto", small, small))
+    assert "x has 1024 elements" in str(registry.sharing_disadvantage("auto", small, small))
     large = torch.empty(8192, 4096, device="meta")
-    assert dispatch.sharing_disadvantage("auto", large, large) is None
+    assert registry.sharing_disadvantage("auto", large, large) is None
 
 
 def test_dropout_is_each_projections_own(impl: str) -> None:

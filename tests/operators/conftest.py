@@ -11,8 +11,8 @@ from support.covering import covering
 from support.devices import CPU, device_of
 from support.implementations import ALL, refusal, skip_unless_served, threads
 
-from peftkernels import functional
 from peftkernels.backends import triton
+from peftkernels.functional import linear
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +45,7 @@ def _products_of_any_width() -> Iterator[None]:
 @pytest.fixture
 def without_direct_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call goes through the Python function's checks, choice and operators, as on the other implementations."""
-    monkeypatch.setattr(functional, "_direct_call", functional._leave_to_python)
+    monkeypatch.setattr(linear, "_direct_call", linear._leave_to_python)
 
 
 @pytest.fixture(params=[*ALL, "cpu-without_direct_call"])

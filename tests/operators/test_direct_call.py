@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftkernels import RankPlan, dispatch, functional, lora_linear
-from peftkernels._checks import check_arguments
-from peftkernels.backends import cpu
+from peftkernels import RankPlan, lora_linear
+from peftkernels.backends import cpu, registry
+from peftkernels.functional import linear
+from peftkernels.functional.checks import check_arguments
 
 TOO_LARGE = 10**400
 
@@ -75,8 +76,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_plain_calls_are_served(situation: str, gradients: bool, impl: str, seed: int) -> None:
     call = make_call(seed, **SITUATIONS[situation])
-    if dispatch.choose("auto", call.x, call.weight) != "cpu" and impl == "auto":
-        pytest.skip(str(dispatch.explain_choice(call.x, call.weight)))
+    if registry.choose("auto", call.x, call.weight) != "cpu" and impl == "auto":
+        pytest.skip(str(registry.explain_choice(call.x, call.weight)))
     if gradients:
         call.lora_A.requires_grad_()
     y = direct(arguments_of(call, impl))
@@ -191,7 +192,7 @@ def test_compiled_calls_do_not_take_it(seed: int, monkeypatch: pytest.MonkeyPatc
 
     call = make_call(seed)
     expected = lora_linear(call.x, call.weight, call.lora_A, call.lora_B)
-    monkeypatch.setattr(functional, "_direct_call", called)
+    monkeypatch.setattr(linear, "_direct_call", called)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(call.x, call.weight, call.lora_A, call.lora_B), expected)
     with pytest.raises(AssertionError, match="the direct call ran"):
@@ -216,7 +217,7 @@ def test_packs_that_are_not_kept(seed: int) -> None:
     assert isinstance(before, str)
     cpu.set_pack_mode("off")
     try:
-        assert dispatch.choose("auto", call.x, call.weight) == "eager"
+        assert registry.choose("auto", call.x, call.weight) == "eager"
         assert direct(arguments_of(call)) is None
         assert direct(arguments_of(call, "cpu")) is not None
     finally:
@@ -276,7 +277,7 @@ def test_it_serves_what_python_would_give_to_the_kernels_and_nothing_else(argume
     """The checks and the choice, made twice, agree; where the call is declined, no seed is drawn."""
     try:
         check_arguments(*(arguments[name] for name in ORDER[:-1]))
-        expected = dispatch.choose(arguments["impl"], arguments["x"], arguments["weight"]) == "cpu"
+        expected = registry.choose(arguments["impl"], arguments["x"], arguments["weight"]) == "cpu"
     except (TypeError, ValueError, RuntimeError):
         expected = False
     # Passes the checks, and cannot be handed to any operator.

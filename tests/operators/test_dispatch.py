@@ -15,8 +15,9 @@ from support.devices import device_of
 from support.implementations import ALL, skip_unless_served
 
 import peftkernels
-from peftkernels import Explanation, dispatch, explain, functional, lora_linear
-from peftkernels.backends import triton
+from peftkernels import Explanation, explain, lora_linear
+from peftkernels.backends import registry, triton
+from peftkernels.functional import linear
 
 
 def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> str:
@@ -24,7 +25,7 @@ def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> 
     ran: list[str] = []
 
     def watched(name: str) -> Any:
-        forward, backward = functional._OVERLOADS[name]
+        forward, backward = linear._OVERLOADS[name]
 
         def call(*values: Any) -> Any:
             ran.append(name)
@@ -32,7 +33,7 @@ def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> 
 
         return call, backward
 
-    direct_call = functional._direct_call
+    direct_call = linear._direct_call
 
     def watched_direct_call(*values: Any) -> Any:
         y = direct_call(*values)
@@ -41,9 +42,9 @@ def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> 
         return y
 
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "_direct_call", watched_direct_call)
-        for name in list(functional._OVERLOADS):
-            patch.setitem(functional._OVERLOADS, name, watched(name))
+        patch.setattr(linear, "_direct_call", watched_direct_call)
+        for name in list(linear._OVERLOADS):
+            patch.setitem(linear._OVERLOADS, name, watched(name))
         lora_linear(*arguments, **keywords)
     assert len(ran) == 1
     return ran[0]
@@ -107,9 +108,9 @@ def test_explaining_computes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch)
     def ran(*arguments: Any) -> None:
         raise AssertionError("a kernel ran")
 
-    for name in list(functional._OVERLOADS):
-        monkeypatch.setitem(functional._OVERLOADS, name, (ran, ran))
-    monkeypatch.setattr(functional, "_direct_call", ran)
+    for name in list(linear._OVERLOADS):
+        monkeypatch.setitem(linear._OVERLOADS, name, (ran, ran))
+    monkeypatch.setattr(linear, "_direct_call", ran)
     call = make_call(seed, dropout_p=0.5)
     before = torch.random.get_rng_state()
     explain(call.x, call.weight, call.lora_A, call.lora_B, **{**call.optional, "dropout_seed": None})
@@ -117,8 +118,8 @@ def test_explaining_computes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_status_of_every_backend_is_known() -> None:
-    status = dispatch.backend_status()
-    assert tuple(status) == dispatch.IMPLEMENTATIONS == ("reference", "eager", "cpu", "triton", "cuda")
+    status = registry.backend_status()
+    assert tuple(status) == registry.IMPLEMENTATIONS == ("reference", "eager", "cpu", "triton", "cuda")
     assert status["reference"] is None
     assert status["eager"] is None
     assert (status["triton"] is None) == (triton.interpreting() or torch.cuda.is_available())
@@ -130,7 +131,7 @@ def test_an_extension_that_was_built_is_served() -> None:
     built = sorted(Path(peftkernels.__file__).parent.glob("_C.*"))
     if not built:
         pytest.skip("the C++ extension was not built here")
-    assert dispatch.backend_status()["cpu"] is None
+    assert registry.backend_status()["cpu"] is None
 
 
 def test_importing_loads_neither_kernels_nor_optional_packages() -> None:

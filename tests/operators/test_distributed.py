@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkernels import dispatch
+from peftkernels.backends import registry
 
 PROGRAM = """
 import sys
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
 
 def test_sharded_training(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    names = [name for name in ("eager", "cpu") if dispatch.backend_status()[name] is None]
+    names = [name for name in ("eager", "cpu") if registry.backend_status()[name] is None]
     tests, meeting = str(request.config.rootpath / "tests"), str(tmp_path / "meeting")
     processes = [
         subprocess.Popen(

@@ -14,7 +14,8 @@ from support.checks import drops_as_philox_says, within_budget
 from support.implementations import ALL, examples, skip_unless_served
 from torch import Tensor
 
-from peftkernels import lora_linear, reference
+from peftkernels import lora_linear
+from peftkernels.ops import reference
 
 ONES = 0xFFFFFFFF
 # counter, key, result: kat_vectors of Random123 for philox4x32 with 10 rounds

@@ -11,8 +11,9 @@ import torch
 from support.devices import FROZEN_WEIGHTS, device_of, moved, moved_plan
 from torch import Tensor
 
-from peftkernels import RankPlan, explain, functional, lora_linear
+from peftkernels import RankPlan, explain, lora_linear
 from peftkernels.backends import triton
+from peftkernels.functional import linear
 
 X, N, K, R = (2, 3, 5), 4, 5, 2
 
@@ -264,14 +265,14 @@ def _no_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def ran(*arguments: Any) -> None:
         raise AssertionError("a kernel ran before the error")
 
-    direct_call = functional._direct_call
+    direct_call = linear._direct_call
 
     def declines(*arguments: Any) -> None:
         assert direct_call(*arguments) is None, "a kernel ran before the error"
 
-    for name in functional._OVERLOADS:
-        monkeypatch.setitem(functional._OVERLOADS, name, (ran, ran))
-    monkeypatch.setattr(functional, "_direct_call", declines)
+    for name in linear._OVERLOADS:
+        monkeypatch.setitem(linear._OVERLOADS, name, (ran, ran))
+    monkeypatch.setattr(linear, "_direct_call", declines)
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(torch.random.get_rng_state(), before), "a seed was drawn before the error"
@@ -377,7 +378,7 @@ def test_bf16_where_triton_is_interpreted() -> None:
 
 @pytest.mark.usefixtures("without_direct_call", "_no_kernel_may_run")
 def test_fp16_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftkernels.dispatch._cpu_unavailable_reason", lambda: None)
+    monkeypatch.setattr("peftkernels.backends.registry._cpu_unavailable_reason", lambda: None)
     changes = {name: VALID[name].half() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")}
     message = "impl='cpu' cannot serve this call: x is torch.float16, the C++ kernels compute in float32 and bfloat16"
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):

@@ -12,8 +12,9 @@ from support.implementations import ALL, skip_unless_served
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftkernels import dispatch, lora_linear
-from peftkernels._ops import rank_dtype
+from peftkernels import lora_linear
+from peftkernels.backends import registry
+from peftkernels.ops.schemas import rank_dtype
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"gate": False, "bias": False},
@@ -114,7 +115,7 @@ def test_strided_arguments(impl: str, layout: str, seed: int) -> None:
 def test_the_operators_are_registered_on_the_dispatcher() -> None:
     for operator in ("lora_linear_fwd", "lora_linear_bwd"):
         packet = getattr(torch.ops.peftkernels, operator)
-        assert set(packet.overloads()) == set(dispatch.REGISTERED)
+        assert set(packet.overloads()) == set(registry.REGISTERED)
         for overload in packet.overloads():
             schema = getattr(packet, overload)._schema
             assert not schema.is_mutable, f"{operator}.{overload} is not functional"

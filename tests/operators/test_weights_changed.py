@@ -13,7 +13,8 @@ from support.packs import count, fresh_cache, gained
 from torch import Tensor, nn
 
 import peftkernels
-from peftkernels import _weights, lora_linear, weights_changed
+from peftkernels import lora_linear, weights_changed
+from peftkernels.functional import frozen_weights
 
 N, K = 70, 90
 
@@ -101,7 +102,7 @@ def test_a_compiled_program_sees_the_change(seed: int) -> None:
 
 def test_told_within_a_compiled_function(seed: int) -> None:
     call = make_call(seed, leading=(6,), n=N, k=K, r=4)
-    before = _weights.generation()
+    before = frozen_weights.generation()
 
     @torch.compile(backend="aot_eager")
     def compiled(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def test_told_within_a_compiled_function(seed: int) -> None:
     with torch.no_grad():
         compiled(call.x, call.weight)
     assert count("entries") == 0
-    assert _weights.generation() != before
+    assert frozen_weights.generation() != before
 
 
 def test_other_tensors_and_modules_are_taken_without_a_word() -> None:
@@ -129,11 +130,11 @@ def test_anything_else_is_an_error(wrong: object) -> None:
 
 
 def test_the_generation_is_another_after_every_call_on_any_thread() -> None:
-    seen = [_weights.generation()]
+    seen = [frozen_weights.generation()]
 
     def change() -> None:
         weights_changed(torch.zeros(2))
-        seen.append(_weights.generation())
+        seen.append(frozen_weights.generation())
 
     for _ in range(5):
         thread = threading.Thread(target=change)

@@ -8,9 +8,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from peftkernels import RankPlan, RankState, lora_linear, reference
-from peftkernels._ops import rank_dtype
+from peftkernels import RankPlan, RankState, lora_linear
 from peftkernels.backends.triton import routes
+from peftkernels.ops import reference
+from peftkernels.ops.schemas import rank_dtype
 from support import philox
 from support.cases import DTYPES, GRADIENTS, TRAINABLE, Call, Outcome, make_call, run
 from support.devices import CPU, device_of

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkernels import functional, lora_linear
+from peftkernels import lora_linear
+from peftkernels.functional import linear
 from support.cases import Call
 
 OPTIONAL = ("bias", "gate", "rank_plan", "scaling", "dropout_p", "dropout_seed", "shrink", "impl")
@@ -27,11 +28,11 @@ def arguments_of(call: Call, impl: str = "auto") -> dict[str, Any]:
 
 def direct(arguments: dict[str, Any]) -> Tensor | None:
     """y, or None where the call is left to Python."""
-    return functional._direct_call(*(arguments[name] for name in ORDER))
+    return linear._direct_call(*(arguments[name] for name in ORDER))
 
 
 def by_python(function: Callable[[], Any]) -> Any:
     """What `function` returns when every call goes through the Python function."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_direct_call", functional._leave_to_python)
+        patch.setattr(linear, "_direct_call", linear._leave_to_python)
         return function()

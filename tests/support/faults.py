@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels import reference
+from peftkernels.ops import reference
 
 Arguments = dict[str, Any]
 Operator = Callable[..., Any]

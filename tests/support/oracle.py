@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels import reference
+from peftkernels.ops import reference
 from support.cases import Call, Outcome
 from support.devices import CPU
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels import RankPlan, _allocation_ops  # noqa: F401  (declares the operators)
+from peftkernels import RankPlan
+from peftkernels.ops import allocation  # noqa: F401  (declares the operators)
 
 # r, K, N of two layers
 LAYERS = ((3, 5, 4), (2, 6, 7))

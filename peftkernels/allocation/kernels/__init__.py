@@ -10,9 +10,9 @@ from torch import Tensor
 
 from peftkernels.allocation.kernels.layout import FactorLayout
 from peftkernels.allocation.kernels.plain import PlainKernels
-from peftkernels.backends import cpu_allocation
+from peftkernels.backends.cpu import allocation as cpu_allocation
 from peftkernels.backends.triton import allocation as triton_allocation
-from peftkernels.rank_plan import RankPlan
+from peftkernels.ops.rank_plan import RankPlan
 
 IMPLEMENTATIONS = ("plain", "cpu", "triton")
 

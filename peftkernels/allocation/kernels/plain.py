@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkernels.allocation.kernels.layout import FACTORS_PER_LAYER, FactorLayout
 from peftkernels.allocation.plans import update_plans, zero_gates
 from peftkernels.allocation.selection import select_ranks
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 
 class PlainKernels:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels import _ops
 from peftkernels.backends.triton import routes
+from peftkernels.ops import schemas
 
 OLDEST = (8, 0)
 # Elements of x from which on one shrink is made for several projections. Each projection but one is spared a read of
@@ -141,7 +141,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The same with an empty tensor for an S that is not saved."""
     y, shrink = forward(*arguments)
-    nothing = y.new_empty((0, arguments[2].shape[0]), dtype=_ops.rank_dtype(y.dtype))
+    nothing = y.new_empty((0, arguments[2].shape[0]), dtype=schemas.rank_dtype(y.dtype))
     return y, nothing if shrink is None else shrink
 
 
@@ -169,4 +169,4 @@ def _served(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def register() -> None:
     """Implement the `.triton` overloads."""
-    _ops.implement("triton", _served(_forward_operator), _served(backward), _served(_shrink))
+    schemas.implement("triton", _served(_forward_operator), _served(backward), _served(_shrink))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels import _ops
 from peftkernels.backends.triton import columns, dropout, expand, finish, routes
 from peftkernels.backends.triton.frozen_product import TailProduct, plan_tail, route
 from peftkernels.backends.triton.kinds import Kinds
@@ -24,6 +23,7 @@ from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiproces
 from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.tiles import Blocks, blocks_for, tile
+from peftkernels.ops import schemas
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def backward(
         raise RuntimeError("impl='triton' cannot serve this call: weight requires grad, the kernels serve frozen ones")
     # A pass that is itself recorded reaches this with gradients enabled; `functional` records it as one operator.
     with place(grad_y), torch.no_grad():
-        results = list(_ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
+        results = list(schemas.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
         if needs[4]:
             rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
             results[4] = rows.sum(0, dtype=results[4].dtype)

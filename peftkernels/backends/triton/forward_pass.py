@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels._ops import rank_dtype
 from peftkernels.backends.triton import decode, expand, finish, routes, shrink, single
 from peftkernels.backends.triton import given as given_shrinks
 from peftkernels.backends.triton.frozen_product import (
@@ -25,6 +24,7 @@ from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kin
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.shared_shrink import Parts, parts_of
 from peftkernels.backends.triton.tiles import TMA, Tile, blocks_for, tile
+from peftkernels.ops.schemas import rank_dtype
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftkernels._ops import rank_dtype
+from peftkernels.ops.schemas import rank_dtype
 
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

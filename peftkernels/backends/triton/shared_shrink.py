@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels._ops import rank_dtype
 from peftkernels.backends.triton import finish, shrink
 from peftkernels.backends.triton.kinds import Kinds
 from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
 from peftkernels.backends.triton.operands import is_aligned, kinds_of, place, rows_of
 from peftkernels.backends.triton.ranks import block_of_places, width
 from peftkernels.backends.triton.tiles import blocks_for
+from peftkernels.ops.schemas import rank_dtype
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from peftkernels.backends.registry import backend_status
 from peftkernels.cli.demo import report
 from peftkernels.cli.demo.checkpoint import DECISIONS, RESULTS, RUNS
 from peftkernels.cli.demo.export import Export
@@ -18,7 +19,6 @@ from peftkernels.cli.demo.report import Agreement, RunFigures
 from peftkernels.cli.demo.timing import Timing
 from peftkernels.cli.demo.train import Record
 from peftkernels.cli.machine import PACKAGES, machine, versions
-from peftkernels.dispatch import backend_status
 
 WIDTH_WITHOUT_TERMINAL = 120
 

@@ -17,7 +17,7 @@ from peftkernels._reading import check_number, check_object, check_whole, shown
 from peftkernels.integrations.peft.adapter_files import AdapterFiles, StoredTensor
 from peftkernels.integrations.peft.adapter_save import PREFIX
 from peftkernels.nn import AdaLoRALinear, LoRALinear
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 # What these settings change, the layers here do not do; each with the value that means "not used".
 _UNSUPPORTED = {

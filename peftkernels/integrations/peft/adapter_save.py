@@ -16,7 +16,7 @@ from peftkernels._module_names import named_modules, named_places, named_tensors
 from peftkernels.allocation.settings import AdaLoraSettings, AllocatorSettings
 from peftkernels.integrations.peft.adapter_files import write_adapter_files
 from peftkernels.nn import AdaLoRALinear, LoRALinear
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 PREFIX = "base_model.model."
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.protocol import FACTORS
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

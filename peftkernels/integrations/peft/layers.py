@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from peftkernels._weights import weights_changed
-from peftkernels.dispatch import sharing_disadvantage
+from peftkernels.backends.registry import sharing_disadvantage
 from peftkernels.functional import lora_linear
+from peftkernels.functional.frozen_weights import weights_changed
 from peftkernels.integrations.peft.bypass import PLAIN, bypass_reason
 from peftkernels.integrations.peft.dora import dora_linear
 from peftkernels.integrations.peft.operands import Operands, argument_reason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels._weights import generation
+from peftkernels.functional.frozen_weights import generation
 
 # Rows of a weight of low precision that are in float32 at a time.
 _ROWS = 1024

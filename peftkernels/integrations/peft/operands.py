@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkernels._checks import check_arguments
+from peftkernels.functional.checks import check_arguments
 
 # The arguments of `lora_linear` by name that say what is computed: all but x, shrink and impl.
 Operands = dict[str, Any]

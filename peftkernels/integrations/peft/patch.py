@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftkernels.dispatch import IMPLEMENTATIONS
+from peftkernels.backends.registry import IMPLEMENTATIONS
 from peftkernels.integrations.peft.norms import KeptNorms
 from peftkernels.integrations.peft.patched_model import PatchedModel
 from peftkernels.integrations.peft.report import Report, Row, Stats

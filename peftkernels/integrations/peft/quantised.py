@@ -18,7 +18,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.functional import lora_linear_of
+from peftkernels.functional.linear import lora_linear_of
 from peftkernels.integrations.peft.bypass import KNOWN_FORWARDS, bypass_reason
 from peftkernels.integrations.peft.cpu_packing import keep_from_packing, unpack_for_gradients
 from peftkernels.integrations.peft.layers import (

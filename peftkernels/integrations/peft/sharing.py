@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkernels._autocast import autocast_dtype
+from peftkernels.functional.shrink import shared_shrink
 from peftkernels.integrations.peft.steps import steps_made
-from peftkernels.shrinks import shared_shrink
 
 
 class _Part(NamedTuple):

@@ -20,7 +20,7 @@ from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors,
 from peftkernels.backends.triton.allocation.smoothing import Smoothing
 from peftkernels.backends.triton.allocation.term import Term
 from peftkernels.backends.triton.operands import place
-from peftkernels.rank_plan import RankPlan, RankState
+from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
     from peftkernels.allocation.kernels.layout import FactorLayout

@@ -8,7 +8,7 @@ import torch
 
 from peftkernels.backends.triton.allocation import averages, masks, orthogonality, threshold
 from peftkernels.backends.triton.launch import Variant
-from peftkernels.rank_plan import RankState
+from peftkernels.ops.rank_plan import RankState
 
 # A rank for each size of tile that differs in more than its masks.
 _TILES = (4, 16, 64)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peftkernels import _ops
-from peftkernels._checks import FLOATS
 from peftkernels._tracing import constant_when_traced
-from peftkernels.backends import cpu, eager, oracle, triton
-from peftkernels.rank_plan import RankPlan
+from peftkernels.backends import cpu, eager, reference, triton
+from peftkernels.ops import schemas
+from peftkernels.ops.rank_plan import RankPlan
+from peftkernels.ops.rules import FLOATS
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
-REGISTERED = _ops.IMPLEMENTATIONS
+REGISTERED = schemas.IMPLEMENTATIONS
 _CUDA_UNAVAILABLE = "this version of peftkernels has no CUDA C++ kernels"
 
 _REFUSED = {
@@ -25,7 +25,7 @@ _REFUSED = {
 
 PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
 
-oracle.register()
+reference.register()
 eager.register()
 triton.register()
 

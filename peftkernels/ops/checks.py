@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkernels import _operands
-from peftkernels.rank_plan import check_plan, check_values
+from peftkernels.ops import rules
+from peftkernels.ops.rank_plan import check_plan, check_values
 
 
 def _check(
@@ -33,33 +33,33 @@ def _check(
     shrink: Tensor | None,
 ) -> None:
     """What forward and backward share; ``first`` is x, or the gradient of y."""
-    _operands.matrices(name, first, 1 if name == "x" else 0, weight, lora_A, lora_B)
+    rules.matrices(name, first, 1 if name == "x" else 0, weight, lora_A, lora_B)
     n, r = lora_B.shape
     if bias is not None:
-        _operands.bias(bias, n, first, name)
+        rules.bias(bias, n, first, name)
     if gate is not None:
-        _operands.gate(gate, r, first, name)
+        rules.gate(gate, r, first, name)
     parts = (rank_state, rank_order, rank_counts)
     if any(part is not None for part in parts):
         if rank_state is None or rank_order is None or rank_counts is None:
             raise TypeError("rank_plan: found a part of a plan, expected state, order and counts")
         check_plan(rank_state, rank_order, rank_counts, "rank_plan.")
-        _operands.shape("rank_plan.state", rank_state, (r,), "(r,)")
-        _operands.device("rank_plan", rank_state, first, name)
+        rules.shape("rank_plan.state", rank_state, (r,), "(r,)")
+        rules.device("rank_plan", rank_state, first, name)
     if scaling_tensor is not None:
-        _operands.scaling(scaling_tensor, first, name)
-    _operands.probability(dropout_p)
+        rules.scaling(scaling_tensor, first, name)
+    rules.probability(dropout_p)
     if dropout_seed is not None:
-        _operands.seed(dropout_seed, first, name)
+        rules.seed(dropout_seed, first, name)
     elif dropout_p > 0:
         raise TypeError(f"dropout_seed: found None beside dropout_p = {dropout_p}, expected a 0-dim int64 tensor")
     if shrink is not None:
-        _operands.float_tensor("shrink", shrink)
-        _operands.shape("shrink", shrink, (math.prod(first.shape[:-1]), r), "(M, r)")
-        expected = _operands.rank_dtype(first.dtype)
+        rules.float_tensor("shrink", shrink)
+        rules.shape("shrink", shrink, (math.prod(first.shape[:-1]), r), "(M, r)")
+        expected = rules.rank_dtype(first.dtype)
         if shrink.dtype != expected:
             raise TypeError(f"shrink: found dtype {shrink.dtype}, expected {expected} where {name} is {first.dtype}")
-        _operands.device("shrink", shrink, first, name)
+        rules.device("shrink", shrink, first, name)
 
 
 def check_forward(
@@ -112,11 +112,11 @@ def check_backward(
         dropout_p, dropout_seed, shrink,
     )  # fmt: skip
     if x is not None:
-        _operands.float_tensor("x", x)
+        rules.float_tensor("x", x)
         rows = (*grad_y.shape[:-1], weight.shape[1])
-        _operands.shape("x", x, tuple(rows), "(..., K) with grad_y's rows and weight's K")
-        _operands.of_dtype("x", x, grad_y.dtype)
-        _operands.device("x", x, grad_y, "grad_y")
+        rules.shape("x", x, tuple(rows), "(..., K) with grad_y's rows and weight's K")
+        rules.of_dtype("x", x, grad_y.dtype)
+        rules.device("x", x, grad_y, "grad_y")
     asked = dict(zip(("x", "weight", "lora_A", "lora_B", "bias", "gate"), needs, strict=True))
     made_of = {
         "x": (x, asked["weight"] or asked["lora_A"]),
@@ -131,13 +131,13 @@ def check_backward(
 
 def check_shrink(x: Tensor, lora_A: Sequence[Tensor]) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_shrink` that does not fit the others."""
-    _operands.float_tensor("x", x)
+    rules.float_tensor("x", x)
     if not x.shape:
         raise ValueError("x: found a 0-dim tensor, expected shape (..., K)")
     if not lora_A:
         raise ValueError("lora_A: found no tensor, expected one for each adapter")
     for place, factor in enumerate(lora_A):
-        _operands.factor(f"lora_A[{place}]", factor, x)
+        rules.factor(f"lora_A[{place}]", factor, x)
 
 
 # What errors call an argument of an operator.
@@ -156,14 +156,14 @@ def checked(check: Callable[..., None], function: Callable[..., Any]) -> Callabl
 
     def operator(*arguments: Any) -> Any:
         check(*arguments)
-        if _operands.has_memory():
+        if rules.has_memory():
             given = dict(zip(names, arguments, strict=False))
             for name, value in given.items():
                 if isinstance(value, Tensor):
-                    _operands.backed(name, value)
+                    rules.backed(name, value)
                 elif name == "lora_A":
                     for place, factor in enumerate(value):
-                        _operands.backed(f"lora_A[{place}]", factor)
+                        rules.backed(f"lora_A[{place}]", factor)
             if given.get("rank_plan.state") is not None:
                 check_values(given["rank_plan.state"], given["rank_plan.order"], given["rank_plan.counts"])
         return function(*arguments)

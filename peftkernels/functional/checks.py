@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels import _operands
 from peftkernels._autocast import CASTABLE, autocast_dtype, autocast_enabled
-from peftkernels._operands import FLOATS, rank_dtype
-from peftkernels.rank_plan import RankPlan, check_plan, check_values
+from peftkernels.ops import rules
+from peftkernels.ops.rank_plan import RankPlan, check_plan, check_values
+from peftkernels.ops.rules import FLOATS, rank_dtype
 
 __all__ = ["FLOATS", "check_arguments", "check_shared_shrink", "plain_number"]
 _INT64 = 2**63
@@ -35,12 +35,12 @@ def _check_plan(plan: Any, r: int, x: Tensor) -> None:
     if plan.state.shape[0] != r:
         raise ValueError(f"rank_plan: found {plan.state.shape[0]} ranks, expected r = {r}")
     check_plan(plan.state, plan.order, plan.counts, "rank_plan.")
-    _operands.device("rank_plan", plan.state, x)
+    rules.device("rank_plan", plan.state, x)
 
 
 def _check_scaling(scaling: Any, x: Tensor) -> None:
     if isinstance(scaling, Tensor):
-        _operands.scaling(scaling, x)
+        rules.scaling(scaling, x)
         if scaling.requires_grad:
             raise ValueError("scaling: found a tensor that requires grad, expected one that does not (gate may)")
     elif isinstance(scaling, bool) or (not isinstance(scaling, _NUMBERS) and not isinstance(scaling, Real)):
@@ -52,11 +52,11 @@ def _check_scaling(scaling: Any, x: Tensor) -> None:
 def _check_dropout(p: Any, seed: Any, x: Tensor) -> None:
     if isinstance(p, bool) or (not isinstance(p, (int, float)) and not isinstance(p, Real)):
         raise TypeError(f"dropout_p: found {type(p).__name__}, expected a float in [0, 1]")
-    _operands.probability(p)
+    rules.probability(p)
     if seed is None:
         return
     if isinstance(seed, Tensor):
-        _operands.seed(seed, x)
+        rules.seed(seed, x)
     elif isinstance(seed, bool) or (not isinstance(seed, (int, torch.SymInt)) and not isinstance(seed, Integral)):
         raise TypeError(f"dropout_seed: found {type(seed).__name__}, expected an int or a 0-dim int64 tensor")
     elif not -_INT64 <= int(seed) < _INT64:
@@ -71,13 +71,13 @@ def plain_number(value: Any, kind: type = float) -> Any:
 
 
 def _check_shrink(shrink: Any, r: int, dropout_p: float, x: Tensor) -> None:
-    _operands.float_tensor("shrink", shrink)
-    _operands.shape("shrink", shrink, (x.shape[:-1].numel(), r), "(M, r)")
+    rules.float_tensor("shrink", shrink)
+    rules.shape("shrink", shrink, (x.shape[:-1].numel(), r), "(M, r)")
     computed = autocast_dtype(x.dtype, x.device.type)
     expected = rank_dtype(computed)
     if shrink.dtype != expected:
         raise TypeError(f"shrink: found dtype {shrink.dtype}, expected {expected} where x is computed in {computed}")
-    _operands.device("shrink", shrink, x)
+    rules.device("shrink", shrink, x)
     if shrink.requires_grad:
         raise ValueError("shrink: found a tensor that requires grad, expected one that does not (x and lora_A may)")
     if dropout_p > 0:
@@ -86,7 +86,7 @@ def _check_shrink(shrink: Any, r: int, dropout_p: float, x: Tensor) -> None:
 
 def check_shared_shrink(x: Any, lora_A: Any) -> None:
     """Raise TypeError or ValueError for the first argument of `shared_shrink` that cannot be used."""
-    _operands.float_tensor("x", x)
+    rules.float_tensor("x", x)
     if not x.shape:
         raise ValueError("x: found a 0-dim tensor, expected shape (..., K)")
     if isinstance(lora_A, Tensor) or not isinstance(lora_A, Sequence):
@@ -94,11 +94,11 @@ def check_shared_shrink(x: Any, lora_A: Any) -> None:
     if not lora_A:
         raise ValueError("lora_A: found no tensor, expected one for each adapter")
     for place, factor in enumerate(lora_A):
-        _operands.factor(f"lora_A[{place}]", factor, x)
-    if _operands.has_memory():
-        _operands.backed("x", x)
+        rules.factor(f"lora_A[{place}]", factor, x)
+    if rules.has_memory():
+        rules.backed("x", x)
         for place, factor in enumerate(lora_A):
-            _operands.backed(f"lora_A[{place}]", factor)
+            rules.backed(f"lora_A[{place}]", factor)
 
 
 def _check_memory(
@@ -114,14 +114,14 @@ def _check_memory(
     shrink: Tensor | None,
 ) -> None:
     """What can be read is there, and a plan on the CPU, which costs nothing to read, is one."""
-    _operands.backed("x", x)
-    _operands.backed("weight", weight)
-    _operands.backed("lora_A", lora_A)
-    _operands.backed("lora_B", lora_B)
+    rules.backed("x", x)
+    rules.backed("weight", weight)
+    rules.backed("lora_A", lora_A)
+    rules.backed("lora_B", lora_B)
     optional = (("bias", bias), ("gate", gate), ("scaling", scaling), ("dropout_seed", seed), ("shrink", shrink))
     for name, value in optional:
         if isinstance(value, Tensor):
-            _operands.backed(name, value)
+            rules.backed(name, value)
     if plan is not None:
         check_values(plan.state, plan.order, plan.counts)
 
@@ -140,14 +140,14 @@ def check_arguments(
     shrink: Any,
 ) -> None:
     """Raise TypeError or ValueError for the first argument of `lora_linear` that does not fit the others."""
-    _operands.matrices("x", x, 1, weight, lora_A, lora_B)
+    rules.matrices("x", x, 1, weight, lora_A, lora_B)
     _matches_x("weight", weight, x)
     n, r = lora_B.shape
     if bias is not None:
-        _operands.bias(bias, n, x)
+        rules.bias(bias, n, x)
         _matches_x("bias", bias, x)
     if gate is not None:
-        _operands.gate(gate, r, x)
+        rules.gate(gate, r, x)
     if rank_plan is not None:
         _check_plan(rank_plan, r, x)
     if type(scaling) is not float:
@@ -156,5 +156,5 @@ def check_arguments(
         _check_dropout(dropout_p, dropout_seed, x)
     if shrink is not None:
         _check_shrink(shrink, r, dropout_p, x)
-    if _operands.has_memory():
+    if rules.has_memory():
         _check_memory(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_seed, shrink)

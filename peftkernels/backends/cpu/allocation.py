@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkernels import _allocation_ops  # noqa: F401  (declares the operators)
 from peftkernels.backends import cpu
-from peftkernels.rank_plan import RankPlan
+from peftkernels.ops import allocation  # noqa: F401  (declares the operators)
+from peftkernels.ops.rank_plan import RankPlan
 
 if TYPE_CHECKING:
     from peftkernels.allocation.kernels.layout import FactorLayout

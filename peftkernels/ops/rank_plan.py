@@ -7,7 +7,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from peftkernels._operands import backed
+from peftkernels.ops.rules import backed
 
 
 class RankState(IntEnum):

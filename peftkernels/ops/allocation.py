@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkernels._ops import library
+from peftkernels.ops.schemas import library
 
 _SCHEMAS = {
     "averages": "(Tensor[] parameters, Tensor?[] gradients, Tensor table, Tensor(a!) sensitivity, "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.rank_plan import RankState
-from peftkernels.reference import dropout_factor
+from peftkernels.ops.rank_plan import RankState
+from peftkernels.ops.reference import dropout_factor
 
 
 class Constants(NamedTuple):

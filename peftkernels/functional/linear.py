@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from peftkernels import composition, dispatch
 from peftkernels._autocast import autocast_dtype
-from peftkernels._checks import check_arguments, plain_number
-from peftkernels.rank_plan import RankPlan
+from peftkernels.backends import registry
+from peftkernels.functional.checks import check_arguments, plain_number
+from peftkernels.ops import composition
+from peftkernels.ops.rank_plan import RankPlan
 
 _FORWARD = torch.ops.peftkernels.lora_linear_fwd
 _BACKWARD = torch.ops.peftkernels.lora_linear_bwd
-_OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in dispatch.REGISTERED}
+_OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in registry.REGISTERED}
 # The functions behind overloads that are written in Python: what runs when nobody watches operators, without the way
 # through torch's dispatcher.
-_FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in dispatch.PYTHON_FUNCTIONS.items()}
+_FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in registry.PYTHON_FUNCTIONS.items()}
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Implementations that are not made of torch's own operators.
 _KERNELS = ("cpu", "triton")
@@ -185,7 +186,7 @@ def _load_direct_call(*arguments: Any) -> Tensor | None:
     global _direct_call
     if arguments[-1] not in ("auto", "cpu"):
         return None
-    _direct_call = dispatch.direct_call(composition.second_derivatives) or _leave_to_python
+    _direct_call = registry.direct_call(composition.second_derivatives) or _leave_to_python
     return _direct_call(*arguments)
 
 
@@ -279,7 +280,7 @@ def _call(
     dtype = autocast_dtype(x.dtype, device.type)
     if dtype is not x.dtype:
         x = x.to(dtype)
-    chosen = dispatch.choose(impl, x, weight)
+    chosen = registry.choose(impl, x, weight)
 
     seed: Tensor | None = None
     if dropout_p > 0:
@@ -394,11 +395,11 @@ def explain(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     shrink: Tensor | None = None,
-) -> dispatch.Explanation:
+) -> registry.Explanation:
     """Which implementation `lora_linear` with the same arguments and `impl="auto"` takes, and why no faster one.
 
     Arguments and errors as for `lora_linear`; nothing is computed.
     """
     check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
     x = x.to(autocast_dtype(x.dtype, x.device.type))
-    return dispatch.explain_choice(x, weight)
+    return registry.explain_choice(x, weight)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peftkernels import _ops, reference
 from peftkernels._autocast import without_autocast
+from peftkernels.ops import reference, schemas
 
 
 def _forward(
@@ -61,7 +61,7 @@ def _backward(
         gradients = reference.lora_linear_backward(
             grad_y, rows, weight, lora_A, lora_B, gate, shrink, rank_state, scale, dropout_p, dropout_seed
         )
-    empty = _ops.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6)
+    empty = schemas.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, [False] * 6)
     return tuple(
         gradient.to(nothing.dtype) if need else nothing
         for gradient, nothing, need in zip(gradients, empty, needs, strict=True)
@@ -75,4 +75,4 @@ def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
 
 def register() -> None:
     """Implement the `.reference` overloads on every device."""
-    _ops.implement("reference", _forward, _backward, _shrink)
+    schemas.implement("reference", _forward, _backward, _shrink)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from peftkernels._operands import rank_dtype as rank_dtype
-from peftkernels._operator_checks import check_backward, check_forward, check_shrink, checked
+from peftkernels.ops.checks import check_backward, check_forward, check_shrink, checked
+from peftkernels.ops.rules import rank_dtype as rank_dtype
 
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton")
 

@@ -1,0 +1,1 @@
+"""What the operators are: their call records, schemas, checks, meaning, and the types of their operands."""
