@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.allocation.run.orthogonality import orthogonality
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.runs import Run
 from peftkernels.nn import AdaLoRALinear, LoRALinear

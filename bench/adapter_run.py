@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.adapter_growth import Growth, orthogonality_shares
-from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.allocation.run.orthogonality import orthogonality
 from peftkernels.cli.demo.batches import Encoded, collate, evaluation_order, training_order
 from peftkernels.cli.demo.model import TextClassifier
 from peftkernels.cli.demo.options import Options

@@ -1,21 +1,22 @@
 """Rank budgets: deciding, while a model is fine-tuned, which ranks of its adapters stay alive."""
 
-from peftkernels.allocation.adalora import AdaLoraAllocator
-from peftkernels.allocation.budgets import Budget, Group
-from peftkernels.allocation.card import adapter_card
-from peftkernels.allocation.decision_log import DecisionLog
-from peftkernels.allocation.engine import BudgetAllocator
-from peftkernels.allocation.observer import Observer
-from peftkernels.allocation.protocol import Allocator, GatedLayer
-from peftkernels.allocation.rates import AdaLoraRates, from_lora
-from peftkernels.allocation.report import AllocationReport, ModuleAllocation
-from peftkernels.allocation.rollback import RollbackPolicy
-from peftkernels.allocation.run_log import RunLog, read_log
-from peftkernels.allocation.snapshot import Snapshot
-from peftkernels.allocation.snapshot_ring import Snapshots
-from peftkernels.allocation.statistics import Statistics
-from peftkernels.allocation.strategy import Strategy
-from peftkernels.allocation.tensorboard import TensorBoardScalars
+from peftkernels.allocation.budget.budgets import Budget, Group
+from peftkernels.allocation.layers.gated import GatedLayer
+from peftkernels.allocation.logs.card import adapter_card
+from peftkernels.allocation.logs.decision_log import DecisionLog
+from peftkernels.allocation.logs.observer import Observer
+from peftkernels.allocation.logs.run_log import RunLog, read_log
+from peftkernels.allocation.logs.tensorboard import TensorBoardScalars
+from peftkernels.allocation.policies.rollback import RollbackPolicy
+from peftkernels.allocation.policies.snapshot_ring import Snapshots
+from peftkernels.allocation.run.adalora import AdaLoraAllocator
+from peftkernels.allocation.run.engine import BudgetAllocator
+from peftkernels.allocation.run.protocol import Allocator
+from peftkernels.allocation.run.rates import AdaLoraRates, from_lora
+from peftkernels.allocation.run.report import AllocationReport, ModuleAllocation
+from peftkernels.allocation.run.snapshot import Snapshot
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 __all__ = [
     "AdaLoraAllocator",

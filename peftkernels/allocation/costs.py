@@ -15,7 +15,7 @@ from torch import nn
 
 from peftkernels._reading import check_number, check_object
 from peftkernels.allocation.files import read_kind, write_json
-from peftkernels.allocation.protocol import GatedLayer, find_gated_layers
+from peftkernels.allocation.layers.gated import GatedLayer, find_gated_layers
 from peftkernels.nn import AdaLoRALinear
 from peftkernels.ops.rank_plan import RankState
 

@@ -253,7 +253,7 @@ def _misplaced(chosen: argparse.Namespace) -> str | None:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from peftkernels.allocation.log_lines import LogError
+    from peftkernels.allocation.logs.log_lines import LogError
     from peftkernels.cli.demo.errors import InputError
     from peftkernels.cli.demo.requirements import missing_packages
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.allocation.sharding import all_gather
+from peftkernels.allocation.layers.sharding import all_gather
 
 KINDS = ("mask", "gate", "score")
 SHOWN = 6

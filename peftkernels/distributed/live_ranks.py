@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.allocation.protocol import FACTORS
+from peftkernels.allocation.layers.gated import FACTORS
 from peftkernels.distributed.agreement import check_agreement
 from peftkernels.ops.rank_plan import RankState
 

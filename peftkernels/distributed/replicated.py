@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peftkernels.allocation.protocol import FACTORS, find_gated_layers
+from peftkernels.allocation.layers.gated import FACTORS, find_gated_layers
 from peftkernels.distributed.live_ranks import LiveRanks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.allocation.state_checks import part
+from peftkernels.allocation.run.state_checks import part
 from peftkernels.integrations.checkpoint_state import first_difference
 
 _STATE = "allocator."

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkernels.allocation.state_checks import within
+from peftkernels.allocation.run.state_checks import within
 from peftkernels.integrations.allocator_training import AllocatorTraining
 from peftkernels.integrations.checkpoint_state import STATE_NAME, read_checkpoint, state_folder, write_state
 from peftkernels.integrations.peft.loading import WatchedLoad, watch_load

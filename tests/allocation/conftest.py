@@ -14,7 +14,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[name for name in ON_THE_CPU if name != "plain"])
+@pytest.fixture(params=[name for name in ON_THE_CPU if name != "eager"])
 def kernels(request: pytest.FixtureRequest) -> AllocationKernels:
     """Every implementation but the one that the others must equal."""
     return served(request.param)

@@ -7,7 +7,7 @@ import torch
 from small_models import adapter_layers, trainable
 
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.allocation.accumulation import NoiseScale
+from peftkernels.allocation.policies.accumulation import NoiseScale
 from peftkernels.allocation.strategies import Magnitude
 
 

@@ -10,7 +10,7 @@ from small_models import adapter_layers, averages_of, draw_gradients, masks, tra
 
 from peftkernels import RankState
 from peftkernels.allocation import AdaLoraAllocator, Allocator
-from peftkernels.allocation.scores import ScoreAverages
+from peftkernels.allocation.strategies.scores import ScoreAverages
 
 DEAD, PROBE, ACTIVE = (int(state) for state in RankState)
 

@@ -11,8 +11,8 @@ from kernel_problems import ON_THE_CPU
 from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora, trainable
 
 from peftkernels.allocation import AdaLoraAllocator
+from peftkernels.allocation.budget.schedule import CubicSchedule
 from peftkernels.allocation.kernels import kernels_for
-from peftkernels.allocation.schedule import CubicSchedule
 
 CONFIGS = {
     "every-step": {"total_step": 200, "target_r": 3},

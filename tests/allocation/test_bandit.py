@@ -11,7 +11,7 @@ import torch
 from planted import Planted, ranks_found, train
 
 from peftkernels.allocation import Budget, BudgetAllocator, DecisionLog
-from peftkernels.allocation.module_groups import group_modules
+from peftkernels.allocation.budget.module_groups import group_modules
 from peftkernels.allocation.strategies import AdaLora, Bandit, GroupShares, Uniform
 
 GROUPS = {"useful": ["layers.0", "layers.2"], "useless": ["layers.1", "layers.3"]}

@@ -151,18 +151,18 @@ def test_a_capturable_step_reads_nothing(strategy: str, budget: str) -> None:
         draw_gradients(layers)
         overflow = None if step % 3 else torch.tensor(float(step == 6))
         # The implementation for the CPU reads tensors there, for nothing is waited for.
-        with _Reads(refuse=kernels != "plain") as reads:
+        with _Reads(refuse=kernels != "eager") as reads:
             allocator.observe(torch.tensor(1.0))
             allocator._advance_on_device(overflow)
-        # One: whether the gradients are finite, which `PlainKernels` asks where that is free.
-        assert len(reads.names) <= (1 if strategy == "adalora" and kernels == "plain" else 0), reads.names
+        # One: whether the gradients are finite, which `EagerKernels` asks where that is free.
+        assert len(reads.names) <= (1 if strategy == "adalora" and kernels == "eager" else 0), reads.names
     assert allocator.steps == 16
 
 
 def _on_meta(**arguments: Any) -> tuple[BudgetAllocator, dict[str, Any]]:
     layers = adapter_layers((40, 24), (24, 40), (24, 24))
     layers = {name: layer.to("meta") for name, layer in layers.items()}
-    return BudgetAllocator(layers, STRATEGIES[arguments.pop("strategy")](), impl="plain", **arguments), layers
+    return BudgetAllocator(layers, STRATEGIES[arguments.pop("strategy")](), impl="eager", **arguments), layers
 
 
 def _budget(kind: str) -> dict[str, Any]:

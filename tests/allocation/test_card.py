@@ -9,7 +9,7 @@ import pytest
 from support.made_up_run import MadeUpRun
 
 from peftkernels.allocation import DecisionLog, RunLog, adapter_card, read_log
-from peftkernels.allocation.card import write_card
+from peftkernels.allocation.logs.card import write_card
 
 CONFIG = {
     "peft_type": "ADALORA",

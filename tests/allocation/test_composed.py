@@ -9,8 +9,8 @@ import torch
 from small_models import adapter_layers, draw_gradients
 
 from peftkernels.allocation import Budget, BudgetAllocator, Strategy
-from peftkernels.allocation.priors import PriorModule, RankPrior
 from peftkernels.allocation.strategies import AdaLora, Bandit, GateGradient, GroupShares, Knapsack, Prior
+from peftkernels.allocation.strategies.rank_prior import PriorModule, RankPrior
 
 PRIOR = RankPrior(tuple(PriorModule("layer", depth, 12, 8, 6, kept) for depth, kept in ((0.0, 1), (1.0, 5))))
 STRATEGIES: dict[str, Callable[[], Strategy]] = {

@@ -15,11 +15,11 @@ from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator, RollbackPolicy, Snapshots
-from peftkernels.allocation.accumulation import NoiseScale
-from peftkernels.allocation.freezing import LayerFreezing
-from peftkernels.allocation.json_tensor import METADATA, encode
-from peftkernels.allocation.learning_rate import LearningRatePriorities, LearningRateScale, module_groups
-from peftkernels.allocation.module_average import ModuleGradientAverage
+from peftkernels.allocation.policies.accumulation import NoiseScale
+from peftkernels.allocation.policies.freezing import LayerFreezing
+from peftkernels.allocation.policies.learning_rate import LearningRatePriorities, LearningRateScale, module_groups
+from peftkernels.allocation.policies.module_average import ModuleGradientAverage
+from peftkernels.allocation.run.json_tensor import METADATA, encode
 
 GONE = object()
 VALUES = (GONE, None, -1, True, 1.5, float("nan"), float("inf"), 10**30, "x", [], ["x"], {}, {"x": 1})

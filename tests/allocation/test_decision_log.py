@@ -17,7 +17,7 @@ from small_models import Base, adapt, trainable
 from support.made_up_run import Heard, MadeUpRun
 
 from peftkernels.allocation import AdaLoraAllocator, DecisionLog, read_log
-from peftkernels.allocation.log_lines import LogError
+from peftkernels.allocation.logs.log_lines import LogError
 
 
 def whole_log(path: Path, run: MadeUpRun, every: int = 1) -> bytes:

@@ -17,7 +17,7 @@ from peftkernels.allocation.strategies import Uniform
 pytest.importorskip("gymnasium", reason="the environment needs gymnasium")
 from gymnasium.utils.env_checker import check_env
 
-from peftkernels.allocation.environment import RankBudgetEnv
+from peftkernels.allocation.search.environment import RankBudgetEnv
 
 GROUPS = {"useful": ["layers.0", "layers.2"], "useless": ["layers.1", "layers.3"]}
 
@@ -113,7 +113,7 @@ def test_the_package_does_not_import_gymnasium_and_says_what_is_missing() -> Non
         "import sys, peftkernels.allocation.strategies\n"
         "assert 'gymnasium' not in sys.modules\n"
         "sys.modules['gymnasium'] = None\n"
-        "import peftkernels.allocation.environment"
+        "import peftkernels.allocation.search.environment"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: the environment needs gymnasium: pip install 'peftkernels[rl]'" in done.stderr

@@ -11,7 +11,7 @@ from small_models import adapter_layers, trainable
 from torch import nn
 
 from peftkernels.allocation import Budget, BudgetAllocator
-from peftkernels.allocation.freezing import LayerFreezing
+from peftkernels.allocation.policies.freezing import LayerFreezing
 from peftkernels.allocation.strategies import AdaLora, Magnitude
 from peftkernels.ops.rank_plan import RankState
 

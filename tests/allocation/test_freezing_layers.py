@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftkernels import RankState
 from peftkernels.allocation import AdaLoraAllocator, BudgetAllocator
-from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.allocation.run.orthogonality import orthogonality
 from peftkernels.allocation.strategies import STRATEGIES
 
 DEAD, PROBE, ACTIVE = (int(state) for state in RankState)

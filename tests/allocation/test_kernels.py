@@ -1,4 +1,4 @@
-"""Every implementation of the allocation kernels beside the plain one: averages, scores, layout, refusals."""
+"""Every implementation of the allocation kernels beside the eager one: averages, scores, layout, refusals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from peftkernels import RankPlan
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
+from peftkernels.allocation.kernels.eager import EagerKernels
 from peftkernels.allocation.kernels.layout import ALIGNMENT
-from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.backends.cpu import allocation as cpu_allocation
 
 
 def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:
-    """Equal to plain to the bit, whatever is done with the update."""
-    finite, sensitivity, uncertainty = problem.update(PlainKernels())
+    """Equal to eager to the bit, whatever is done with the update."""
+    finite, sensitivity, uncertainty = problem.update(EagerKernels())
     assert bool(finite)
     found = problem.update(kernels)
     assert found[0].shape == () and found[0].dtype == torch.bool and bool(found[0])
@@ -34,7 +34,7 @@ def test_averages_and_scores_equal_plain_to_the_bit(kernels: AllocationKernels, 
     _check_averages(kernels, problem)
     _, sensitivity, uncertainty = problem.update(kernels)
     scores = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
-    assert torch.equal(scores, PlainKernels().rank_scores(problem.layout, sensitivity, uncertainty))
+    assert torch.equal(scores, EagerKernels().rank_scores(problem.layout, sensitivity, uncertainty))
     assert torch.equal(scores, _scores_factor_by_factor(problem.layout, sensitivity, uncertainty))
 
 
@@ -66,7 +66,7 @@ def test_scores_of_freed_averages_are_nobody_elses(kernels: AllocationKernels) -
     for turn in range(6):
         made = [tensor.clone().add_(turn) for tensor in (problem.sensitivity, problem.uncertainty)]
         found = kernels.rank_scores(problem.layout, *made)
-        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, *made))
+        assert torch.equal(found, EagerKernels().rank_scores(problem.layout, *made))
         kernels.update_averages(problem.layout, problem.parameters, problem.gradients, *made, BETA1, BETA2)
         versions = [tensor._version for tensor in made]
         del made, found
@@ -75,7 +75,7 @@ def test_scores_of_freed_averages_are_nobody_elses(kernels: AllocationKernels) -
             for _ in range(version):
                 tensor.add_(0.0)
         found = kernels.rank_scores(problem.layout, *others)
-        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, *others))
+        assert torch.equal(found, EagerKernels().rank_scores(problem.layout, *others))
         del others, found
 
 
@@ -86,7 +86,7 @@ def test_scores_belong_to_the_averages_as_they_are(kernels: AllocationKernels) -
 
     def check() -> Tensor:
         found = kernels.rank_scores(problem.layout, sensitivity, uncertainty)
-        assert torch.equal(found, PlainKernels().rank_scores(problem.layout, sensitivity, uncertainty))
+        assert torch.equal(found, EagerKernels().rank_scores(problem.layout, sensitivity, uncertainty))
         return found
 
     def update(skip: bool = False) -> None:
@@ -112,11 +112,11 @@ def test_scores_belong_to_the_averages_as_they_are(kernels: AllocationKernels) -
     check()
     other = make_problem([(5, 300, 9), (12, 33, 70)], seed=9)
     found = kernels.rank_scores(other.layout, other.sensitivity, other.uncertainty)
-    assert torch.equal(found, PlainKernels().rank_scores(other.layout, other.sensitivity, other.uncertainty))
+    assert torch.equal(found, EagerKernels().rank_scores(other.layout, other.sensitivity, other.uncertainty))
     check()
 
 
-class _FusedMultiplyAdd(PlainKernels):
+class _FusedMultiplyAdd(EagerKernels):
     """β·average rounded together with the sum, as a processor's fused instruction does."""
 
     name = "fused"
@@ -135,7 +135,7 @@ class _FusedMultiplyAdd(PlainKernels):
         return torch.tensor(True)
 
 
-class _SwappedBetas(PlainKernels):
+class _SwappedBetas(EagerKernels):
     name = "swapped"
 
     def update_averages(
@@ -146,9 +146,9 @@ class _SwappedBetas(PlainKernels):
 
 
 @pytest.mark.parametrize("fault", [_FusedMultiplyAdd, _SwappedBetas])
-def test_faults_are_caught(fault: type[PlainKernels]) -> None:
+def test_faults_are_caught(fault: type[EagerKernels]) -> None:
     problem = make_problem([(12, 65, 31)])
-    _check_averages(PlainKernels(), problem)
+    _check_averages(EagerKernels(), problem)
     with pytest.raises(AssertionError):
         _check_averages(fault(), problem)
 
@@ -181,7 +181,7 @@ def test_skip_leaves_every_bit_and_tells_whether_all_was_finite(impl: str) -> No
     assert torch.equal(sensitivity, problem.sensitivity)
     assert torch.equal(uncertainty, problem.uncertainty)
     finite, sensitivity, _ = problem.update(kernels, torch.tensor(False))
-    assert torch.equal(sensitivity, problem.update(PlainKernels())[1])
+    assert torch.equal(sensitivity, problem.update(EagerKernels())[1])
     problem.parameters[0][0, 0] = math.nan
     assert not bool(problem.update(kernels, torch.tensor(True))[0])
 
@@ -215,16 +215,16 @@ def test_layout() -> None:
 
 
 def test_an_implementation_is_served_or_refused() -> None:
-    assert kernels_for(CPU, torch.float32, "plain").name == "plain"
-    with pytest.raises(ValueError, match="impl: found 'fast', expected one of auto, plain"):
+    assert kernels_for(CPU, torch.float32, "eager").name == "eager"
+    with pytest.raises(ValueError, match="impl: found 'fast', expected one of auto, eager"):
         kernels_for(CPU, torch.float32, "fast")
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run: it runs on the CPU, found meta"):
         kernels_for(torch.device("meta"), torch.float32, "cpu")
     with pytest.raises(RuntimeError, match=r"its averages are float32 or float64, found torch\.float16"):
         kernels_for(CPU, torch.float16, "cpu")
     available = cpu_allocation.refusal(CPU, torch.float32) is None
-    assert kernels_for(CPU, torch.float32).name == ("cpu" if available else "plain")
-    assert kernels_for(torch.device("meta"), torch.float32).name == "plain"
+    assert kernels_for(CPU, torch.float32).name == ("cpu" if available else "eager")
+    assert kernels_for(torch.device("meta"), torch.float32).name == "eager"
 
 
 def test_shapes_and_dtypes_are_checked_before_anything_is_written(kernels: AllocationKernels) -> None:

@@ -11,7 +11,7 @@ from small_models import adapter_layers, trainable
 from torch import nn
 
 from peftkernels.allocation import Budget, BudgetAllocator
-from peftkernels.allocation.learning_rate import (
+from peftkernels.allocation.policies.learning_rate import (
     LearningRatePriorities,
     LearningRateScale,
     bounded_mean_one,

@@ -1,4 +1,4 @@
-"""Every implementation of the allocation kernels beside the plain one: selection, masks, orthogonality term."""
+"""Every implementation of the allocation kernels beside the eager one: selection, masks, orthogonality term."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peftkernels import RankPlan, RankState
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
-from peftkernels.allocation.kernels.plain import PlainKernels
-from peftkernels.allocation.selection import select_ranks
+from peftkernels.allocation.kernels.eager import EagerKernels
+from peftkernels.allocation.kernels.selection import select_ranks
 
 
 @pytest.mark.parametrize("impl", ON_THE_CPU)
@@ -57,7 +57,7 @@ def test_masks_reach_gates_and_plans_as_in_plain(
     values = [torch.randn(r, 1, generator=generator).to(dtype) for r in ranks]
     now = None if mask_now is None else torch.tensor(mask_now)
     results = []
-    for own in (kernels, PlainKernels()):
+    for own in (kernels, EagerKernels()):
         gates = [lay_out(value.clone(), "strided" if strided else "contiguous") for value in values]
         plans = [RankPlan.from_mask(torch.rand(r, generator=generator) < 0.5) for r in ranks]
         versions = [gate._version for gate in gates]
@@ -103,7 +103,7 @@ def test_orthogonality_equals_plain_up_to_rounding(
     lora_A, lora_B = [draw(r, k) for r, k, _ in layers], [draw(n, r) for r, _, n in layers]
     keep = [torch.rand(r, generator=generator) < 0.6 for r, _, _ in layers] if masked else None
     exact = [[factor.double() for factor in kind] for kind in (lora_A, lora_B)]
-    value, gradients = PlainKernels().orthogonality(*exact, 0.7, keep)
+    value, gradients = EagerKernels().orthogonality(*exact, 0.7, keep)
     assert gradients is not None
     narrow = dtype if dtype is torch.float64 else torch.float32
     tolerance = {"rtol": 1e-12, "atol": 1e-13} if narrow is torch.float64 else {"rtol": 3e-5, "atol": 3e-6}
@@ -142,6 +142,6 @@ def test_a_target_given_twice_gets_both_gradients(kernels: AllocationKernels) ->
     shared = torch.zeros(6, 900)
     targets = [shared, shared, *(torch.zeros(700, 6) for _ in range(2))]
     kernels.orthogonality(lora_A, lora_B, 1.0, None, targets)
-    _, gradients = PlainKernels().orthogonality(lora_A, lora_B, 1.0)
+    _, gradients = EagerKernels().orthogonality(lora_A, lora_B, 1.0)
     assert gradients is not None
     torch.testing.assert_close(shared, gradients[0] + gradients[1])

@@ -9,7 +9,7 @@ from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.allocation.run.orthogonality import orthogonality
 from peftkernels.backends.cpu import allocation as cpu_allocation
 
 SHAPES_A = ((4, 9), (4, 9), (3, 7), (1, 5), (0, 6), (5, 3))

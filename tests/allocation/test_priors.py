@@ -11,9 +11,16 @@ from planted import TRUE_RANKS, Net, Planted, ranks_found, train
 from torch import nn
 
 from peftkernels.allocation import Budget, BudgetAllocator
-from peftkernels.allocation.priors import PriorModule, RankPrior, gated_shapes, initial_ranks, linear_shapes, match
 from peftkernels.allocation.strategies import AdaLora, Prior, Random, Uniform
 from peftkernels.allocation.strategies.prior import quantiles
+from peftkernels.allocation.strategies.rank_prior import (
+    PriorModule,
+    RankPrior,
+    gated_shapes,
+    initial_ranks,
+    linear_shapes,
+    match,
+)
 from peftkernels.nn import AdaLoRALinear
 
 # What (0, 1, 3, 5) at depths 0, 1/3, 2/3, 1 says about eight layers and 17 ranks.

@@ -14,8 +14,9 @@ from small_models import adapter_layers, draw_gradients
 from torch import Tensor, nn
 
 from peftkernels.allocation import Budget, BudgetAllocator, Group, Strategy
-from peftkernels.allocation.budgets import share_out
-from peftkernels.allocation.selection import fill_in_order, select_ranks, select_under_cost
+from peftkernels.allocation.budget.budgets import share_out
+from peftkernels.allocation.budget.selection import fill_in_order, select_under_cost
+from peftkernels.allocation.kernels.selection import select_ranks
 from peftkernels.allocation.strategies import GateGradient, Magnitude
 from peftkernels.nn import AdaLoRALinear
 

@@ -23,7 +23,7 @@ from peftkernels.allocation import (
     Snapshots,
     Strategy,
 )
-from peftkernels.allocation.band import Band
+from peftkernels.allocation.policies.band import Band
 from peftkernels.allocation.strategies import STRATEGIES
 
 

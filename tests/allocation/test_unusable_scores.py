@@ -191,7 +191,7 @@ def test_the_count_and_what_it_follows_from_survive_a_resume() -> None:
 
 
 def test_a_state_saved_before_there_was_such_a_count_is_read() -> None:
-    from peftkernels.allocation.json_tensor import METADATA, decode, encode
+    from peftkernels.allocation.run.json_tensor import METADATA, decode, encode
 
     layers = adapter_layers(*SHAPES)
     allocator = BudgetAllocator(layers, AdaLora(), total_step=9, tfinal=2, target_r=2)

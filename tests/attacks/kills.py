@@ -27,10 +27,10 @@ from torch import nn
 
 from attacks.attack import TESTS, Counts
 from peftkernels.allocation import DecisionLog, read_log
-from peftkernels.allocation.card import CARD_NAME, adapter_card, write_card
 from peftkernels.allocation.costs import load_costs, save_costs
-from peftkernels.allocation.priors import PriorModule, RankPrior
-from peftkernels.allocation.run_log import RunLog
+from peftkernels.allocation.logs.card import CARD_NAME, adapter_card, write_card
+from peftkernels.allocation.logs.run_log import RunLog
+from peftkernels.allocation.strategies.rank_prior import PriorModule, RankPrior
 from peftkernels.cli.demo.checkpoint import Store, read_record, write_json
 from peftkernels.cli.report.command import run_report
 from peftkernels.integrations.checkpoint_state import read_state, write_state

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from peftkernels import RankPlan, RankState
 from peftkernels.allocation.kernels import FactorLayout
-from peftkernels.allocation.kernels.plain import PlainKernels
-from peftkernels.allocation.selection import select_ranks
+from peftkernels.allocation.kernels.eager import EagerKernels
+from peftkernels.allocation.kernels.selection import select_ranks
 from peftkernels.backends.triton import allocation
 
 
@@ -42,7 +42,7 @@ DTYPES = {
 def test_averages_equal_plain_ones_to_the_bit(layers: str, dtypes: str, device: torch.device, seed: int) -> None:
     drawn = Averages.drawn(layers, DTYPES[dtypes], device, seed)
     layout, found, expected = drawn.layout, drawn.copies(), drawn.copies()
-    kernels, plain = allocation.kernels(), PlainKernels()
+    kernels, plain = allocation.kernels(), EagerKernels()
     for step in range(2):
         gradients = drawn.gradients()
         if step == 1:
@@ -85,7 +85,7 @@ def test_scores_are_within_the_rounding_of_their_sums(layers: str, device: torch
     """
     drawn = averages_of(layers, device, seed)
     found = allocation.kernels().rank_scores(drawn.layout, drawn.sensitivity, drawn.uncertainty)
-    exact = PlainKernels().rank_scores(drawn.layout, drawn.sensitivity.double(), drawn.uncertainty.double())
+    exact = EagerKernels().rank_scores(drawn.layout, drawn.sensitivity.double(), drawn.uncertainty.double())
     assert found.dtype is torch.float32 and found.shape == (drawn.layout.total_rank,)
     roundings = 1 + 10 + 6 + 1 + 2
     assert bool((found > 0).all())
@@ -167,7 +167,7 @@ def test_factors_of_any_strides(device: torch.device, seed: int) -> None:
     assert not all(parameter.is_contiguous() for parameter in parameters)
     gradients = drawn.gradients()
     gradients[3] = torch.randn(65, device=device).mul_(1e-2).expand(33, 65)
-    kernels, plain = allocation.kernels(), PlainKernels()
+    kernels, plain = allocation.kernels(), EagerKernels()
     found, expected = drawn.copies(), drawn.copies()
     for _ in range(2):
         kernels.update_averages(drawn.layout, parameters, gradients, *found, BETA1, BETA2)
@@ -254,7 +254,7 @@ def test_masks_equal_plain_ones(
     dtypes = (torch.float32, torch.float16, torch.float64)
     given = [torch.randn(r, 1, generator=generator).to(device, dtypes[i % 3]) for i, r in enumerate(layout.ranks)]
     written = []
-    for kernels in (allocation.kernels(), PlainKernels()):
+    for kernels in (allocation.kernels(), EagerKernels()):
         gates = [gate.clone() for gate in given]
         # One that is a column of something else.
         gates[-1] = torch.stack((gates[-1], gates[-1]), 1)[:, 1]

@@ -15,7 +15,7 @@ from support.allocation_calls import (
 from support.orthogonality_error import added_error, assert_within, term_errors
 from torch import Tensor
 
-from peftkernels.allocation.kernels.plain import PlainKernels
+from peftkernels.allocation.kernels.eager import EagerKernels
 from peftkernels.backends.triton import allocation
 
 
@@ -51,7 +51,7 @@ def test_the_orthogonality_term(layers: str, dtype: torch.dtype, masked: bool, d
     keep = _keep(layers, device, seed) if masked else None
     kernels = allocation.kernels()
     value, gradients = kernels.orthogonality(lora_A, lora_B, 0.5, keep)
-    exact_value, exact_gradients = PlainKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5, keep)
+    exact_value, exact_gradients = EagerKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5, keep)
     value_error, errors = term_errors(lora_A, lora_B, 0.5, keep)
     assert value.shape == () and value.dtype is torch.float32
     assert gradients is not None and exact_gradients is not None
@@ -80,7 +80,7 @@ def test_adapters_of_two_dtypes_and_other_strides(device: torch.device, seed: in
     for _ in range(2):
         before = _doubled(targets)
         value, _ = kernels.orthogonality(lora_A, lora_B, 0.5, None, targets)
-        exact_value, gradients = PlainKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5)
+        exact_value, gradients = EagerKernels().orthogonality(_doubled(lora_A), _doubled(lora_B), 0.5)
         value_error, errors = term_errors(lora_A, lora_B, 0.5, None)
         assert gradients is not None
         assert_within(value, exact_value, value_error)

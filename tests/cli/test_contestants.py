@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftkernels.allocation.freezing import LayerFreezing
-from peftkernels.allocation.learning_rate import LearningRateScale
+from peftkernels.allocation.policies.freezing import LayerFreezing
+from peftkernels.allocation.policies.learning_rate import LearningRateScale
 from peftkernels.allocation.search import Candidate
 from peftkernels.cli.demo.batches import collate
 from peftkernels.cli.demo.compare import contestants, trial

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peftkernels.allocation import AdaLoraAllocator, Budget, BudgetAllocator
-from peftkernels.allocation.sharding import gather
+from peftkernels.allocation.layers.sharding import gather
 from peftkernels.allocation.strategies import STRATEGIES
 from peftkernels.distributed import LiveRanks, adapter_parameters, average_adapter_gradients, live_rank_hook
 from peftkernels.nn import AdaLoRALinear

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.sharding import gather
+from peftkernels.allocation.layers.sharding import gather
 from peftkernels.ops.rank_plan import RankState
 
 

@@ -36,7 +36,7 @@ from peftkernels.integrations.peft.allocator import (
 )
 
 
-@pytest.fixture(params=["auto", "plain"])
+@pytest.fixture(params=["auto", "eager"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels that serve here, and those that serve everywhere."""
     use_kernels(monkeypatch, request.param)

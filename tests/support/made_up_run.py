@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkernels.allocation.observer import Observer
+from peftkernels.allocation.logs.observer import Observer
 
 PROJECTIONS = ("attention.query", "attention.value", "output.dense")
 

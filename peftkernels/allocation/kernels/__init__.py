@@ -8,19 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from peftkernels.allocation.kernels.eager import EagerKernels
 from peftkernels.allocation.kernels.layout import FactorLayout
-from peftkernels.allocation.kernels.plain import PlainKernels
 from peftkernels.backends.cpu import allocation as cpu_allocation
 from peftkernels.backends.triton import allocation as triton_allocation
 from peftkernels.ops.rank_plan import RankPlan
 
-IMPLEMENTATIONS = ("plain", "cpu", "triton")
+IMPLEMENTATIONS = ("eager", "cpu", "triton")
 
 __all__ = ["IMPLEMENTATIONS", "AllocationKernels", "FactorLayout", "kernels_for"]
 
 
 class AllocationKernels(Protocol):
-    """One device's implementation; `PlainKernels` says what every function means. None of them waits for the device.
+    """One device's implementation; `EagerKernels` says what every function means. None of them waits for the device.
 
     An object keeps working memory between calls and serves one allocator. Tensors of one call lie on one device.
     """
@@ -113,7 +113,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, impl: str = "auto") ->
     if impl in ("auto", "cpu"):
         reason = cpu_allocation.refusal(device, dtype)
         if reason is None:
-            return cpu_allocation.CpuKernels(PlainKernels().select)
+            return cpu_allocation.CpuKernels(EagerKernels().select)
         if impl == "cpu":
             raise RuntimeError(f"impl='cpu' cannot run: {reason}")
     if impl == "triton" or (impl == "auto" and triton_allocation.disadvantage(device, dtype) is None):
@@ -121,4 +121,4 @@ def kernels_for(device: torch.device, dtype: torch.dtype, impl: str = "auto") ->
         if reason is not None:
             raise RuntimeError(f"impl='triton' cannot run: {reason}")
         return triton_allocation.kernels()
-    return PlainKernels()
+    return EagerKernels()

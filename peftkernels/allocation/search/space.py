@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftkernels.allocation.budgets import REST, Budget, Group
+from peftkernels.allocation.budget.budgets import REST, Budget, Group
 
 Range = tuple[float, float]
 # A group gets at most so many times, and at least so little of, what its share of the layers would give it.

@@ -12,8 +12,8 @@ from peftkernels.allocation.strategies.knapsack import Knapsack
 from peftkernels.allocation.strategies.magnitude import Magnitude
 from peftkernels.allocation.strategies.prior import Prior
 from peftkernels.allocation.strategies.random import Random
+from peftkernels.allocation.strategies.strategy import Strategy
 from peftkernels.allocation.strategies.uniform import Uniform
-from peftkernels.allocation.strategy import Strategy
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     **{strategy.name: strategy for strategy in (Uniform, Random, Magnitude, AdaLora, GateGradient)},

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkernels.allocation.scores import ScoreAverages
-from peftkernels.allocation.settings import check_smoothing
-from peftkernels.allocation.statistics import Statistics
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.checks import check_smoothing
+from peftkernels.allocation.strategies.scores import ScoreAverages
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 
 class AdaLora(Strategy):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.settings import check_smoothing
-from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.checks import check_smoothing
 from peftkernels.allocation.strategies.group_shares import GroupShares
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 RULES = ("ucb1", "exp3")
 # How much of the deviation of earlier improvements counts for the mean and the spread of rewards.

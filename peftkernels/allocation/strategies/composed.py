@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkernels.allocation.statistics import Statistics
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 _INNER = "inner."
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.module_groups import group_modules
-from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.budget.module_groups import group_modules
 from peftkernels.allocation.strategies.composed import Composed
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 # Of the budget, what a group keeps at least, so that it can grow again.
 LEAST_SHARE = 0.01

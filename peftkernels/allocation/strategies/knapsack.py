@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.selection import fill_in_order, set_apart
-from peftkernels.allocation.statistics import Statistics
+from peftkernels.allocation.budget.selection import fill_in_order, set_apart
 from peftkernels.allocation.strategies.composed import Composed
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 METHODS = ("greedy", "exact")
 # Table entries of the exact method: a byte each, and about a second for all of them.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.priors import RankPrior, gated_shapes
-from peftkernels.allocation.statistics import Statistics
 from peftkernels.allocation.strategies.composed import Composed
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.rank_prior import RankPrior, gated_shapes
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 
 class Prior(Composed):

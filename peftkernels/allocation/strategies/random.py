@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.statistics import Statistics
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.strategy import Strategy
 
 
 class Random(Strategy):

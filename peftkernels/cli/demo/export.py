@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftkernels._files import write_atomically
 from peftkernels.allocation import RunLog, adapter_card, read_log
-from peftkernels.allocation.card import write_card
+from peftkernels.allocation.logs.card import write_card
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.builders import build
 from peftkernels.cli.demo.checkpoint import Store

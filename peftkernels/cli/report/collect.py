@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkernels._reading import check_number, check_object, read_json, shown
-from peftkernels.allocation.run_log import RunLog, read_log
+from peftkernels.allocation.logs.run_log import RunLog, read_log
 from peftkernels.cli.demo.checkpoint import ARGUMENTS, DECISIONS, RESULTS, RUNS
 
 

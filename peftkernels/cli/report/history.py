@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peftkernels._reading import is_number
-from peftkernels.allocation.run_log import LoggedEvent, RunLog
+from peftkernels.allocation.logs.run_log import LoggedEvent, RunLog
 
 MOST_COLUMNS = 1200
 

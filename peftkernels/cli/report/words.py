@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from peftkernels.allocation.run_log import LoggedEvent
+from peftkernels.allocation.logs.run_log import LoggedEvent
 from peftkernels.cli.report.heatmap import layers_and_projections
 from peftkernels.cli.report.history import History, ModuleRow
 

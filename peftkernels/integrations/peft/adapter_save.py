@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkernels._module_names import named_modules, named_places, named_tensors, unwrapped
-from peftkernels.allocation.settings import AdaLoraSettings, AllocatorSettings
+from peftkernels.allocation.run.settings import AdaLoraSettings, AllocatorSettings
 from peftkernels.integrations.peft.adapter_files import write_adapter_files
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 from peftkernels.ops.rank_plan import RankState

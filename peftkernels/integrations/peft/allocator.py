@@ -19,7 +19,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
-from peftkernels.allocation.orthogonality import orthogonality
+from peftkernels.allocation.run.orthogonality import orthogonality
 from peftkernels.integrations.peft.allocator_factors import AdapterFactors, ChosenParameters, cannot_compute, short
 from peftkernels.integrations.peft.watch import AllocationWatch
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
-from peftkernels.allocation.protocol import FACTORS
+from peftkernels.allocation.layers.gated import FACTORS
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from peftkernels.allocation import Budget, BudgetAllocator, Strategy
-from peftkernels.allocation.learning_rate import LearningRateMultipliers, module_groups
+from peftkernels.allocation.policies.learning_rate import LearningRateMultipliers, module_groups
 from peftkernels.allocation.search import Candidate
 from peftkernels.cli.demo.batches import Batch
 from peftkernels.cli.demo.compare.search_space import groups_in

@@ -6,13 +6,13 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftkernels.allocation.freezing import LayerFreezing
-from peftkernels.allocation.learning_rate import LearningRateScale
-from peftkernels.allocation.priors import RankPrior
-from peftkernels.allocation.protocol import find_gated_layers
+from peftkernels.allocation.layers.gated import find_gated_layers
+from peftkernels.allocation.policies.freezing import LayerFreezing
+from peftkernels.allocation.policies.learning_rate import LearningRateScale
 from peftkernels.allocation.search import Candidate
 from peftkernels.allocation.strategies import STRATEGIES, AdaLora, Prior, Random, Uniform
-from peftkernels.allocation.strategy import Strategy
+from peftkernels.allocation.strategies.rank_prior import RankPrior
+from peftkernels.allocation.strategies.strategy import Strategy
 from peftkernels.cli.demo.compare.budget_run import BudgetRun, Policy
 from peftkernels.cli.demo.compare.search_space import SEARCHES, OuterSearch
 from peftkernels.cli.demo.errors import InputError

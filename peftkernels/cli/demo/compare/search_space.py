@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peftkernels.allocation.budgets import Group
+from peftkernels.allocation.budget.budgets import Group
 from peftkernels.allocation.search import BudgetSpace
 from peftkernels.cli.demo.compare.settings import Design
 

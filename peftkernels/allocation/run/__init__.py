@@ -1,0 +1,1 @@
+"""Allocators, and what they consist of: settings, masks, the schedule, saved states and snapshots."""

@@ -1,0 +1,106 @@
+"""An allocation in words and in plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from peftkernels.allocation.run.decision import Decision
+from peftkernels.allocation.run.report import AllocationReport, ModuleAllocation
+from peftkernels.allocation.run.settings import AllocatorSettings
+
+if TYPE_CHECKING:
+    from peftkernels.allocation.run.engine import BudgetAllocator
+
+
+def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
+    """What `BudgetAllocator.explain` returns; reads the last decision from the device."""
+    settings, bus, decision, step = allocator.settings, allocator.statistics, allocator.decision, allocator.steps
+    scores: list[float] = []
+    thresholds: Sequence[float | None] = [None] * len(bus.names)
+    if decision is not None:
+        scores = decision.scores.tolist()
+        thresholds = bus.by_module(decision.thresholds)
+    modules = []
+    start = 0
+    for (name, kept), threshold in zip(allocator.masks.pattern().items(), thresholds, strict=True):
+        own = tuple(scores[start : start + len(kept)])
+        start += len(kept)
+        if name in allocator.frozen:
+            why = "frozen: its factors no longer train" + ("" if any(kept) else " and none of its ranks is kept")
+        else:
+            why = _why(settings, step, decision, kept, own)
+        modules.append(ModuleAllocation(name, tuple(kept), own, threshold, why))
+    return AllocationReport(
+        step=step,
+        phase=_phase(settings, step),
+        budget=allocator.budget(step),
+        unit=bus.shares.unit,
+        decided_at=None if decision is None else decision.step,
+        threshold=thresholds[0] if len(bus.shares.shares) == 1 else None,
+        nonfinite_steps=allocator.nonfinite_steps,
+        skipped_steps=allocator.skipped_steps,
+        modules=tuple(modules),
+        rollbacks=allocator.rollbacks,
+        undecided_steps=allocator.undecided_steps,
+    )
+
+
+def run_facts(allocator: BudgetAllocator) -> dict[str, Any]:
+    """What `Observer.started` is told."""
+    bus = allocator.statistics
+    group_of = {member: share.name for share in bus.shares.shares for member in share.members}
+    return {
+        "strategy": allocator.strategy.name,
+        "settings": {**asdict(allocator.settings), **allocator.strategy.facts()},
+        "modules": [
+            {
+                "name": name,
+                "rank": bus.ranks[index],
+                "in_features": layer.lora_A.shape[1],
+                "out_features": layer.lora_B.shape[0],
+                "group": group_of[index],
+                "cost": bus.shares.costs[index],
+            }
+            for index, (name, layer) in enumerate(allocator.masks.own.items())
+        ],
+        "unit": bus.shares.unit,
+        "step": allocator.steps,
+        "rollbacks": allocator.rollbacks,
+    }
+
+
+def _phase(settings: AllocatorSettings, step: int) -> str:
+    if step >= settings.last_allocation:
+        return "final ranks"
+    return "before the first mask" if step <= settings.tinit else "budget decreasing"
+
+
+def _why(
+    settings: AllocatorSettings,
+    step: int,
+    decision: Decision | None,
+    kept: Sequence[bool],
+    scores: Sequence[float],
+) -> str:
+    if step == 0:
+        return "the allocator has not been stepped"
+    if decision is None:
+        return f"no mask before step {settings.tinit + 1}"
+    if not kept:
+        return "it has no ranks"
+    if not all(math.isfinite(score) for score in scores):
+        return "some of its scores are not finite: these ranks stay as the mask before has them"
+    keeping = [score for score, keep in zip(scores, kept, strict=True) if keep]
+    masked = [score for score, keep in zip(scores, kept, strict=True) if not keep]
+    if not masked:
+        why = f"every score is above the threshold, the lowest {min(keeping):.3g}"
+    elif not keeping:
+        why = f"no score is above the threshold, the highest {max(masked):.3g}"
+    else:
+        why = f"lowest score kept {min(keeping):.3g}, highest masked {max(masked):.3g}"
+    if decision.step < step < settings.last_allocation:
+        why += f"; masked at step {decision.step}, every rank trains until the next mask"
+    return why
