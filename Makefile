@@ -16,13 +16,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest $(ARGS)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What a change is most likely to break. A file belongs here while its tests take a few seconds.
-QUICK := $(addprefix tests/, test_constraints.py test_messages.py test_nn.py \
+QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py test_nn.py \
     $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py gradcheck.py pack_cache.py rank_plan.py) \
     $(addprefix allocation/test_, adalora.py rank_budgets.py selection_and_plans.py) \
     $(addprefix integrations/test_, peft_backend.py quantised.py) \
     $(addprefix cli/test_, checkpoint.py doctor.py main.py report.py))
 
-.PHONY: help install check test upgrade demo lint bench report attacks sanitize wheel hub clean
+.PHONY: help install check test upgrade demo lint house bench report attacks sanitize wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -62,6 +62,9 @@ demo: install  ## fine-tune a pretrained model under a rank budget (about five m
 lint: install  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+house: install  ## check the structure: argument lists, the direction of imports, circles, the form of docstrings
+	$(BIN)/python .ci/house.py
 
 bench: install  ## measure all cases, or CASE=..., into bench/results/ (under half an hour on two cores)
 	$(BIN)/peftkernels bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
