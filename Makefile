@@ -20,7 +20,7 @@ QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py 
     $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py gradcheck.py pack_cache.py rank_plan.py) \
     $(addprefix allocation/test_, adalora.py rank_budgets.py selection_and_plans.py) \
     $(addprefix integrations/test_, peft_backend.py quantised.py) \
-    $(addprefix cli/test_, checkpoint.py doctor.py main.py report.py))
+    $(addprefix cli/test_, doctor.py main.py) $(addprefix demo/test_, checkpoint.py demo_report.py))
 
 .PHONY: help install check test upgrade demo lint house bench report attacks sanitize wheel hub clean
 
@@ -57,7 +57,7 @@ upgrade:  ## write the newest versions into constraints.txt, once all tests pass
 	mv $(UPGRADE)/tested.txt constraints.txt
 
 demo: install  ## fine-tune a pretrained model under a rank budget (about five minutes on two cores)
-	$(BIN)/peftkernels demo $(ARGS)
+	$(BIN)/python -m demo $(ARGS)
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .
@@ -67,13 +67,13 @@ house: install  ## check the structure: argument lists, the direction of imports
 	$(BIN)/python .ci/house.py
 
 bench: install  ## measure all cases, or CASE=..., into bench/results/ (under half an hour on two cores)
-	$(BIN)/peftkernels bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
+	$(BIN)/python -m bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
 
 report: install  ## write the tables of README.md and bench/plots/ from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
 attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; two hours on two cores)
-	cd tests && $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
+	cd tests && PYTHONPATH=.. $(abspath $(BIN))/python -m attacks $(or $(ARGS),--keep ../bench/results)
 
 sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UBSan (ten minutes on two cores; Linux, gcc)
 	cd tests && $(abspath $(BIN))/python -m support.sanitize $(ARGS)

@@ -1,1 +1,1 @@
-"""The benchmark suite: cases, contestants, measurement, goals and report. Installed as `peftkernels.bench`."""
+"""The benchmark suite: cases, contestants, measurement, goals and report. `python -m bench` at the root runs it."""

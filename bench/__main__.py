@@ -1,10 +1,10 @@
-"""``python -m bench`` in a checkout is ``peftkernels bench``."""
+"""``python -m bench``, from the root of the repository."""
 
 import sys
 
-from peftkernels.cli.main import main
+from bench.command import main
 from peftkernels.cli.process import prepare_process
 
 if __name__ == "__main__":
     prepare_process()
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    sys.exit(main())

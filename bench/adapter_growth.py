@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demo.batches import Batch
+from demo.runs import Run
 from peftkernels.allocation.run.orthogonality import orthogonality
-from peftkernels.cli.demo.batches import Batch
-from peftkernels.cli.demo.runs import Run
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 Layer = LoRALinear | AdaLoRALinear

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.adapter_growth import Growth, orthogonality_shares
+from demo.batches import Encoded, collate, evaluation_order, training_order
+from demo.model import TextClassifier
+from demo.options import Options
+from demo.prepare import prepare
+from demo.recipe import Recipe
+from demo.runs import AdaLoraRun, LoraRun, Run, Start, with_adapters
+from demo.train import EVALUATION_BATCH
 from peftkernels.allocation.run.orthogonality import orthogonality
-from peftkernels.cli.demo.batches import Encoded, collate, evaluation_order, training_order
-from peftkernels.cli.demo.model import TextClassifier
-from peftkernels.cli.demo.options import Options
-from peftkernels.cli.demo.prepare import prepare
-from peftkernels.cli.demo.recipe import Recipe
-from peftkernels.cli.demo.runs import AdaLoraRun, LoraRun, Run, Start, with_adapters
-from peftkernels.cli.demo.train import EVALUATION_BATCH
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 VALIDATION_SHARE = 0.2

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from demo.checkpoint import write_json
+from demo.errors import InputError
+from demo.options import Options
 from peftkernels._files import write_atomically, write_text
-from peftkernels.cli.demo.checkpoint import write_json
-from peftkernels.cli.demo.errors import InputError
-from peftkernels.cli.demo.options import Options
 from peftkernels.cli.machine import machine, versions
 
 from . import adapter_scale_report as report
@@ -155,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="FILE", help=f"default: docs/{DOCS.name}")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of each training; default: {STEPS}")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="another encoder, as for peftkernels demo")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="other texts, as for peftkernels demo")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="another encoder, as for python -m demo")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="other texts, as for python -m demo")
     options = parser.parse_args(arguments)
     points = [point for point in grid() if re.search(options.only, point.key)]
     if not points:

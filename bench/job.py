@@ -1,4 +1,4 @@
-"""`peftkernels bench` from its options to its tables and files."""
+"""`python -m bench` from its options to its tables and files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from peftkernels.backends.registry import backend_status
-from peftkernels.cli.bench import Options
 
 from . import lineup, plan, results, roofline, runner
 from .cases import QUICK, Case, select
+from .command import NAME, Options
 from .plan import Planned
 from .replay import replay
 from .results import ResultsError
@@ -38,10 +38,10 @@ def run_bench(options: Options) -> int:
     try:
         return _run(options)
     except (InputError, ResultsError) as error:
-        print(f"peftkernels bench: error: {error}", file=sys.stderr)
+        print(f"{NAME}: error: {error}", file=sys.stderr)
         return 2
     except WrongResultError as error:
-        print(f"peftkernels bench: wrong result: {error}", file=sys.stderr)
+        print(f"{NAME}: wrong result: {error}", file=sys.stderr)
         return 1
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from demo.saved import bytes_saved_for_backward
 from peftkernels import lora_linear
-from peftkernels.cli.saved import bytes_saved_for_backward
 
 from . import data, lineup
 from .cases import Case

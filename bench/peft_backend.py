@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkernels
-from peftkernels.cli.demo.batches import collate
-from peftkernels.cli.demo.checkpoint import write_json
-from peftkernels.cli.demo.options import Options
-from peftkernels.cli.demo.prepare import prepare
-from peftkernels.cli.demo.runs import copy_of_base
+from demo.batches import collate
+from demo.checkpoint import write_json
+from demo.options import Options
+from demo.prepare import prepare
+from demo.runs import copy_of_base
 from peftkernels.cli.load import ForeignLoad
 from peftkernels.cli.machine import machine, versions
 

@@ -1,4 +1,4 @@
-"""The README's comparison of rank-allocation strategies, from what `peftkernels demo --allocators` wrote."""
+"""The README's comparison of rank-allocation strategies, from what `python -m demo --allocators` wrote."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkernels.cli.demo.compare.table import cells, columns, sensitivity_cells, sensitivity_columns
-from peftkernels.cli.demo.compare.words import findings
-from peftkernels.cli.demo.timing import FROZEN
+from demo.compare.table import cells, columns, sensitivity_cells, sensitivity_columns
+from demo.compare.words import findings
+from demo.timing import FROZEN
 
 from .cases import GROUPS
 from .readme_tables import markdown

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftkernels.cli.demo.recipe import TITLES
-from peftkernels.cli.demo.timing import FROZEN as DEMO_FROZEN
+from demo.recipe import TITLES
+from demo.timing import FROZEN as DEMO_FROZEN
 
 from . import lineup
 from .cases import BACKWARD, FORWARD, GROUPS, TOKENS, TRAINING_TOKENS, WIDTHS, Case

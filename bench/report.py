@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from demo.compare.plot import write_plot
 from peftkernels._files import write_text
-from peftkernels.cli.demo.compare.plot import write_plot
 
 from . import attacks_page, readme_allocators, readme_peft, readme_tables, results
 from .goals import judge

@@ -1,7 +1,7 @@
 """Whole training steps of a model: forward, loss, backward, optimizer, rank allocation.
 
 The frozen step is the same model's forward and backward pass with every parameter frozen; the gradient runs through it
-from the loss to the embeddings' output. Both as in `peftkernels demo`, on batches of random tokens.
+from the loss to the embeddings' output. Both as in `python -m demo`, on batches of random tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftkernels.cli.demo.batches import Batch
-from peftkernels.cli.demo.builders import build
-from peftkernels.cli.demo.model import TextClassifier, adaptable_linears, load_encoder, model_directory
-from peftkernels.cli.demo.recipe import Recipe
-from peftkernels.cli.demo.runs import Run, Start
-from peftkernels.cli.demo.timing import FrozenStep, TimedRun
-from peftkernels.cli.saved import bytes_saved_for_backward
+from demo.batches import Batch
+from demo.builders import build
+from demo.model import TextClassifier, adaptable_linears, load_encoder, model_directory
+from demo.recipe import Recipe
+from demo.runs import Run, Start
+from demo.saved import bytes_saved_for_backward
+from demo.timing import FrozenStep, TimedRun
 
 from . import lineup
 from .cases import Case

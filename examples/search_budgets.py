@@ -1,11 +1,11 @@
 """Search for the budget of the demo's AdaLoRA training, with several workers on one storage:
 
-    python examples/search_budgets.py --quick --workers 2 --storage search.log
+    python -m examples.search_budgets --quick --workers 2 --storage search.log
 
-Needs `pip install 'peftkernels[demo,search]'`. Every candidate is one training, judged by texts taken out of those it
-could train on. Killed at any time, the same command goes on where it was. Workers on other machines take part when they
-are given the same storage (a database's URL) and numbers of their own (--worker). With --front the search looks for
-accuracy and few live parameters at once, and prints what is worth choosing from.
+At the root of the repository, with the demo's packages. Every candidate is one training, judged by texts taken out of
+those it could train on. Killed at any time, the same command goes on where it was. Workers on other machines take part
+when they are given the same storage (a database's URL) and numbers of their own (--worker). With --front the search
+looks for accuracy and few live parameters at once, and prints what is worth choosing from.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
+from demo.batches import Encoded, collate, training_order
+from demo.compare.trial import carve, prepared_for
+from demo.errors import InputError
+from demo.options import QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options
+from demo.prepare import Prepared
+from demo.runs import Run, with_adapters
+from demo.train import accuracy
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.search import BudgetSearch, BudgetSpace, Candidate, cost_of_ranks
 from peftkernels.allocation.search.study import Report
-from peftkernels.cli.demo.batches import Encoded, collate, training_order
-from peftkernels.cli.demo.compare.trial import carve, prepared_for
-from peftkernels.cli.demo.errors import InputError
-from peftkernels.cli.demo.options import QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options
-from peftkernels.cli.demo.prepare import Prepared
-from peftkernels.cli.demo.runs import Run, with_adapters
-from peftkernels.cli.demo.train import accuracy
 from peftkernels.nn import AdaLoRALinear
 
 GROUPS = {"attention": ["*attention*"], "mlp": ["*intermediate*", "*output.dense"]}
@@ -124,12 +124,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def start_others(options: argparse.Namespace, arguments: Sequence[str]) -> list[subprocess.Popen[bytes]]:
-    """The other workers of this machine; each runs this file with a number of its own."""
+    """The other workers of this machine; each runs this module with a number of its own."""
     numbers = range(options.worker + 1, options.worker + options.workers)
-    return [
-        subprocess.Popen([sys.executable, __file__, *arguments, "--workers", "1", "--worker", str(number)])
-        for number in numbers
-    ]
+    command = [sys.executable, "-m", "examples.search_budgets", *arguments, "--workers", "1", "--worker"]
+    return [subprocess.Popen([*command, str(number)]) for number in numbers]
 
 
 def search(options: argparse.Namespace) -> BudgetSearch:

@@ -1,9 +1,10 @@
 """The demo's AdaLoRA training on several processes, each with its part of every batch:
 
-    torchrun --standalone --nproc-per-node 2 examples/train_torchrun.py --quick
+    torchrun --standalone --nproc-per-node 2 -m examples.train_torchrun --quick
 
-Needs `pip install 'peftkernels[demo]'`. Every process holds the whole model; DistributedDataParallel averages the
-gradients, of live ranks only (`live_rank_hook`), and after every step the processes compare what they decided.
+At the root of the repository, with the demo's packages. Every process holds the whole model; DistributedDataParallel
+averages the gradients, of live ranks only (`live_rank_hook`), and after every step the processes compare what they
+decided.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from peftkernels.cli.demo.batches import Encoded, collate
-from peftkernels.cli.demo.errors import InputError
-from peftkernels.cli.demo.options import QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options
-from peftkernels.cli.demo.prepare import Prepared, prepare
-from peftkernels.cli.demo.runs import AdaLoraRun, build_adalora
-from peftkernels.cli.demo.train import accuracy
+from demo.batches import Encoded, collate
+from demo.errors import InputError
+from demo.options import QUICK_STEPS, QUICK_TOKENS, STEPS, TOKENS, Options
+from demo.prepare import Prepared, prepare
+from demo.runs import AdaLoraRun, build_adalora
+from demo.train import accuracy
 from peftkernels.distributed import DivergenceCheck, LiveRanks, check_agreement, live_rank_hook
 
 

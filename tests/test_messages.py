@@ -13,7 +13,7 @@ import peftkernels
 
 PACKAGE = Path(peftkernels.__file__).parent
 # Commands print for their own process, which escapes what the console does not have (cli/process.py).
-COMMANDS = (PACKAGE / "cli", PACKAGE / "bench")
+COMMANDS = (PACKAGE / "cli",)
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if not any(one in path.parents for one in COMMANDS)]
 
 

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seconds", type=_positive, metavar="S", help="seconds for a case, at most (default: 0.6)")
     found = parser.parse_args(arguments)
     if found.device == "cpu" and not (found.smoke or found.check or found.list):
-        parser.error("--device: cpu is for --smoke, --check and --list; the CPU's benchmark is `peftkernels bench`")
+        parser.error("--device: cpu is for --smoke, --check and --list; the CPU's benchmark is `python -m bench`")
     return Options(**{**vars(found), "cases": tuple(found.cases)})
 
 

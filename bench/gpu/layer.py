@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demo.saved import bytes_saved_for_backward
 from peftkernels import RankPlan, RankState, lora_linear
-from peftkernels.cli.saved import bytes_saved_for_backward
 
 from .. import data, lineup
 from ..cases import GRAPH, Case

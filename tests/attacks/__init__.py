@@ -7,7 +7,7 @@ An attack is a module with
     SHORT, LONG  rounds in `make test`, and on demand
     run          (rounds, seed) -> `Counts`
 
-and stands in `ATTACKS`. `python -m attacks`, in the folder tests, runs them on demand.
+and stands in `ATTACKS`. `make attacks` runs them on demand.
 """
 
 from __future__ import annotations

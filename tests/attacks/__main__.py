@@ -1,4 +1,4 @@
-"""Runs attacks on demand: `python -m attacks` in the folder tests."""
+"""Runs attacks on demand: `make attacks`, or `PYTHONPATH=.. python -m attacks` in the folder tests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from attacks import ATTACKS
 from attacks.attack import load
+from bench.results import file_name
 from peftkernels._files import write_text
-from peftkernels.bench.results import file_name
 from peftkernels.cli.machine import PACKAGES, machine, versions
 
 

@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 from attacks.attack import TESTS, Counts
+from demo.checkpoint import Store, read_record, write_json
 from peftkernels.allocation import DecisionLog, read_log
 from peftkernels.allocation.costs import load_costs, save_costs
 from peftkernels.allocation.logs.card import CARD_NAME, adapter_card, write_card
 from peftkernels.allocation.logs.run_log import RunLog
 from peftkernels.allocation.strategies.rank_prior import PriorModule, RankPrior
-from peftkernels.cli.demo.checkpoint import Store, read_record, write_json
 from peftkernels.cli.report.command import run_report
 from peftkernels.integrations.checkpoint_state import read_state, write_state
 from peftkernels.integrations.peft import load_adapter, save_adapter
@@ -237,7 +237,13 @@ class _Server:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "attacks.kills"]
         self._process = subprocess.Popen(
-            command, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            cwd=TESTS,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def __enter__(self) -> _Server:

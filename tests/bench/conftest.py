@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from support.implementations import threads
 
-from peftkernels.bench import data
+from bench import data
 
 
 @pytest.fixture(autouse=True, scope="module")

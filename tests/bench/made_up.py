@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from peftkernels.bench import lineup, results
-from peftkernels.bench.cases import Case
-from peftkernels.bench.results import Origin, Row
-from peftkernels.bench.runner import Measured
-from peftkernels.bench.timing import Samples
+from bench import lineup, results
+from bench.cases import Case
+from bench.results import Origin, Row
+from bench.runner import Measured
+from bench.timing import Samples
 
 ORIGIN = Origin(2, "a processor, 2 cores", "2.13.0", "0.21.2", "3.11", "0.1.0", "abc1234", "2026-01-02")
 

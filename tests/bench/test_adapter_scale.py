@@ -16,9 +16,9 @@ from torch import nn
 from bench import adapter_scale, adapter_scale_report
 from bench.adapter_growth import Growth, adapter_layers, delta_norm, factors, orthogonality_shares
 from bench.adapter_run import Point, Task, build, load_task, measured_steps, train_point
-from peftkernels.cli.demo.batches import collate
-from peftkernels.cli.demo.options import Options
-from peftkernels.cli.demo.prepare import prepare
+from demo.batches import collate
+from demo.options import Options
+from demo.prepare import prepare
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 STEPS = 12

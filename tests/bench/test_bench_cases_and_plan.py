@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkernels.bench import cases, lineup, plan, roofline
-from peftkernels.bench.cases import (
+from bench import cases, lineup, plan, roofline
+from bench.cases import (
     ALLOCATOR,
     BACKWARD,
     DEAD,
@@ -19,7 +19,7 @@ from peftkernels.bench.cases import (
     all_cases,
     select,
 )
-from peftkernels.bench.roofline import Peaks
+from bench.roofline import Peaks
 
 
 def test_ids_are_unique() -> None:

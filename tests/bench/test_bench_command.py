@@ -1,4 +1,4 @@
-"""`peftkernels bench` from its arguments to its files, on a case that takes no time."""
+"""`python -m bench` from its arguments to its files, on a case that takes no time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 import made_up
 import pytest
 
-from peftkernels.bench import cases, job, lineup, replay, roofline, runner
-from peftkernels.bench.cases import BACKWARD, FORWARD, GROUPS, Case
-from peftkernels.bench.verify import WrongResultError
-from peftkernels.cli import bench
-from peftkernels.cli.main import main
+from bench import cases, command, job, lineup, replay, roofline, runner
+from bench.cases import BACKWARD, FORWARD, GROUPS, Case
+from bench.command import main
+from bench.verify import WrongResultError
 
 TINY = (Case(direction=FORWARD, K=64, N=48, M=8, r=4), Case(direction=BACKWARD, K=64, N=48, M=8, r=4))
 
@@ -29,32 +28,28 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "measure_peaks", lambda: roofline.ASSUMED)
 
 
-def test_the_suite_is_part_of_the_package() -> None:
-    """bench/ is installed as peftkernels.bench, its results are not."""
+def test_only_the_product_is_installed() -> None:
     tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
     setuptools = pytest.importorskip("setuptools", reason="finding packages as a build does needs setuptools")
     root = Path(__file__).parents[2]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = setuptools.find_namespace_packages(str(root), **settings)
-    assert "peftkernels.bench" in found and "peftkernels.cli" in found
-    assert not [name for name in found if name.startswith("bench")]
-    parts = ["peftkernels.bench.gpu", "peftkernels.bench.gpu.questions"]
-    assert [name for name in found if name.startswith("peftkernels.bench.")] == parts
-    assert (root / "peftkernels" / "bench").resolve() == root / "bench"
+    assert "peftkernels.cli" in found
+    assert {name.partition(".")[0] for name in found} == {"peftkernels"}
 
 
 def test_list_names_cases_groups_and_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--list"]) == 0
+    assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {case.id}\n" in out for case in cases.all_cases())
     assert "groups: grid-fp32, grid-bf16, grid-mixed" in out and " min\n" in out
-    assert main(["bench", "--list", "tiny"]) == 0
+    assert main(["--list", "tiny"]) == 0
     assert capsys.readouterr().out.count(" s  ") == 2
 
 
 @pytest.mark.alone
 def test_quick_measures_keeps_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--quick", "--seconds", "0.05", "--threads", "1", "--out", str(tmp_path / "out")]
+    arguments = ["--quick", "--seconds", "0.05", "--threads", "1", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--json", str(tmp_path / "first.json")]) == 0
     shown = capsys.readouterr()
     assert TINY[0].id in shown.out and "× peftkernels" in shown.out and "written: " in shown.out
@@ -117,7 +112,7 @@ def test_an_interrupted_run_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _fake_measurements(monkeypatch, KeyboardInterrupt())
-    assert main(["bench", "--out", str(tmp_path), "tiny"]) == 130
+    assert main(["--out", str(tmp_path), "tiny"]) == 130
     shown = capsys.readouterr()
     assert "interrupted; 1 of 2 cases are measured and kept" in shown.err and TINY[0].id in shown.out
     (found,) = tmp_path.iterdir()
@@ -128,8 +123,8 @@ def test_a_wrong_result_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _fake_measurements(monkeypatch, WrongResultError("case: y is wrong"))
-    assert main(["bench", "--out", str(tmp_path), "tiny"]) == 1
-    assert "peftkernels bench: wrong result: case: y is wrong" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "tiny"]) == 1
+    assert "python -m bench: wrong result: case: y is wrong" in capsys.readouterr().err
 
 
 def _fake_measurements(monkeypatch: pytest.MonkeyPatch, second: BaseException) -> None:
@@ -159,7 +154,7 @@ def test_wrong_input_is_named_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from peftkernels.bench import results
+    from bench import results
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "measure_case", lambda *_: pytest.fail("something was measured"))
@@ -167,7 +162,7 @@ def test_wrong_input_is_named_before_anything_is_measured(
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / results.file_name()).write_text("K,N\n1,2\n")
     cases_named = [] if "nothing-like-it" in arguments else ["tiny"]
-    assert main(["bench", *cases_named, *(text.replace("{tmp}", str(tmp_path)) for text in arguments)]) == 2
+    assert main([*cases_named, *(text.replace("{tmp}", str(tmp_path)) for text in arguments)]) == 2
     assert message.replace("{tmp}", str(tmp_path)) in capsys.readouterr().err
 
 
@@ -176,17 +171,17 @@ def test_wrong_input_is_named_before_anything_is_measured(
 )
 def test_wrong_arguments_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", *arguments])
+        main([*arguments])
     assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    sound = bench.importlib.util.find_spec
+    sound = command.importlib.util.find_spec
     monkeypatch.setattr(
-        bench.importlib.util, "find_spec", lambda name: None if name in ("peft", "pygal") else sound(name)
+        command.importlib.util, "find_spec", lambda name: None if name in ("peft", "pygal") else sound(name)
     )
-    assert main(["bench", "--list"]) == 2
+    assert main(["--list"]) == 2
     shown = capsys.readouterr()
-    assert "not installed: peft; install" in shown.err and "peftkernels[bench]" in shown.err and not shown.out
-    assert main(["bench", "--histogram", "x"]) == 2
+    assert "not installed: peft; install" in shown.err and "'.[bench]'" in shown.err and not shown.out
+    assert main(["--histogram", "x"]) == 2
     assert "not installed: peft, pygal;" in capsys.readouterr().err

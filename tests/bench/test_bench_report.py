@@ -8,9 +8,9 @@ from pathlib import Path
 import made_up
 import pytest
 
-from peftkernels.bench import readme_tables, report, results
-from peftkernels.bench.cases import GROUPS, all_cases
-from peftkernels.bench.gpu.questions import page
+from bench import readme_tables, report, results
+from bench.cases import GROUPS, all_cases
+from bench.gpu.questions import page
 
 MARKERS = ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,11 @@ from pathlib import Path
 import made_up
 import pytest
 
-from peftkernels.bench import lineup, results
-from peftkernels.bench.cases import GROUPS, all_cases
-from peftkernels.bench.goals import GOALS, judge
-from peftkernels.bench.results import ResultsError
-from peftkernels.bench.runner import Store
+from bench import lineup, results
+from bench.cases import GROUPS, all_cases
+from bench.goals import GOALS, judge
+from bench.results import ResultsError
+from bench.runner import Store
 
 CASE = GROUPS["grid-fp32"][0]
 

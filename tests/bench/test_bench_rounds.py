@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from peftkernels.bench import timing
-from peftkernels.bench.runner import adjusted
-from peftkernels.bench.timing import Effort, Samples, interleave, spread
+from bench import timing
+from bench.runner import adjusted
+from bench.timing import Effort, Samples, interleave, spread
 
 DRIFT = 0.1
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkernels.bench import layers, lineup, runner
-from peftkernels.bench.cases import BACKWARD, DEAD, FORWARD, PROBE, Case
-from peftkernels.bench.layers import LayerBench
-from peftkernels.bench.timing import Effort
-from peftkernels.bench.verify import WrongResultError, verify
+from bench import layers, lineup, runner
+from bench.cases import BACKWARD, DEAD, FORWARD, PROBE, Case
+from bench.layers import LayerBench
+from bench.timing import Effort
+from bench.verify import WrongResultError, verify
 
 SMALL = {"K": 96, "N": 64, "M": 24, "r": 8}
 RIGHT = {
@@ -121,7 +121,7 @@ def test_saved_bytes_count_the_input_once_and_no_parameter() -> None:
 
 
 def test_allocators_take_the_same_decisions_and_a_difference_is_caught() -> None:
-    from peftkernels.bench.allocators import AllocatorBench
+    from bench.allocators import AllocatorBench
 
     case = Case("allocator", K=24, N=16, r=4, modules=3)
     bench = AllocatorBench(case)
@@ -136,7 +136,7 @@ def test_allocators_take_the_same_decisions_and_a_difference_is_caught() -> None
 
 
 def test_strategies_keep_their_budget_and_one_that_does_not_is_caught() -> None:
-    from peftkernels.bench.strategies import StrategyBench
+    from bench.strategies import StrategyBench
 
     case = Case("strategies", K=24, N=16, r=4, modules=3)
     bench = StrategyBench(case)
@@ -150,7 +150,7 @@ def test_strategies_keep_their_budget_and_one_that_does_not_is_caught() -> None:
 
 
 def test_the_orthogonality_terms_agree_and_a_difference_is_caught() -> None:
-    from peftkernels.bench.allocators import AllocatorBench
+    from bench.allocators import AllocatorBench
 
     case = Case("allocator", "orthogonality", K=24, N=16, r=4, modules=3)
     bench = AllocatorBench(case)
@@ -172,7 +172,7 @@ def test_the_orthogonality_terms_agree_and_a_difference_is_caught() -> None:
 def test_a_measured_case_has_a_row_for_each_contestant() -> None:
     from made_up import ORIGIN
 
-    from peftkernels.bench.roofline import ASSUMED
+    from bench.roofline import ASSUMED
 
     case = Case(direction=BACKWARD, dropout=0.1, K=768, N=768, M=128)
     found = runner.measure_case(case, Effort(0.0, 1, 0.1), ASSUMED, ORIGIN)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peftkernels.bench import lineup
-from peftkernels.bench.cases import ALLOCATOR, BACKWARD, DEAD, ENQUEUE, FORWARD, GRAPH, ORTHOGONALITY, Case
-from peftkernels.bench.gpu import budget, cases
-from peftkernels.bench.gpu.budget import Budget
-from peftkernels.bench.gpu.cases import GROUPS, SMOKE, compiles, contestants, full, in_order, select
-from peftkernels.bench.roofline import Peaks
+from bench import lineup
+from bench.cases import ALLOCATOR, BACKWARD, DEAD, ENQUEUE, FORWARD, GRAPH, ORTHOGONALITY, Case
+from bench.gpu import budget, cases
+from bench.gpu.budget import Budget
+from bench.gpu.cases import GROUPS, SMOKE, compiles, contestants, full, in_order, select
+from bench.roofline import Peaks
 
 PEAKS = Peaks({torch.bfloat16: 7e14}, 4e12, 4e12)
 ORDERED = in_order(GROUPS)

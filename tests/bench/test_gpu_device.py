@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from peftkernels.bench.gpu import device as devices
-from peftkernels.bench.gpu.device import Cuda, DeviceError, Host, answers, find
-from peftkernels.bench.timing import Effort, interleave
+from bench.gpu import device as devices
+from bench.gpu.device import Cuda, DeviceError, Host, answers, find
+from bench.timing import Effort, interleave
 
 
 class FakeGpu:

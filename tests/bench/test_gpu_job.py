@@ -13,19 +13,19 @@ import made_up
 import pytest
 import torch
 
-from peftkernels.bench import lineup, results
-from peftkernels.bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case
-from peftkernels.bench.gpu import __main__ as command
-from peftkernels.bench.gpu import cases as registry
-from peftkernels.bench.gpu import check, job
-from peftkernels.bench.gpu import device as devices
-from peftkernels.bench.gpu.budget import Budget
-from peftkernels.bench.gpu.cases import SMOKE, contestants, in_order
-from peftkernels.bench.gpu.device import Host
-from peftkernels.bench.gpu.job import Found, Lineup, Outcome
-from peftkernels.bench.runner import Measured
-from peftkernels.bench.timing import Effort, Samples
-from peftkernels.bench.verify import WrongResultError
+from bench import lineup, results
+from bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case
+from bench.gpu import __main__ as command
+from bench.gpu import cases as registry
+from bench.gpu import check, job
+from bench.gpu import device as devices
+from bench.gpu.budget import Budget
+from bench.gpu.cases import SMOKE, contestants, in_order
+from bench.gpu.device import Host
+from bench.gpu.job import Found, Lineup, Outcome
+from bench.runner import Measured
+from bench.timing import Effort, Samples
+from bench.verify import WrongResultError
 
 HOST = Host(torch.device("cpu"))
 SMALL = {"K": 32, "N": 24, "M": 5, "r": 4, "dtype": "bf16", "bias": False}

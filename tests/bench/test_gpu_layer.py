@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkernels.bench import data, lineup
-from peftkernels.bench.cases import BACKWARD, DEAD, FORWARD, GRAPH, PROBE, Case
-from peftkernels.bench.gpu import layer as layers
-from peftkernels.bench.gpu import verify as sampled
-from peftkernels.bench.gpu.cases import contestants
-from peftkernels.bench.gpu.device import Host
-from peftkernels.bench.gpu.floor import library_linear
-from peftkernels.bench.gpu.layer import DeviceLayer, copies, twin
-from peftkernels.bench.gpu.verify import oracle, sampled_rows, verify
-from peftkernels.bench.verify import WrongResultError
+from bench import data, lineup
+from bench.cases import BACKWARD, DEAD, FORWARD, GRAPH, PROBE, Case
+from bench.gpu import layer as layers
+from bench.gpu import verify as sampled
+from bench.gpu.cases import contestants
+from bench.gpu.device import Host
+from bench.gpu.floor import library_linear
+from bench.gpu.layer import DeviceLayer, copies, twin
+from bench.gpu.verify import oracle, sampled_rows, verify
+from bench.verify import WrongResultError
 from peftkernels.ops import reference
 
 HOST = Host(torch.device("cpu"))
@@ -252,7 +252,7 @@ def test_recorded_calls_are_replayed() -> None:
 
 
 def test_a_peer_that_cannot_be_built_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftkernels.bench import peers
+    from bench import peers
 
     sound = peers.peft_layer
 

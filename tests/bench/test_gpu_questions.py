@@ -15,13 +15,13 @@ import torch
 from support.implementations import skip_unless_served
 from torch.autograd import DeviceType
 
+from bench import report
+from bench.gpu import device
+from bench.gpu.device import find
+from bench.gpu.questions import __main__ as command
+from bench.gpu.questions import page, parts, specialised, steps
 from peftkernels.backends.triton import launch, routes, tiles
 from peftkernels.backends.triton.routes import BACKWARD, FORWARD, Product
-from peftkernels.bench import report
-from peftkernels.bench.gpu import device
-from peftkernels.bench.gpu.device import find
-from peftkernels.bench.gpu.questions import __main__ as command
-from peftkernels.bench.gpu.questions import page, parts, specialised, steps
 
 ROOT = Path(__file__).parents[2]
 LARGE = Product(FORWARD, "bfloat16", 8192, 4096, 4096)

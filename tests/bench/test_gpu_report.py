@@ -10,13 +10,13 @@ from pathlib import Path
 import made_up
 import pytest
 
-from peftkernels.bench import lineup, report, results
-from peftkernels.bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case, all_cases
-from peftkernels.bench.goals import GPU_GOALS, Reached, judge
-from peftkernels.bench.gpu import plots, readme
-from peftkernels.bench.gpu.cases import GROUPS, contestants, in_order
-from peftkernels.bench.results import ResultsError, Row
-from peftkernels.bench.timing import Samples
+from bench import lineup, report, results
+from bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case, all_cases
+from bench.goals import GPU_GOALS, Reached, judge
+from bench.gpu import plots, readme
+from bench.gpu.cases import GROUPS, contestants, in_order
+from bench.results import ResultsError, Row
+from bench.timing import Samples
 
 CASES = [case for _, case in in_order(GROUPS)]
 ORIGIN = replace(made_up.ORIGIN, device="NVIDIA H200")

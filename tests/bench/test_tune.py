@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import tune
+from bench.gpu import device as devices
+from bench.gpu.device import Host
+from bench.timing import Effort, Samples
+from bench.tune import BARE, SMOKE, ProductBench, best
+from bench.verify import WrongResultError
 from peftkernels.backends.triton import routes
 from peftkernels.backends.triton.routes import BACKWARD, FORWARD, LIBRARY, TAIL, Choice, Product
-from peftkernels.bench import tune
-from peftkernels.bench.gpu import device as devices
-from peftkernels.bench.gpu.device import Host
-from peftkernels.bench.timing import Effort, Samples
-from peftkernels.bench.tune import BARE, SMOKE, ProductBench, best
-from peftkernels.bench.verify import WrongResultError
 
 HOST = Host(torch.device("cpu"))
 ROOT = Path(__file__).parents[2]

@@ -358,4 +358,4 @@ def test_wrong_input_is_named_before_anything_is_written(
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     message = refused(tmp_path)
     assert "not installed: jinja2, matplotlib" in message
-    assert "pip install 'peftkernels[demo]'" in message
+    assert "pip install 'peftkernels[report]'" in message

@@ -203,7 +203,7 @@ def _name(product: Product) -> str:
 
 
 def _write(path: Path, facts: dict[str, Any], answers: Answers) -> None:
-    from peftkernels.cli.demo.checkpoint import write_json
+    from demo.checkpoint import write_json
 
     write_json(path, {**{name: value for name, value in facts.items() if name != "slug"}, **asdict(answers)})
 

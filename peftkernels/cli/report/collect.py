@@ -9,7 +9,11 @@ from typing import Any
 
 from peftkernels._reading import check_number, check_object, read_json, shown
 from peftkernels.allocation.logs.run_log import RunLog, read_log
-from peftkernels.cli.demo.checkpoint import ARGUMENTS, DECISIONS, RESULTS, RUNS
+
+ARGUMENTS = "arguments.json"
+RESULTS = "results.json"
+RUNS = "runs"
+DECISIONS = "decisions.jsonl"
 
 
 class ReportError(Exception):

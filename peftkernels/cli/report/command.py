@@ -17,7 +17,7 @@ NEEDED = ("jinja2", "matplotlib")
 DESCRIPTION = """\
 Write one self-contained HTML page about what an allocator decided: where the ranks went and why, budget, threshold,
 churn, revived ranks, skipped steps and rollbacks. Reads RUN_DIR/decisions.jsonl and RUN_DIR/runs/*/decisions.jsonl,
-which DecisionLog and 'peftkernels demo' write; several runs are compared. A run in progress can be reported on.
+which DecisionLog and 'python -m demo' write; several runs are compared. A run in progress can be reported on.
 """
 
 EPILOG = """\
@@ -34,7 +34,7 @@ def run_report(directory: Path, out: Path | None, *, as_json: bool) -> int:
     """Write the report of ``directory`` to ``out`` (None: its folder report); returns the exit code."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return _refuse(f"not installed: {', '.join(missing)}; install them with\n    pip install 'peftkernels[demo]'")
+        return _refuse(f"not installed: {', '.join(missing)}; install them with\n    pip install 'peftkernels[report]'")
     from peftkernels.cli.report.collect import ReportError, collect
 
     out = directory / REPORT if out is None else out

@@ -1,0 +1,1 @@
+"""The comparison of rank-allocation strategies: ``python -m demo --allocators all``."""

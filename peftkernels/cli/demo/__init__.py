@@ -1,1 +1,0 @@
-"""`peftkernels demo`: fine-tune a pretrained encoder under an adaptive rank budget, beside HF peft."""

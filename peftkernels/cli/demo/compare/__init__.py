@@ -1,1 +1,0 @@
-"""The comparison of rank-allocation strategies: ``peftkernels demo --allocators all``."""
