@@ -30,7 +30,8 @@ ROWS, WIDTH, RANK = 16, 64, 16
 def launches_left_out() -> Iterator[list[int]]:
     """Let the Triton backend serve CPU tensors as it serves a GPU's, and skip every launch; yields one number each."""
     from peftkernels.backends import registry
-    from peftkernels.backends.triton import forward_pass, launch, routes, shared_shrink
+    from peftkernels.backends.triton.common import launch
+    from peftkernels.backends.triton.linear import forward_pass, routes, shared_shrink
 
     made: list[int] = []  # programs of each launch
 
@@ -71,7 +72,7 @@ def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def measure() -> list[tuple[str, int, float, float, float]]:
     """For each route: launches of a forward pass, its microseconds without and with gradients, and above `F.linear`."""
-    from peftkernels.backends.triton import routes
+    from peftkernels.backends.triton.linear import routes
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, WIDTH, generator=generator).to(torch.bfloat16)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels.backends import registry
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
 from peftkernels.cli.machine import versions
 
 from . import cases, results, verify

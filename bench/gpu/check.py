@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from peftkernels.backends import registry
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import BACKWARD, FORWARD, Choice, Product
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, Choice, Product
 
 from .. import data
 from ..cases import Case

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftkernels.backends import registry, triton
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton.linear import routes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftkernels.backends.triton import launch
-from peftkernels.backends.triton.launch import Variant
+from peftkernels.backends.triton.common import launch
+from peftkernels.backends.triton.common.launch import Variant
 
 
 class _Function:

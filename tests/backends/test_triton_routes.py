@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from peftkernels.backends.triton import routes, tiles
-from peftkernels.backends.triton.routes import Choice, Entry, Product, Table
+from peftkernels.backends.triton.common import tiles
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import Choice, Entry, Product, Table
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 TMA = Choice(routes.TAIL, "tma-128x256x64-8w-3s")

@@ -20,8 +20,9 @@ from bench.gpu import device
 from bench.gpu.device import find
 from bench.gpu.questions import __main__ as command
 from bench.gpu.questions import page, parts, specialised, steps
-from peftkernels.backends.triton import launch, routes, tiles
-from peftkernels.backends.triton.routes import BACKWARD, FORWARD, Product
+from peftkernels.backends.triton.common import launch, tiles
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, Product
 
 ROOT = Path(__file__).parents[2]
 LARGE = Product(FORWARD, "bfloat16", 8192, 4096, 4096)

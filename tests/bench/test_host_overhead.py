@@ -6,7 +6,7 @@ import pytest
 
 from bench import host_overhead
 from peftkernels.backends import registry
-from peftkernels.backends.triton import launch
+from peftkernels.backends.triton.common import launch
 
 
 def test_launches_are_counted_and_not_made(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from bench.gpu.device import Host
 from bench.timing import Effort, Samples
 from bench.tune import BARE, SMOKE, ProductBench, best
 from bench.verify import WrongResultError
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import BACKWARD, FORWARD, LIBRARY, TAIL, Choice, Product
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, TAIL, Choice, Product
 
 HOST = Host(torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
@@ -284,7 +284,7 @@ INTERPRETED = """
 import torch
 from bench.gpu.device import Host
 from bench.tune import ProductBench
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton.linear import routes
 for direction, rows in (("forward", 17), ("backward", 17), ("forward", 1)):
     product = routes.Product(direction, "float16", rows, 48, 64)
     bench = ProductBench(product, Host(torch.device("cpu")), "triton")

@@ -20,7 +20,7 @@ COMPILE = """
 import json, sys
 import torch
 from peftkernels.backends.triton.allocation import averages
-from peftkernels.backends.triton.launch import Variant
+from peftkernels.backends.triton.common.launch import Variant
 shipped = averages.update_variant(torch.float32, torch.float32, averages.narrow(12), True, True)
 fused = Variant(
     shipped.function, shipped.types, shipped.constants, aligned=shipped.aligned,

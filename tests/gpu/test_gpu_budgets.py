@@ -12,8 +12,8 @@ from support.implementations import served, skip_unless_served
 from support.oracle import Budget
 from support.routes import choices, representative
 
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import Choice
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import Choice
 
 gpu = pytest.mark.gpu
 LIBRARY = Choice(routes.LIBRARY)

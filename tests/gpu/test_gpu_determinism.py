@@ -12,8 +12,9 @@ from support.cases import Call, Outcome, make_call, run
 from support.implementations import served
 from support.routes import choices, representative
 
-from peftkernels.backends.triton import launch, routes
-from peftkernels.backends.triton.routes import Choice
+from peftkernels.backends.triton.common import launch
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import Choice
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"leading": (37,), "n": 48, "k": 112},

@@ -13,8 +13,8 @@ from support.routes import capability, x_dtype
 from torch import Tensor
 
 from peftkernels import lora_linear
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.routes import Choice
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import Choice
 from peftkernels.ops import reference
 
 

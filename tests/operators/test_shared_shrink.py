@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftkernels import lora_linear, shared_shrink
-from peftkernels.backends.triton import routes
-from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.linear import routes
 
 ADAPTERS: list[dict[str, Any]] = [
     {"n": 33, "r": 5},
@@ -70,10 +70,8 @@ def test_k_is_split_where_rows_are_few(seed: int) -> None:
     skip_unless_served("triton")
     k, device = 1900 if device_of("triton") != CPU else 300, device_of("triton")
     kinds = Kinds(torch.float32, torch.float32)
-    assert (
-        importlib.import_module("peftkernels.backends.triton.shared_shrink").parts_of(kinds, device, 3, k, 38).splits
-        > 1
-    )
+    shared = importlib.import_module("peftkernels.backends.triton.linear.shared_shrink")
+    assert shared.parts_of(kinds, device, 3, k, 38).splits > 1
     for call in sharing(calls(seed, leading=(3,), k=k), "triton"):
         within_budget(call, "triton")
 

@@ -6,7 +6,7 @@ import pytest
 from support.implementations import skip_unless_served
 from support.routes import ROUTE_CHECKS, representative, shape_for
 
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton.linear import routes
 
 WAYS = ("tail, tma", "tail, pointer", "single, tma", "single, pointer", "decode, decode")
 

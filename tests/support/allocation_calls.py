@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import FactorLayout
-from peftkernels.backends.triton import launch
+from peftkernels.backends.triton.common import launch
 
 BETA1, BETA2 = 0.85, 0.8
 # (r, K, N) of every layer. Ranks and widths that tiles end inside of, and some that come four at a time.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton.linear import routes
 from peftkernels.ops import reference
 from peftkernels.ops.schemas import rank_dtype
 from support import philox

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from peftkernels.backends.triton import routes, tiles
-from peftkernels.backends.triton.routes import Choice
+from peftkernels.backends.triton.common import tiles
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.routes import Choice
 from support.cases import Call, make_call, run
 from support.checks import (
     contains_dead_ranks,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftkernels.backends.triton.routes import Product
+    from peftkernels.backends.triton.linear.routes import Product
 
     from ..device import Device
     from . import parts, steps

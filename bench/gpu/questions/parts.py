@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels.backends.triton import launch, routes, tiles
-from peftkernels.backends.triton.frozen_product import TailProduct, plan_tail
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.routes import BACKWARD, FORWARD, SINGLE, TAIL, Choice, Product
-from peftkernels.backends.triton.tiles import Tile
+from peftkernels.backends.triton.common import launch, tiles
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.tiles import Tile
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail
+from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, SINGLE, TAIL, Choice, Product
 
 from ... import cases
 from ...data import SCALING

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkernels.backends.triton.frozen_product import resident_programs
-from peftkernels.backends.triton.gemm import GROUP
-from peftkernels.backends.triton.launch import (
+from peftkernels.backends.triton.common.launch import (
     INTERPRETED,
     Variant,
     descriptor,
@@ -25,8 +23,9 @@ from peftkernels.backends.triton.launch import (
     options,
     pointer,
 )
-from peftkernels.backends.triton.products import store_tile, tile_at
-from peftkernels.backends.triton.tiles import TMA, Tile
+from peftkernels.backends.triton.common.products import store_tile, tile_at
+from peftkernels.backends.triton.common.tiles import GROUP, TMA, Tile
+from peftkernels.backends.triton.linear.frozen_product import resident_programs
 
 # Four warps that Triton doubles for wide tiles, beside the one that loads.
 TILES = (Tile(TMA, 128, 256, 64, 4, 3), Tile(TMA, 128, 128, 64, 4, 4))
@@ -107,7 +106,7 @@ def refusal(dtype: torch.dtype, tile: Tile, capability: tuple[int, int]) -> str 
 
 
 def _try_to_compile(dtype: str, tile: str, major: str, minor: str) -> None:
-    from peftkernels.backends.triton.tiles import tile as named
+    from peftkernels.backends.triton.common.tiles import tile as named
 
     ptx = variant(getattr(torch, dtype), named(tile)).compile((int(major), int(minor))).asm["ptx"]
     # Where Triton ignores the wish, all warps keep the registers that they began with.

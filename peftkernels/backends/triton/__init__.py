@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.backends.triton import routes
+from peftkernels.backends.triton.linear import routes
 from peftkernels.ops import schemas
 
 OLDEST = (8, 0)
@@ -117,7 +117,7 @@ def sharing_disadvantage(x: Tensor) -> str | None:
 
 def route_in_words(x: Tensor, weight: Tensor) -> dict[str, str]:
     """For the forward and the backward product: which way it goes, and why."""
-    launch = importlib.import_module("peftkernels.backends.triton.launch")
+    launch = importlib.import_module("peftkernels.backends.triton.common.launch")
     gpu, capability = launch.gpu_name(x.device), launch.capability(x.device)
     (n, k), m, words = weight.shape, x.shape[:-1].numel(), {}
     for direction in routes.DIRECTIONS:
@@ -129,8 +129,9 @@ def route_in_words(x: Tensor, weight: Tensor) -> dict[str, str]:
 
 @functools.cache
 def _kernels() -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., tuple[Tensor, ...]]]:
-    passes = [importlib.import_module(f"peftkernels.backends.triton.{name}_pass") for name in ("forward", "backward")]
-    return passes[0].forward, passes[1].backward
+    forward_pass = importlib.import_module("peftkernels.backends.triton.linear.forward_pass")
+    backward_pass = importlib.import_module("peftkernels.backends.triton.linear.backward_pass")
+    return forward_pass.forward, backward_pass.backward
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -151,7 +152,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    shrink: Tensor = importlib.import_module("peftkernels.backends.triton.shared_shrink").lora_shrink(x, lora_A)
+    shrink: Tensor = importlib.import_module("peftkernels.backends.triton.linear.shared_shrink").lora_shrink(x, lora_A)
     return shrink
 
 

@@ -6,11 +6,27 @@ from collections.abc import Iterator
 
 import torch
 
-from peftkernels.backends.triton import columns, decode, dropout, expand, finish, gemm, given, shrink, single, tiles
 from peftkernels.backends.triton.allocation import shipped as allocation
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant
-from peftkernels.backends.triton.tiles import TMA, Blocks, Tile, blocks_for
+from peftkernels.backends.triton.common import tiles
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant
+from peftkernels.backends.triton.common.tiles import TMA, Blocks, Tile, blocks_for
+from peftkernels.backends.triton.kernels import (
+    decode,
+    expand,
+    gemm_pointer,
+    gemm_tma,
+    keep_bits,
+    pieces,
+    precomputed_shrink,
+    reduce_grad_A,
+    reduce_grad_B,
+    reduce_rows,
+    row_sums,
+    shrink,
+    single_pointer,
+    single_tma,
+)
 
 
 def _kinds(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[Kinds, Kinds]:
@@ -52,32 +68,32 @@ def _products(everything: Kinds, plain: Kinds, blocks: Blocks, tile: Tile) -> It
         yield decode.variant(plain._replace(factor=torch.float32), tile, 16, True)
         yield decode.variant(everything, tile, decode.most_places(everything), True)
     elif tile.kind == TMA:
-        yield gemm.tma_variant(everything, tile, False)
-        yield gemm.tma_variant(everything, tile, True)
-        yield gemm.tma_variant(plain, tile, True)
-        yield single.tma_variant(everything, blocks, tile, single.MOST_PLACES, True)
+        yield gemm_tma.variant(everything, tile, False)
+        yield gemm_tma.variant(everything, tile, True)
+        yield gemm_tma.variant(plain, tile, True)
+        yield single_tma.variant(everything, blocks, tile, pieces.MOST_PLACES, True)
     else:
-        yield gemm.pointer_variant(everything, tile, False, True)
-        yield gemm.pointer_variant(everything, tile, True, True)
-        yield gemm.pointer_variant(plain, tile, True, True)
-        yield single.pointer_variant(everything, blocks, tile, single.MOST_PLACES, True, True)
+        yield gemm_pointer.variant(everything, tile, False, True)
+        yield gemm_pointer.variant(everything, tile, True, True)
+        yield gemm_pointer.variant(plain, tile, True, True)
+        yield single_pointer.variant(everything, blocks, tile, pieces.MOST_PLACES, True, True)
 
 
 def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Iterator[Variant]:
     for places in _places(blocks.shrink_places, brief):
         yield shrink.variant(everything, blocks, places, True, True, False, True)
         yield shrink.variant(plain, blocks, places, False, True, True, False)
-        yield given.variant(everything, blocks, places, True)
+        yield precomputed_shrink.variant(everything, blocks, places, True)
     for places in _places(blocks.column_places, brief):
-        yield columns.variant(everything, blocks, places, False, True, True)
-        yield columns.variant(everything, blocks, places, True, True, False)
+        yield row_sums.variant(everything, blocks, places, False, True, True)
+        yield row_sums.variant(everything, blocks, places, True, True, False)
         if plain is not everything:
-            yield columns.variant(plain, blocks, places, False, True, True)
-    for places in _places(finish.MOST_PLACES, True):
-        yield finish.rows_variant(everything, blocks, places, True, True, True)
-        yield finish.grad_B_variant(everything, blocks, places, True, True)
-        yield finish.grad_A_variant(everything, blocks, places, True, True)
-    yield dropout.bits_variant(everything)
+            yield row_sums.variant(plain, blocks, places, False, True, True)
+    for places in _places(blocks.reduce_places, True):
+        yield reduce_rows.variant(everything, blocks, places, True, True, True)
+        yield reduce_grad_B.variant(everything, blocks, places, True, True)
+        yield reduce_grad_A.variant(everything, blocks, places, True, True)
+    yield keep_bits.variant(everything)
     yield expand.variant(everything, True)
     if plain.rank is not plain.x:
         yield expand.variant(plain, False)

@@ -25,7 +25,8 @@ def _nothing(device: torch.device, dtype: torch.dtype) -> None:
 def recorded(driver: StandIn) -> Iterator[list[dict[str, Any]]]:
     """In the block the Triton backend serves CPU tensors as it serves a GPU's; yields every launch with its faults."""
     from peftkernels.backends import triton
-    from peftkernels.backends.triton import allocation, launch
+    from peftkernels.backends.triton import allocation
+    from peftkernels.backends.triton.common import launch
 
     found: list[dict[str, Any]] = []
     original = launch.Variant.__call__
@@ -49,7 +50,7 @@ def recorded(driver: StandIn) -> Iterator[list[dict[str, Any]]]:
 
 def products() -> None:
     """Forward and backward passes over every route, with everything there is and with nothing beside A and B."""
-    from peftkernels.backends.triton.routes import LIBRARY, Choice
+    from peftkernels.backends.triton.linear.routes import LIBRARY, Choice
     from support.routes import representative
 
     library, aligned, ragged = Choice(LIBRARY), (272, 208), (269, 203)
@@ -65,7 +66,7 @@ def products() -> None:
 def product(choice: Any, dtype: str, n: int, k: int, brief: bool = False) -> None:
     """One route and shape: everything, then, unless brief, nothing beside A and B, and S given."""
     from peftkernels import lora_linear, shared_shrink
-    from peftkernels.backends.triton import routes
+    from peftkernels.backends.triton.linear import routes
     from support.cases import make_call, run
 
     shape: dict[str, Any] = {"leading": (13 if choice.route == routes.DECODE else 300,), "n": n, "k": k, "dtype": dtype}

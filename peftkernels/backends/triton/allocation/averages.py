@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from peftkernels.backends.triton.allocation.parts import Block, address_of, block_of_ranks, lines_and_ranks, tile_of
-from peftkernels.backends.triton.finish import added_lines
-from peftkernels.backends.triton.launch import TYPES, Variant, options
+from peftkernels.backends.triton.common.launch import TYPES, Variant, options
+from peftkernels.backends.triton.common.sums import added_lines
 
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Numbers of a tile: sixteen a thread, of four tensors.

@@ -19,7 +19,7 @@ from peftkernels.backends.triton.allocation import masks, threshold
 from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors, capturing, sent
 from peftkernels.backends.triton.allocation.smoothing import Smoothing
 from peftkernels.backends.triton.allocation.term import Term
-from peftkernels.backends.triton.operands import place
+from peftkernels.backends.triton.common.operands import place
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import functools
 import triton
 import triton.language as tl
 
-from peftkernels.backends.triton.launch import Variant, options
+from peftkernels.backends.triton.common.launch import Variant, options
 
 # Numbers of a layer in the table of layers.
 LAYER_FIELDS = 4

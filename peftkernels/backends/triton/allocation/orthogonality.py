@@ -28,8 +28,8 @@ from peftkernels.backends.triton.allocation.parts import (
     lines_and_ranks,
     tile_of,
 )
-from peftkernels.backends.triton.finish import added_lines
-from peftkernels.backends.triton.launch import TYPES, Variant, options
+from peftkernels.backends.triton.common.launch import TYPES, Variant, options
+from peftkernels.backends.triton.common.sums import added_lines
 
 # What a matrix product takes at least, and ranks that a program holds at a time.
 _FEWEST_RANKS, _MOST_RANKS = 16, 32

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from peftkernels.backends.triton.allocation import averages, masks, orthogonality, threshold
-from peftkernels.backends.triton.launch import Variant
+from peftkernels.backends.triton.common.launch import Variant
 from peftkernels.ops.rank_plan import RankState
 
 # A rank for each size of tile that differs in more than its masks.

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from peftkernels.backends.triton.launch import Variant, options
+from peftkernels.backends.triton.common.launch import Variant, options
 
 # Scores that the program holds at a time.
 SCORES = 2048

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
-from peftkernels.backends.triton.ranks import active_and_live, pack_columns, rank_at, store_by_rank
-from peftkernels.backends.triton.tiles import Blocks
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer, rank_arguments
+from peftkernels.backends.triton.common.ranks import active_and_live, pack_columns, rank_at, store_by_rank
+from peftkernels.backends.triton.common.tiles import Blocks
 
 
 @triton.jit

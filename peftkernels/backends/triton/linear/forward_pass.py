@@ -9,21 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkernels.backends.triton import decode, expand, finish, routes, shrink, single
-from peftkernels.backends.triton import given as given_shrinks
-from peftkernels.backends.triton.frozen_product import (
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import INTERPRETED, Variant
+from peftkernels.backends.triton.common.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
+from peftkernels.backends.triton.common.ranks import block_of_places, width
+from peftkernels.backends.triton.common.tiles import TMA, Tile, blocks_for, tile
+from peftkernels.backends.triton.kernels import (
+    decode,
+    expand,
+    pieces,
+    precomputed_shrink,
+    reduce_rows,
+    shrink,
+    single_pointer,
+    single_tma,
+)
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.frozen_product import (
     TailProduct,
     descriptors,
     plan_tail,
     resident_programs,
     route,
 )
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant
-from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
-from peftkernels.backends.triton.ranks import block_of_places, width
-from peftkernels.backends.triton.shared_shrink import Parts, parts_of
-from peftkernels.backends.triton.tiles import TMA, Tile, blocks_for, tile
+from peftkernels.backends.triton.linear.shared_shrink import Parts, parts_of
 from peftkernels.ops.schemas import rank_dtype
 
 
@@ -68,14 +77,14 @@ def _plan_shrink(
     if given:
         places = block_of_places(r, blocks.shrink_places)
         placing = -(-m // blocks.finish_rows) * -(-width(r) // places)
-        return _Shrink(given_shrinks.variant(kinds, blocks, places, packs), placing + packing, None, None, packs)
+        return _Shrink(precomputed_shrink.variant(kinds, blocks, places, packs), placing + packing, None, None, packs)
     parts = parts_of(kinds, device, m, k, r)
     split = parts.splits > 1
     return _Shrink(
         shrink.variant(kinds, blocks, parts.places, keep, True, split, packs),
         parts.programs + packing,
         parts,
-        finish.rows_variant(kinds, blocks, parts.finish_places, keep, True, False) if split else None,
+        reduce_rows.variant(kinds, blocks, parts.finish_places, keep, True, False) if split else None,
         packs,
     )
 
@@ -104,11 +113,11 @@ def _plan(
     if choice.route == routes.DECODE:
         whole = decode.variant(kinds, taken, block_of_places(r, decode.most_places(kinds)), keep)
         return _Plan(choice, width(r), whole=whole, tile=taken, programs=-(-n // taken.columns))
-    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, single.MOST_PLACES)
+    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, pieces.MOST_PLACES)
     if taken.kind == TMA:
-        whole = single.tma_variant(kinds, blocks, taken, places, keep)
+        whole = single_tma.variant(kinds, blocks, taken, places, keep)
     else:
-        whole = single.pointer_variant(kinds, blocks, taken, places, keep, k % taken.depth == 0)
+        whole = single_pointer.variant(kinds, blocks, taken, places, keep, k % taken.depth == 0)
     return _Plan(choice, width(r), whole=whole, tile=taken, programs=resident_programs(device, taken, m, n))
 
 

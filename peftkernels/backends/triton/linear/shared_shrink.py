@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels.backends.triton import finish, shrink
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
-from peftkernels.backends.triton.operands import is_aligned, kinds_of, place, rows_of
-from peftkernels.backends.triton.ranks import block_of_places, width
-from peftkernels.backends.triton.tiles import blocks_for
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import INTERPRETED, Variant, multiprocessors
+from peftkernels.backends.triton.common.operands import is_aligned, kinds_of, place, rows_of
+from peftkernels.backends.triton.common.ranks import block_of_places, width
+from peftkernels.backends.triton.common.tiles import blocks_for
+from peftkernels.backends.triton.kernels import reduce_rows, shrink
 from peftkernels.ops.schemas import rank_dtype
 
 
@@ -42,7 +42,7 @@ def parts_of(kinds: Kinds, device: torch.device, m: int, k: int, r: int) -> Part
     splits = max(1, min(wanted, most))
     chunk = -(-k // (splits * blocks.shrink_depth)) * blocks.shrink_depth
     splits = -(-k // chunk)
-    finishing = block_of_places(r, finish.MOST_PLACES)
+    finishing = block_of_places(r, blocks.reduce_places)
     return Parts(
         places,
         splits,
@@ -58,7 +58,7 @@ def _plan(kinds: Kinds, device: torch.device, m: int, k: int, r: int) -> tuple[P
     blocks, parts = blocks_for(kinds.x, INTERPRETED), parts_of(kinds, device, m, k, r)
     split = parts.splits > 1
     making = shrink.variant(kinds, blocks, parts.places, True, False, split, False)
-    return parts, making, finish.rows_variant(kinds, blocks, parts.finish_places, True, False, False) if split else None
+    return parts, making, reduce_rows.variant(kinds, blocks, parts.finish_places, True, False, False) if split else None
 
 
 def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:

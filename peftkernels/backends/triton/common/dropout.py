@@ -5,16 +5,8 @@ where that word is at least round(p·2³²); see `reference.dropout_factor`. The
 (∂A and ∂x), and a word costs some forty integer instructions: it works them out once, for a bit an element.
 """
 
-import functools
-
 import triton
 import triton.language as tl
-
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, integers, options
-
-# Rows and 32-bit words of a program of `keep_bits`.
-BITS_ROWS, BITS_WORDS = 16, 8
 
 
 def threshold(p: float) -> tuple[int, float]:
@@ -73,47 +65,3 @@ def factor_from_bits(bits_ptr, rows, first, M, COLUMNS_OF_X, keep_scale, COUNT: 
     words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * row_words + word[None, :], mask=inside, other=0)
     kept = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     return tl.reshape(kept, (rows.shape[0], COUNT)).to(tl.float32) * keep_scale
-
-
-@triton.jit
-def keep_bits(
-    seed_ptr,
-    bits_ptr,
-    M,
-    K,
-    least,
-    BLOCK_M: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
-):
-    """Bit j of word w in a row: whether element 32·w + j is kept. bits int32 (M, ⌈K/32⌉)."""
-    row_words = tl.cdiv(K, 32)
-    blocks = tl.cdiv(row_words, BLOCK_WORDS)
-    rows = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_word = (tl.program_id(0) % blocks) * BLOCK_WORDS
-    word = first_word + tl.arange(0, BLOCK_WORDS)
-    smallest = least.to(tl.uint32)
-    if WHOLE_BLOCKS:
-        # Eight blocks a word, four decisions each, where they are drawn: nothing changes threads but the last sum.
-        seed = tl.load(seed_ptr)
-        first_block = (rows.to(tl.int64)[:, None] * K + word[None, :] * 32) // 4
-        block = first_block[:, :, None] + tl.arange(0, 8)[None, None, :]
-        word0, word1, word2, word3 = block_words(seed, block)
-        kept = (word0 >= smallest).to(tl.int32) | ((word1 >= smallest).to(tl.int32) << 1)
-        kept = kept | ((word2 >= smallest).to(tl.int32) << 2) | ((word3 >= smallest).to(tl.int32) << 3)
-        packed = tl.sum(kept << (4 * tl.arange(0, 8))[None, None, :], axis=2)
-    else:
-        words = random_words(seed_ptr, rows, first_word * 32, K, BLOCK_WORDS * 32, False)
-        kept = tl.reshape((words >= smallest).to(tl.int32), (BLOCK_M, BLOCK_WORDS, 32))
-        packed = tl.sum(kept << tl.arange(0, 32)[None, None, :], axis=2)
-    inside = (rows < M)[:, None] & (word < row_words)[None, :]
-    tl.store(bits_ptr + rows.to(tl.int64)[:, None] * row_words + word[None, :], packed, mask=inside)
-
-
-@functools.cache
-def bits_variant(kinds: Kinds) -> Variant:
-    """`keep_bits` for x of any dtype."""
-    types = {"seed_ptr": "*i64", "bits_ptr": "*i32", **integers("M", "K"), "least": "i64"}
-    constants = {"BLOCK_M": BITS_ROWS, "BLOCK_WORDS": BITS_WORDS, "WHOLE_BLOCKS": kinds.whole}
-    aligned = ("bits_ptr",)
-    return Variant(keep_bits, types, constants, aligned=aligned, options=options(4, 1), label=kinds.label)

@@ -9,8 +9,8 @@ backward (TRANSPOSED True): Wop = W (Q, P) as it lies, right (WIDTH, P) holds AC
 import triton
 import triton.language as tl
 
-from peftkernels.backends.triton.dropout import factor_from_bits
-from peftkernels.backends.triton.ranks import as_operand, rank_at
+from peftkernels.backends.triton.common.dropout import factor_from_bits
+from peftkernels.backends.triton.common.ranks import as_operand, rank_at
 
 
 @triton.jit

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.backends.triton.dropout import threshold
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import overlaps
+from peftkernels.backends.triton.common.dropout import threshold
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import overlaps
 
 _LARGEST = 2**31 - 1
 NO_DROPOUT = (0, 1.0)

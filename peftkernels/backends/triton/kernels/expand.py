@@ -9,10 +9,10 @@ import functools
 import triton
 import triton.language as tl
 
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, integers, options, pointer
-from peftkernels.backends.triton.products import add_low_rank, dropped_low_rank, tile_at
-from peftkernels.backends.triton.ranks import active_and_live
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer
+from peftkernels.backends.triton.common.products import add_low_rank, dropped_low_rank, tile_at
+from peftkernels.backends.triton.common.ranks import active_and_live
 
 
 @triton.jit

@@ -6,13 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from peftkernels.backends.triton.dropout import dropout_factor
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, integers, options, pointer, rank_arguments
-from peftkernels.backends.triton.products import add_bias, right_tile, store_tile
-from peftkernels.backends.triton.ranks import active_and_live, as_operand, rank_at, scaled_gate, store_by_rank, widened
-from peftkernels.backends.triton.shrink import shrink_rows
-from peftkernels.backends.triton.tiles import Tile
+from peftkernels.backends.triton.common.dropout import dropout_factor
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer, rank_arguments
+from peftkernels.backends.triton.common.products import add_bias, right_tile, store_tile
+from peftkernels.backends.triton.common.ranks import (
+    active_and_live,
+    as_operand,
+    rank_at,
+    scaled_gate,
+    store_by_rank,
+    widened,
+)
+from peftkernels.backends.triton.common.shrink_rows import shrink_rows
+from peftkernels.backends.triton.common.tiles import Tile
 
 
 def most_places(kinds: Kinds) -> int:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels.backends.triton import columns, dropout, expand, finish, routes
-from peftkernels.backends.triton.frozen_product import TailProduct, plan_tail, route
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import INTERPRETED, Variant, multiprocessors
-from peftkernels.backends.triton.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
-from peftkernels.backends.triton.ranks import block_of_places, width
-from peftkernels.backends.triton.tiles import Blocks, blocks_for, tile
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import INTERPRETED, Variant, multiprocessors
+from peftkernels.backends.triton.common.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
+from peftkernels.backends.triton.common.ranks import block_of_places, width
+from peftkernels.backends.triton.common.tiles import Blocks, blocks_for, tile
+from peftkernels.backends.triton.kernels import expand, keep_bits, reduce_grad_A, reduce_grad_B, reduce_rows, row_sums
+from peftkernels.backends.triton.linear import routes
+from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail, route
 from peftkernels.ops import schemas
 
 
@@ -46,7 +47,7 @@ def _plan_columns(
     splits = max(1, min(wanted, -(-m // (4 * blocks.column_rows))))
     rows_of_split = -(-m // (splits * blocks.column_rows)) * blocks.column_rows
     splits = -(-m // rows_of_split)
-    variant = columns.variant(kinds, blocks, places, compact, sums, slots)
+    variant = row_sums.variant(kinds, blocks, places, compact, sums, slots)
     return _Columns(variant, tiles * splits * -(-width(r) // places), splits, rows_of_split, tiles)
 
 
@@ -82,7 +83,7 @@ def _plan(
 ) -> _Plan:
     needs_x, needs_A, needs_B, needs_gate = needs
     blocks = blocks_for(kinds.x, INTERPRETED)
-    places = block_of_places(r, finish.MOST_PLACES)
+    places = block_of_places(r, blocks.reduce_places)
     needs_H, needs_sums = needs_x or needs_A, needs_B or needs_gate
     # A as it lies will do where its rows are already what the tail reads.
     packs = needs_x and (kinds.plan or kinds.factor is not kinds.rank or r % 16 != 0)
@@ -101,10 +102,10 @@ def _plan(
         packs,
         planned(n, r, False, needs_sums, needs_H) if needs_H or needs_sums else None,
         planned(k, r, True, True, False) if needs_A else None,
-        finish.rows_variant(kinds, blocks, places, False, True, packs) if needs_H else None,
-        finish.grad_B_variant(kinds, blocks, places, needs_B, needs_gate) if needs_sums else None,
-        finish.grad_A_variant(kinds, blocks, places, needs_A, needs_gate) if needs_A or needs_gate else None,
-        dropout.bits_variant(kinds) if kinds.dropout and needs_H else None,
+        reduce_rows.variant(kinds, blocks, places, False, True, packs) if needs_H else None,
+        reduce_grad_B.variant(kinds, blocks, places, needs_B, needs_gate) if needs_sums else None,
+        reduce_grad_A.variant(kinds, blocks, places, needs_A, needs_gate) if needs_A or needs_gate else None,
+        keep_bits.variant(kinds) if kinds.dropout and needs_H else None,
         tail,
         expand.variant(kinds, True) if expands else None,
     )
@@ -227,7 +228,7 @@ def _adapter_gradients(
     if plan.bits is not None:
         words = -(-k // 32)
         bits = grads.new_empty((m, words), dtype=torch.int32)
-        programs = -(-m // dropout.BITS_ROWS) * -(-words // dropout.BITS_WORDS)
+        programs = -(-m // keep_bits.BITS_ROWS) * -(-words // keep_bits.BITS_WORDS)
         plan.bits(programs, seed, bits, m, k, least)
 
     assert plan.from_grads is not None

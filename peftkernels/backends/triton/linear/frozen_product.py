@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels.backends.triton import gemm, routes
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, capability, descriptor_of, gpu_name, multiprocessors
-from peftkernels.backends.triton.tiles import TMA, Tile, tile
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant, capability, descriptor_of, gpu_name, multiprocessors
+from peftkernels.backends.triton.common.tiles import TMA, Tile, descriptor_blocks, tile
+from peftkernels.backends.triton.kernels import gemm_pointer, gemm_tma
+from peftkernels.backends.triton.linear import routes
 
 
 def route(
@@ -85,13 +86,13 @@ def plan_tail(kinds: Kinds, device: torch.device, tile: Tile, m: int, n: int, k:
     """The launch for x (m, k) · Wᵀ, or transposed for G (m, n) · W."""
     p, q = (k, n) if transposed else (n, k)
     if tile.kind == TMA:
-        variant = gemm.tma_variant(kinds, tile, transposed)
+        variant = gemm_tma.variant(kinds, tile, transposed)
         return TailProduct(variant, tile, resident_programs(device, tile, m, p), transposed)
-    variant = gemm.pointer_variant(kinds, tile, transposed, q % tile.depth == 0)
+    variant = gemm_pointer.variant(kinds, tile, transposed, q % tile.depth == 0)
     return TailProduct(variant, tile, tiles_of(tile, m, p), transposed)
 
 
 def descriptors(tile: Tile, rows: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> list[object]:
     """What the tensor memory accelerator needs of in, W and out."""
-    blocks = gemm.descriptor_blocks(tile, transposed)
+    blocks = descriptor_blocks(tile, transposed)
     return [descriptor_of(tensor, block) for tensor, block in zip((rows, weight, y), blocks, strict=True)]

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from peftkernels._files import write_text
-from peftkernels.backends.triton import tiles
+from peftkernels.backends.triton.common import tiles
 
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "backward")
 LIBRARY, TAIL, SINGLE, DECODE = ROUTES = ("library", "tail", "single", "decode")
-TABLES = Path(__file__).parent / "configs"
+TABLES = Path(__file__).parent.parent / "configs"
 # Farthest that a measured product may be from the one asked for: the sum of the base-2 logarithms of three ratios.
 FARTHEST = 3.0
 MOST_DECODE_ROWS = 16

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from peftkernels.backends.triton.dropout import factor_from_bits
-from peftkernels.backends.triton.kinds import Kinds
-from peftkernels.backends.triton.launch import Variant, integers, options, pointer
-from peftkernels.backends.triton.products import right_tile
-from peftkernels.backends.triton.ranks import active_and_live, as_operand, rank_at, widened
-from peftkernels.backends.triton.tiles import Blocks
+from peftkernels.backends.triton.common.dropout import factor_from_bits
+from peftkernels.backends.triton.common.kinds import Kinds
+from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer
+from peftkernels.backends.triton.common.products import right_tile
+from peftkernels.backends.triton.common.ranks import active_and_live, as_operand, rank_at, widened
+from peftkernels.backends.triton.common.tiles import Blocks
 
 
 @triton.jit

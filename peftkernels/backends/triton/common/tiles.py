@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 TMA, POINTER, DECODE_TILE = KINDS = ("tma", "pointer", "decode")
+# Row blocks that go through all columns together: their rows of x stay in the L2.
+GROUP = 8
 _NAME = re.compile(r"([a-z]+)-(\d+)x(\d+)x(\d+)-(\d+)w-(\d+)s")
 
 
@@ -48,6 +50,10 @@ class Tile:
     def name(self) -> str:
         """As tables and messages write it, `tma-128x256x64-8w-3s`; `tile(name)` reads it back."""
         return f"{self.kind}-{self.rows}x{self.columns}x{self.depth}-{self.warps}w-{self.stages}s"
+
+    def suits_wgmma(self, dtype: torch.dtype) -> bool:
+        """Whether a warpgroup's matrix instructions fit: at least 64 rows of 16-bit operands."""
+        return dtype.itemsize == 2 and self.rows >= 64
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,6 +98,12 @@ _NARROW_FP32 = Tile(POINTER, 16, 64, 64, 4, 3)
 _DECODE_FP32 = (Tile(DECODE_TILE, 16, 32, 32, 4, 4),)
 
 
+def descriptor_blocks(tile: Tile, transposed: bool) -> tuple[list[int], list[int], list[int]]:
+    """The blocks of x, W and y that the tensor memory accelerator moves."""
+    w = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+    return [tile.rows, tile.depth], w, [tile.rows, tile.columns // 2]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How the kernels beside the GEMM cut their work.
@@ -101,7 +113,7 @@ class Blocks:
                                    x or G in the L2
     fewest_steps                   of a split of K: shorter ones cost more than they spread
     column_rows, column_columns    of G or x in one step of the sums over rows
-    finish_rows                    lines of a program that adds slots
+    finish_rows, reduce_places     lines and ranks of a program that adds slots
     pack                           columns of B or A of a program that packs them
     piece                          rows of x in a piece of the single launch
     shrink_spread, column_spread   programs a multiprocessor that splits of K and of the rows aim at
@@ -115,6 +127,7 @@ class Blocks:
     column_columns: int = 256
     column_places: int = 64
     finish_rows: int = 32
+    reduce_places: int = 128
     pack: int = 128
     piece: int = 32
     shrink_spread: int = 1
@@ -129,7 +142,7 @@ BLOCKS_FP32 = Blocks(
 # G and x are widened to float32 beside their ranks, in registers.
 BLOCKS_FP16 = Blocks(column_columns=128, column_places=32)
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
-BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 32, 16, 4, 4)
+BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 128, 32, 16, 4, 4)
 
 
 _BLOCKS = {torch.float32: BLOCKS_FP32, torch.float16: BLOCKS_FP16}

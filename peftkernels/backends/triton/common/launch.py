@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peftkernels.backends.triton.kinds import Kinds
+from peftkernels.backends.triton.common.kinds import Kinds
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETER, _LOADING = threading.Lock(), threading.Lock()

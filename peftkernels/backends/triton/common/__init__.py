@@ -1,0 +1,1 @@
+"""What several of the kernels, or of the code that launches them, use."""
