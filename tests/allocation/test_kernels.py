@@ -14,8 +14,8 @@ from torch import Tensor
 from peftkernels import RankPlan
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.kernels.eager import EagerKernels
-from peftkernels.allocation.kernels.layout import ALIGNMENT
 from peftkernels.backends.cpu import allocation as cpu_allocation
+from peftkernels.ops.factor_layout import ALIGNMENT
 
 
 def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels.layout import FACTORS_PER_LAYER, FactorLayout
 from peftkernels.allocation.kernels.plans import update_plans, zero_gates
 from peftkernels.allocation.kernels.selection import select_ranks
+from peftkernels.ops.factor_layout import FACTORS_PER_LAYER, FactorLayout
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 

@@ -14,7 +14,7 @@ from peftkernels.ops import allocation  # noqa: F401  (declares the operators)
 from peftkernels.ops.rank_plan import RankPlan
 
 if TYPE_CHECKING:
-    from peftkernels.allocation.kernels.layout import FactorLayout
+    from peftkernels.ops.factor_layout import FactorLayout
 
 _OPERATORS: Any = torch.ops.peftkernels
 

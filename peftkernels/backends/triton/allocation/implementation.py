@@ -23,7 +23,7 @@ from peftkernels.backends.triton.common.operands import place
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
-    from peftkernels.allocation.kernels.layout import FactorLayout
+    from peftkernels.ops.factor_layout import FactorLayout
 
 _FEWEST_RANKS = 16
 

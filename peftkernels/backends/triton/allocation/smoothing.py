@@ -14,7 +14,7 @@ from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors,
 from peftkernels.backends.triton.allocation.parts import Block, Factor, factor_table, tile_table
 
 if TYPE_CHECKING:
-    from peftkernels.allocation.kernels.layout import FactorLayout
+    from peftkernels.ops.factor_layout import FactorLayout
 
 _KINDS = 3  # A, B, E
 

@@ -17,12 +17,13 @@ FACTORS_PER_LAYER = 3
 class FactorLayout:
     """The factors A (r, K), B (N, r), E (r, 1) of every layer, layers in model order, one factor after the other.
 
-    ranks         r of every layer
-    shapes        of every factor: A, B, E of the first layer, A, B, E of the second, …
-    offsets       first element of every factor in a flat buffer, a multiple of `ALIGNMENT`
-    rank_offsets  first rank of every layer among all ranks
-    numel         elements of a flat buffer; those between factors belong to nobody and stay zero
-    total_rank    Σ r
+    Attributes:
+        ranks: r of every layer.
+        shapes: Of every factor: A, B, E of the first layer, A, B, E of the second, …
+        offsets: First element of every factor in a flat buffer, a multiple of `ALIGNMENT`.
+        rank_offsets: First rank of every layer among all ranks.
+        numel: Elements of a flat buffer; those between factors belong to no factor and stay zero.
+        total_rank: Σ r.
     """
 
     ranks: tuple[int, ...]
@@ -34,7 +35,7 @@ class FactorLayout:
 
     @classmethod
     def of(cls, layers: Sequence[tuple[int, int, int]]) -> FactorLayout:
-        """The layout of layers of the given (r, K, N)."""
+        """Lay out layers, given as (r, K, N)."""
         shapes = [shape for r, k, n in layers for shape in ((r, k), (n, r), (r, 1))]
         offsets = []
         end = 0
@@ -47,7 +48,7 @@ class FactorLayout:
 
     @cached_property
     def members(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Which factors are alike: (0 for A, 1 for B, 2 for E; their places in `shapes`) by kind and shape."""
+        """Factors of one kind and shape: 0 for A, 1 for B or 2 for E, with their places in `shapes`."""
         alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
         for index, shape in enumerate(self.shapes):
             alike.setdefault((index % FACTORS_PER_LAYER, shape), []).append(index)
@@ -59,7 +60,7 @@ class FactorLayout:
         return [end - start for start, end in zip(self.offsets, ends, strict=True)]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Every factor's part of a flat buffer, in its shape."""
+        """Return every factor's part of a flat buffer, in its shape."""
         return [
             part[: rows * columns].view(rows, columns)
             for part, (rows, columns) in zip(flat.split(self._lengths), self.shapes, strict=True)
