@@ -318,6 +318,7 @@ def test_arguments_are_checked(options: dict[str, Any], error: type[Exception], 
 
 def test_a_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "peftkernels.integrations.transformers")
+    for name in [name for name in sys.modules if name.startswith("peftkernels.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"needs transformers: pip install 'peftkernels\[hf\]'"):
         importlib.import_module("peftkernels.integrations.transformers")

@@ -36,9 +36,9 @@ from support.trainer_runs import (
 from torch import Tensor
 
 import peftkernels
-from peftkernels.integrations.checkpoint_state import STATE_NAME, read_checkpoint, read_state, write_state
-from peftkernels.integrations.peft.training import PeftTraining
 from peftkernels.integrations.transformers import FROM_TRAINER, AdaLoraCallback
+from peftkernels.integrations.transformers.checkpoint_state import STATE_NAME, read_checkpoint, read_state, write_state
+from peftkernels.integrations.transformers.peft_training import PeftTraining
 
 
 @pytest.mark.parametrize("delta", [1, 2])

@@ -25,7 +25,8 @@ from torch import nn
 import peftkernels
 from peftkernels import layers
 from peftkernels import nn as own
-from peftkernels.integrations import hub
+from peftkernels.integrations.hub import __main__ as command
+from peftkernels.integrations.hub import folder as hub
 
 ROOT = Path(__file__).parents[2]
 # Layers, and the classes that adopt their forward.
@@ -344,7 +345,7 @@ def test_nothing_is_overwritten_or_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "note").write_text("mine")
-    assert hub.main([str(tmp_path)]) == 2
+    assert command.main([str(tmp_path)]) == 2
     assert "found something there, expected an empty folder or none" in capsys.readouterr().err
     monkeypatch.setattr(hub, "_variant", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -6,20 +6,20 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from peftkernels.integrations.hub_source import rewritten
+from peftkernels.integrations.hub.source import rewritten
 
 
 @pytest.mark.parametrize(
     ("source", "path", "expected"),
     [
         ("from peftkernels.nn import A  # why\n", "functional.py", "from .nn import A  # why\n"),
-        ("from peftkernels import nn, _ops\n", "a/b.py", "from .. import nn, _operators as _ops\n"),
+        ("from peftkernels import nn, ops\n", "a/b.py", "from .. import nn, ops\n"),
         (
-            "from peftkernels import (\n    _ops as o,\n)\n",
+            "from peftkernels import (\n    ops as o,\n)\n",
             "a/__init__.py",
-            "from .. import (\n    _operators as o,\n)\n",
+            "from .. import (\n    ops as o,\n)\n",
         ),
-        ("from peftkernels._ops import library\n", "a/b/c.py", "from ..._operators import library\n"),
+        ("from peftkernels.ops.schemas import library\n", "a/b/c.py", "from ...ops.schemas import library\n"),
         ("import torch\nfrom peft import x\nfrom . import y\n", "a.py", None),
         ('s = "·"; t = "peftkernels of peftkernels.nn"\n', "a.py", None),
         (

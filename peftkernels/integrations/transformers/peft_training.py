@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkernels._reading import check_flag, check_list, check_object, shown
 from peftkernels.allocation.run.state_checks import check_floats, check_names, part
-from peftkernels.integrations.checkpoint_state import first_difference
+from peftkernels.integrations.transformers.checkpoint_state import first_difference
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
 _PARAMETERS = "parameters."

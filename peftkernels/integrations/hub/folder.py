@@ -1,17 +1,16 @@
-"""The package in the layout of kernels on the Hugging Face Hub: ``python -m peftkernels.integrations.hub FOLDER``.
+"""The folder of a kernel on the Hugging Face Hub, written from the package.
 
 A kernel is imported from its folder under a name of its own, several versions of it beside each other. So in the copy
 every import of the package is relative, and operators are registered in a namespace that belongs to the copy's
 contents; nothing else differs. Source: https://huggingface.co/docs/kernels/kernel-requirements, read for kernels 0.17.
 
-    FOLDER/build.toml                  the repository's, which kernel-builder reads
-    FOLDER/torch-ext/peftkernels/      the copy, which kernel-builder builds
-    FOLDER/build/torch-<backend>/      the copy as it is loaded: kernels.get_local_kernel(FOLDER)
+- FOLDER/build.toml: the repository's, which kernel-builder reads.
+- FOLDER/torch-ext/peftkernels/: the copy, which kernel-builder builds.
+- FOLDER/build/torch-<backend>/: the copy as it is loaded, ``kernels.get_local_kernel(FOLDER)``.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,11 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from peftkernels.integrations.hub_source import GENERATED, NAME, file_name, rewritten
+from peftkernels.integrations.hub.source import GENERATED, NAME, rewritten
 
-PACKAGE = Path(__file__).parents[1]
-# The command line belongs to an installation, `bench` is a link out of the package, and the rest is this tool.
-LEFT_OUT = ("__main__.py", "bench", "cli", "integrations/hub.py", "integrations/hub_source.py")
+PACKAGE = Path(__file__).parents[2]
+# The command line belongs to an installation, and the rest is this tool.
+LEFT_OUT = ("__main__.py", "cli", "integrations/hub")
 # What kernel-builder writes for a package without dependencies: the first release that reads such metadata.
 OLDEST_KERNELS = "0.14.0"
 
@@ -94,7 +93,7 @@ def _copy(suffixes: list[str]) -> dict[str, bytes]:
         content = path.read_bytes()
         if path.suffix == ".py":
             content = rewritten(content.decode(), within).encode()
-        files[str(file_name(within))] = content
+        files[str(within)] = content
     return files
 
 
@@ -124,23 +123,3 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m peftkernels.integrations.hub",
-        description="Write the package in the layout of kernels on the Hugging Face Hub.",
-    )
-    parser.add_argument("folder", type=Path, help="where to; must be empty or not be there")
-    folder = parser.parse_args(arguments).folder
-    try:
-        print(assemble(folder))
-    except (FileNotFoundError, FileExistsError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkernels.integrations.checkpoint_state import state_folder
+from peftkernels.integrations.transformers.checkpoint_state import state_folder
 
 
 class WatchedLoad:

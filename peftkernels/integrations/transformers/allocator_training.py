@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkernels.allocation import BudgetAllocator
 from peftkernels.allocation.run.state_checks import part
-from peftkernels.integrations.checkpoint_state import first_difference
+from peftkernels.integrations.transformers.checkpoint_state import first_difference
 
 _STATE = "allocator."
 _GATES = "gates."

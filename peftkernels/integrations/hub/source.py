@@ -8,16 +8,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 NAME = "peftkernels"
-# kernel-builder writes a module of this name into a copy, which says where the copy's operators are registered.
+# kernel-builder writes a module of this name into a copy, which says where the copy's operators are registered: the
+# package has none.
 GENERATED = "_ops"
-# Our own module of that name is called this in a copy.
-RENAMED = "_operators"
 _ABSOLUTE = re.compile(rf"{NAME}(\.\w+)+")
-
-
-def file_name(path: PurePosixPath) -> PurePosixPath:
-    """Where a module of the package lies in a copy."""
-    return PurePosixPath(f"{RENAMED}.py") if path == PurePosixPath(f"{GENERATED}.py") else path
 
 
 def rewritten(source: str, path: PurePosixPath) -> str:
@@ -69,13 +63,8 @@ class _Rewriter(ast.NodeVisitor):
         start, end = self._span(node)
         match = re.match(rb"from\s+([\w.]+)", self.source[start:end])
         assert match is not None
-        rest = node.module[len(NAME) + 1 :]
-        within = RENAMED if rest == GENERATED else rest
+        within = node.module[len(NAME) + 1 :]
         self.edits.append((start + match.start(1), start + match.end(1), self.dots + within))
-        if not rest:
-            for alias in node.names:
-                if alias.name == GENERATED:
-                    self.edits.append((*self._span(alias), f"{RENAMED} as {alias.asname or alias.name}"))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if _is_namespace(node):
@@ -115,7 +104,7 @@ class _Rewriter(ast.NodeVisitor):
         self.used.add(name)
         return name
 
-    def _span(self, node: ast.stmt | ast.expr | ast.alias) -> tuple[int, int]:
+    def _span(self, node: ast.stmt | ast.expr) -> tuple[int, int]:
         assert node.end_lineno is not None and node.end_col_offset is not None
         return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
 

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkernels.allocation.run.state_checks import within
-from peftkernels.integrations.allocator_training import AllocatorTraining
-from peftkernels.integrations.checkpoint_state import STATE_NAME, read_checkpoint, state_folder, write_state
-from peftkernels.integrations.peft.loading import WatchedLoad, watch_load
-from peftkernels.integrations.peft.training import PeftTraining
-from peftkernels.integrations.sharded_refusal import refuse_sharded
+from peftkernels.integrations.transformers.allocator_training import AllocatorTraining
+from peftkernels.integrations.transformers.checkpoint_state import (
+    STATE_NAME,
+    read_checkpoint,
+    state_folder,
+    write_state,
+)
+from peftkernels.integrations.transformers.peft_training import PeftTraining
+from peftkernels.integrations.transformers.sharded_refusal import refuse_sharded
+from peftkernels.integrations.transformers.watched_load import WatchedLoad, watch_load
 
 try:
     from transformers import TrainerCallback
