@@ -33,8 +33,8 @@ from peftkernels.allocation.logs.card import CARD_NAME, adapter_card, write_card
 from peftkernels.allocation.logs.run_log import RunLog
 from peftkernels.allocation.strategies.rank_prior import PriorModule, RankPrior
 from peftkernels.cli.report.command import run_report
-from peftkernels.integrations.transformers.checkpoint_state import read_state, write_state
 from peftkernels.integrations.peft import load_adapter, save_adapter
+from peftkernels.integrations.transformers.checkpoint_state import read_state, write_state
 from peftkernels.nn import AdaLoRALinear, LoRALinear
 
 NAME = "kills"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +11,17 @@ from torch import nn
 
 from peftkernels.backends.registry import IMPLEMENTATIONS
 from peftkernels.integrations.peft.norms import KeptNorms
-from peftkernels.integrations.peft.patched_model import PatchedModel
-from peftkernels.integrations.peft.report import Report, Row, Stats
-from peftkernels.integrations.peft.served import ATTRIBUTE, NotServedError, Service
-from peftkernels.integrations.peft.sharing import SharedInput
-from peftkernels.integrations.peft.steps import count_steps
+from peftkernels.integrations.peft.report import Report, Stats
+from peftkernels.integrations.peft.served import Service
+from peftkernels.integrations.peft.swap import (
+    adapted,
+    own_forward_reason,
+    revert_layers,
+    service_of,
+    services,
+    swap_layers,
+)
+from peftkernels.integrations.peft.versions import check_version
 
 
 def apply_to_peft(
@@ -44,8 +49,6 @@ def apply_to_peft(
         TypeError, ValueError: an argument cannot be used.
         NotServedError: under ``strict``, some module cannot be served; nothing was changed.
     """
-    from peftkernels.integrations.peft.versions import check_version
-
     _check_model(model)
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
@@ -57,83 +60,10 @@ def apply_to_peft(
     return report
 
 
-def swap_layers(model: nn.Module, lora: bool, adalora: bool, impl: str, strict: bool) -> Report:
-    """`apply_to_peft` for the layers alone, whatever the release of peft."""
-    found = list(_adapted(model))
-    if not found:
-        raise ValueError("model: found no adapter layer of HF peft, expected LoRA or AdaLoRA layers")
-    patched = PatchedModel(model, lora, adalora, impl, strict)
-    rows = tuple(_row(name, module, patched) for name, module in found)
-    report = Report(rows)
-    if strict and report.served < len(rows):
-        raise NotServedError(f"strict=True, and not every adapted module can be served; nothing was changed\n{report}")
-    # An earlier call may have patched more.
-    _revert_layers(model)
-    count_steps()
-    _patch(found, rows, patched)
-    return report
-
-
-def patch_new_layers(model: nn.Module, patched: PatchedModel, adapters: Collection[str]) -> None:
-    """Patch what peft has put one of these adapters on since, as the rest of the model was.
-
-    Raises:
-        NotServedError: under ``strict``, one of the modules cannot be served; nothing was changed.
-    """
-    found = [(n, m) for n, m in _adapted(model) if ATTRIBUTE not in vars(m) and _holds(m, adapters)]
-    rows = tuple(_row(name, module, patched) for name, module in found)
-    refused = tuple(row for row in rows if not row.served)
-    if patched.strict and refused:
-        raise NotServedError(
-            f"strict=True, and not every module that {' and '.join(sorted(adapters))} adapts can be served; nothing "
-            f"was patched\n{Report(refused)}"
-        )
-    _patch(found, rows, patched)
-
-
-def _row(name: str, module: nn.Module, patched: PatchedModel) -> Row:
-    from peftkernels.integrations.peft.classes import ADALORA, CLASSES
-    from peftkernels.integrations.peft.layers import theirs
-
-    kind = theirs(type(module))
-    if kind not in CLASSES:
-        reason = f"{kind.__name__} layers are not served"
-    elif not (patched.adalora if kind in ADALORA else patched.lora):
-        reason = "not asked for"
-    else:
-        ours = CLASSES[kind]
-        reason = _own_forward_reason(module, ours.forward) or ours._base_reason(module) or ""
-    return Row(name, f"{kind.__module__.split('.')[-2]}.{kind.__name__}", not reason, reason)
-
-
-def _patch(found: Sequence[tuple[str, nn.Module]], rows: Sequence[Row], patched: PatchedModel) -> None:
-    """Exchange the classes of the modules that will be served, and note of the others that they were seen."""
-    from peftkernels.integrations.peft.classes import CLASSES
-
-    # Children of one module may read the same input.
-    families: defaultdict[str, SharedInput] = defaultdict(SharedInput)
-    for (name, module), row in zip(found, rows, strict=True):
-        service = Service(patched.impl, patched.strict, model=patched)
-        vars(module)[ATTRIBUTE] = service
-        if row.served:
-            service.input = families[name.rpartition(".")[0]]
-            module.__class__ = CLASSES[type(module)]
-            prepare: Any = module
-            prepare._prepare(service)
-        else:
-            service.refusal = row.reason
-
-
-def _holds(module: Any, adapters: Collection[str]) -> bool:
-    """Return True if the module has one of these adapters."""
-    there = (getattr(module, name, {}) for name in module.adapter_layer_names)
-    return any(name in adapters for found in there for name in found)
-
-
 def revert(model: nn.Module) -> None:
     """Make ``model`` what it was before `apply_to_peft`; one that never was patched stays as it is."""
     _check_model(model)
-    _revert_layers(model)
+    revert_layers(model)
     _revert_allocation(model)
 
 
@@ -152,7 +82,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ValueError: `apply_to_peft` was not called with the model.
     """
     _check_model(model)
-    found = _services(model)
+    found = services(model)
     before = [service.norms for service in found]
     for service in found:
         service.norms = KeptNorms()
@@ -177,9 +107,9 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     unserved: dict[str, str] = {}
     reasons: dict[str, int] = {}
     shared = 0
-    _services(model)
-    for name, module in _adapted(model):
-        service = _service(module)
+    services(model)
+    for name, module in adapted(model):
+        service = service_of(module)
         reason = _unserved_reason(module, service)
         if reason is not None:
             unserved[name] = reason
@@ -201,7 +131,7 @@ def _unserved_reason(module: nn.Module, service: Service | None) -> str | None:
         return "added after apply_to_peft, and not patched"
     if service.refusal is not None or service.served + service.fell_back > 0:
         return service.refusal
-    return _own_forward_reason(module, type(module).forward)
+    return own_forward_reason(module, type(module).forward)
 
 
 def _allocation_stats(model: nn.Module, reset: bool) -> tuple[int, int, dict[str, int]] | None:
@@ -243,33 +173,6 @@ def _swap_allocation(model: nn.Module) -> None:
             apply_to_adalora_model(found)
 
 
-def _revert_layers(model: nn.Module) -> None:
-    for module in model.modules():
-        service = _service(module)
-        if service is None:
-            continue
-        if service.refusal is None:
-            from peftkernels.integrations.peft.layers import theirs
-
-            module.__class__ = theirs(type(module))
-            for name, value in service.undo.items():
-                setattr(module.base_layer, name, value)
-        del vars(module)[ATTRIBUTE]
-
-
-def _services(model: nn.Module) -> list[Service]:
-    """Of all modules that `apply_to_peft` has looked at, patched or not; ValueError where there are none."""
-    found = [service for module in model.modules() if (service := _service(module)) is not None]
-    if not found:
-        raise ValueError("model: found no module that apply_to_peft was called with, expected one")
-    return found
-
-
-def _service(module: nn.Module) -> Service | None:
-    found = vars(module).get(ATTRIBUTE)
-    return found if isinstance(found, Service) else None
-
-
 def _revert_allocation(model: nn.Module) -> None:
     for found in _allocators(model):
         from peftkernels.integrations.peft import allocator
@@ -281,24 +184,3 @@ def _revert_allocation(model: nn.Module) -> None:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, expected a torch.nn.Module")
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules that peft has put adapters on, whatever their kind."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
-
-
-def _own_forward_reason(module: nn.Module, ours: Any) -> str | None:
-    """Why calls of an adapted layer do not come to the function ``ours`` of its class, None where they do."""
-    own = vars(module)
-    found = own.get("forward")
-    if found is None:
-        return None
-    if "_hf_hook" in own:
-        # accelerate's hook calls what it found when it was put on.
-        found = own.get("_old_forward", found)
-    return None if getattr(found, "__func__", None) is ours else "the layer has a forward of its own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -14,10 +14,27 @@ class PatchedModel:
 
     peft makes layers in several ways (`add_adapter`, `load_adapter`, transformers' own), but each tells every adapted
     layer which adapter is active from then on. A name that was not heard before means that there may be new layers.
+
+    Args:
+        model: the model that was patched.
+        lora: True where its LoRA layers were.
+        adalora: True where its AdaLoRA layers were.
+        impl: the implementation of `lora_linear`.
+        strict: True to raise where a call cannot be served.
+        patch_new: patches the layers of the model that came with adapters of these names.
     """
 
-    def __init__(self, model: nn.Module, lora: bool, adalora: bool, impl: str, strict: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lora: bool,
+        adalora: bool,
+        impl: str,
+        strict: bool,
+        patch_new: Callable[[nn.Module, PatchedModel, set[str]], None],
+    ) -> None:
         self.lora, self.adalora, self.impl, self.strict = lora, adalora, impl, strict
+        self._patch_new = patch_new
         # Weakly: the model goes with its last reference, not with the garbage collector.
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._known: set[str] = set()
@@ -37,9 +54,7 @@ class PatchedModel:
         model = self.model
         if new <= self._known or model is None:
             return
-        from peftkernels.integrations.peft.patch import patch_new_layers
-
-        patch_new_layers(model, self, new)
+        self._patch_new(model, self, new)
         self._known |= new
 
     def deleted(self, name: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkernels.integrations.peft.swap import swap_layers
+
 # The two newest minor releases; the tests run on the newer, and on both before a release of this package.
 KNOWN = ((0, 20), (0, 21))
 
@@ -66,8 +68,6 @@ def self_check() -> list[str]:
     """Where patched and stock layers of the installed peft differ by more than rounding: outputs and gradients of a
     small LoRA, DoRA and AdaLoRA layer in float64. Empty where they agree."""
     import peft
-
-    from peftkernels.integrations.peft.patch import swap_layers
 
     configs = {
         "LoRA": peft.LoraConfig(r=3, target_modules=["layer"], lora_alpha=5),
