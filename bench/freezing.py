@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from bench.timing import Effort, interleave, spread
 from peftkernels.allocation import BudgetAllocator
 from peftkernels.allocation.strategies import Magnitude
+from peftkernels.cli.timing import Effort, interleave, spread
 from peftkernels.nn import AdaLoRALinear
 
 RANK = 16

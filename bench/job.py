@@ -17,7 +17,7 @@ from peftkernels.backends.registry import backend_status
 
 from . import lineup, plan, results, roofline, runner
 from .cases import QUICK, Case, select
-from .command import NAME, Options
+from .options import NAME, Options
 from .plan import Planned
 from .replay import replay
 from .results import ResultsError

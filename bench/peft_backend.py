@@ -42,12 +42,12 @@ from demo.prepare import prepare
 from demo.runs import copy_of_base
 from peftkernels.cli.load import ForeignLoad
 from peftkernels.cli.machine import machine, versions
+from peftkernels.cli.timing import FEWEST_ROUNDS, samples_of, spread, undisturbed
 
 from .job import LINES_WIDTH
 from .readme_peft import HEADINGS, cells
 from .report import RESULTS
 from .results import commit, file_name
-from .timing import FEWEST_ROUNDS, MOST_FOREIGN_SHARE, samples_of, spread
 
 KINDS = ("LoRA", "DoRA", "AdaLoRA")
 DROPOUTS = (0.0, 0.1)
@@ -221,8 +221,7 @@ def compare(title: str, kind: str, dropout: float, steps: int) -> Row:
             turns = (STOCK, OURS) if number % 2 else (OURS, STOCK)
             seconds = {name: trainings[name].step(inputs) for name in turns}
         if number >= WARM_UP:
-            undisturbed = load.share is None or load.share <= MOST_FOREIGN_SHARE
-            (quiet if undisturbed else loud).append(seconds)
+            (quiet if undisturbed(load.share) else loud).append(seconds)
     samples = samples_of(STOCK, quiet, loud, FEWEST_ROUNDS)
     speed = spread(samples.ratios(STOCK, OURS))
     losses = zip(trainings[STOCK].losses, trainings[OURS].losses, strict=True)

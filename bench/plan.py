@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from peftkernels.cli.timing import TURN_SECONDS, WINDOW_SECONDS, Effort
+
 from . import data, lineup
 from .cases import ALLOCATOR, ORTHOGONALITY, STRATEGIES, TRAINING, Case
 from .roofline import ASSUMED, Peaks, work
-from .timing import TURN_SECONDS, WINDOW_SECONDS, Effort
 
 SECONDS, ROUNDS = 1.2, 5
 # Thirty minutes less what starting up, measuring the peaks and slower moments of the machine may take.

@@ -17,10 +17,10 @@ import torch
 
 from peftkernels._files import write_text
 from peftkernels.cli.machine import machine, versions
+from peftkernels.cli.timing import Samples, spread
 
 from . import lineup
 from .cases import CALLS, Case, all_cases, group_of
-from .timing import Samples, spread
 
 # The device of every result that was not measured on a GPU.
 CPU = "cpu"

@@ -17,10 +17,10 @@ import torch
 
 import peftkernels
 from peftkernels.cli.load import ForeignLoad
+from peftkernels.cli.timing import undisturbed
 
 from . import data, lineup
 from .cases import LAYER, Case
-from .timing import MOST_FOREIGN_SHARE
 
 SIZES = (512, 1024, 2048)
 READ_ELEMENTS = 64 << 20
@@ -51,7 +51,7 @@ def measure_peaks(seconds: float = 0.4) -> Peaks:
             found = _measure_once(seconds)
         flops = {dtype: max(rate, best.flops.get(dtype, 0.0)) for dtype, rate in found.flops.items()}
         best = Peaks(flops, max(found.memory, best.memory), max(found.cache, best.cache))
-        if load.share is None or load.share <= MOST_FOREIGN_SHARE:
+        if undisturbed(load.share):
             break
     return best
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from peftkernels.cli.timing import Bench, Effort, Samples, interleave, spread
+
 from . import lineup, results, roofline
 from .cases import ALLOCATOR, STRATEGIES, TRAINING, Case
 from .plan import FEWEST_ROUNDS, ROUNDS, Planned
 from .results import Origin, Row
-from .timing import Bench, Effort, Samples, interleave, spread
 
 
 class CaseBench(Bench, Protocol):

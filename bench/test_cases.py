@@ -3,7 +3,7 @@
     python -m pytest bench/test_cases.py -k "768x3072/M512" --benchmark-json=now.json
 
 measures each case as it comes to it; `python -m bench --json`, `--histogram` and `--compare` run this file on what
-they have measured already. Rounds are interleaved and disturbed ones are left out, see `timing.py`.
+they have measured already. Rounds are interleaved and disturbed ones are left out, see `peftkernels/cli/timing.py`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from peftkernels.backends import registry
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
 from peftkernels.cli.machine import versions
+from peftkernels.cli.timing import Effort, interleave, spread
 
 from . import cases, results, verify
 from .data import SCALING
@@ -33,7 +34,6 @@ from .gpu.cases import SHAPES
 from .gpu.device import Cuda, Device, DeviceError, answers, find
 from .gpu.layer import copies, normal
 from .gpu.verify import poisoned_allocations, sampled_rows
-from .timing import Effort, interleave, spread
 
 BARE = "bare"
 # Training's rows first, then decoding's, then what lies between and beyond: time may run out.

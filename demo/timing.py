@@ -1,4 +1,4 @@
-"""Step times that can be compared: all runs take turns on the same batches, and only ratios within a round are kept.
+"""Step times that can be compared: all runs take turns on the same batches.
 
 Every variant is built anew from its state halfway through the training, so nothing here touches the trained weights and
 AdaLoRA is timed while its budget falls: scores and masks are computed in every step, its dearest phase.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from demo.batches import Batch
 from demo.model import TextClassifier, share_frozen
 from demo.runs import Run
-from peftkernels.cli.load import ForeignLoad
+from peftkernels.cli.timing import Effort, Samples, interleave, spread
 
 FROZEN = "frozen"
-MOST_FOREIGN_SHARE = 0.06
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,16 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """Step times by variant, ``rounds`` that count, ``discarded`` ones, and the milliseconds of each counted round.
+    """Step times of the demo's or a comparison's variants.
 
-    disturbed  True when too few rounds were undisturbed and all of them were counted
-    measured   False where the system does not tell what other processes used
-    tokens     average size of the batches, padding included
+    Attributes:
+        steps: by variant.
+        rounds: how many count.
+        discarded: how many were left out because other processes disturbed them.
+        disturbed: too few rounds were undisturbed, so that all of them count.
+        measured: the system tells what other processes used.
+        samples: milliseconds of each counted round, by variant.
+        tokens: average size of the batches, padding included.
     """
 
     steps: dict[str, StepTime]
@@ -103,68 +106,51 @@ def time_steps(
     most_seconds: float,
     advance: Callable[[int], None],
 ) -> Timing:
-    """Time one step of every variant in each round, in an order that rotates, on ``batches`` in turn.
+    """Time one step of every variant in each round, on ``batches`` in turn.
 
     Args:
         variants: by name; ``FROZEN`` must be one of them.
+        batches: each round takes the next.
         wanted_rounds: stop after so many undisturbed rounds,
-        most_rounds, most_seconds: or after so many rounds or seconds.
+        most_rounds: or after so many rounds,
+        most_seconds: or after so many seconds.
         advance: called with the number of undisturbed rounds so far.
     """
-    names = list(variants)
-    started = time.perf_counter()
-    _round(variants, names, batches[0])
-    rounds: list[tuple[dict[str, float], float | None]] = []
-    quiet = 0
-    while quiet < wanted_rounds and len(rounds) < most_rounds:
-        if len(rounds) >= 3 and time.perf_counter() - started > most_seconds:
-            break
-        turn = len(rounds) % len(names)
-        order = names[turn:] + names[:turn]
-        with ForeignLoad() as load:
-            sample = _round(variants, order, batches[len(rounds) % len(batches)])
-        rounds.append((sample, load.share))
-        quiet += load.share is None or load.share <= MOST_FOREIGN_SHARE
-        advance(quiet)
-    tokens = statistics.fmean(batch.tokens for batch in batches)
-    return _summary(names, rounds, tokens, least=min(3, wanted_rounds))
-
-
-def _round(variants: dict[str, FrozenStep | TimedRun], order: Sequence[str], batch: Batch) -> dict[str, float]:
-    sample = {}
-    for name in order:
-        variant = variants[name]
-        if isinstance(variant, TimedRun):
-            variant.rewind()
-        begin = time.perf_counter()
-        variant.step(batch)
-        sample[name] = 1e3 * (time.perf_counter() - begin)
-    return sample
-
-
-def _summary(
-    names: Sequence[str], rounds: Sequence[tuple[dict[str, float], float | None]], tokens: float, least: int
-) -> Timing:
-    quiet = [sample for sample, share in rounds if share is None or share <= MOST_FOREIGN_SHARE]
-    disturbed = len(quiet) < least
-    counted = [sample for sample, _ in rounds] if disturbed else quiet
-    steps = {}
-    for name in names:
-        low, middle, high = _quartiles([sample[name] / sample[FROZEN] for sample in counted])
-        steps[name] = StepTime(statistics.median(sample[name] for sample in counted), middle, low, high)
+    samples = interleave(
+        _Steps(variants, batches),
+        Effort(0.0, wanted_rounds, most_seconds, most_rounds),
+        repeats=1,
+        advance=lambda quiet: advance(min(quiet, wanted_rounds)),
+    )
     return Timing(
-        steps=steps,
-        rounds=len(counted),
-        discarded=len(rounds) - len(counted),
-        disturbed=disturbed,
-        measured=all(share is not None for _, share in rounds),
-        samples={name: [sample[name] for sample in counted] for name in names},
-        tokens=tokens,
+        steps={name: _step_time(samples, name) for name in variants},
+        rounds=len(samples.rounds),
+        discarded=samples.discarded,
+        disturbed=samples.all_counted,
+        measured=samples.watched,
+        samples={name: [1e3 * seconds for seconds in samples.times(name)] for name in variants},
+        tokens=statistics.fmean(batch.tokens for batch in batches),
     )
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+@dataclass(frozen=True)
+class _Steps:
+    """The variants as contestants."""
+
+    contestants: Mapping[str, FrozenStep | TimedRun]
+    batches: Sequence[Batch]
+    baseline: str = FROZEN
+
+    def prepare(self, name: str) -> None:
+        variant = self.contestants[name]
+        if isinstance(variant, TimedRun):
+            variant.rewind()
+
+    def turn(self, name: str, first: int, repeats: int) -> None:
+        for number in range(first, first + repeats):
+            self.contestants[name].step(self.batches[number % len(self.batches)])
+
+
+def _step_time(samples: Samples, name: str) -> StepTime:
+    ratio = spread(samples.ratios(name, FROZEN))
+    return StepTime(1e3 * statistics.median(samples.times(name)), ratio.median, ratio.p25, ratio.p75)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peftkernels.cli.timing import Effort
+
 from ..cases import Case
 from ..roofline import Peaks
-from ..timing import Effort
 from .cases import compiles, contestants
 
 SECONDS, ROUNDS, FEWEST_ROUNDS = 0.6, 7, 3

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from peftkernels.backends import registry
+from peftkernels.cli.timing import Effort, Samples, interleave, spread
 
 from .. import results, roofline
 from ..cases import ALLOCATOR, CALLS, ENQUEUE, GRAPH, Case
 from ..results import Origin, Row
 from ..runner import Measured
-from ..timing import Effort, Samples, interleave, spread
 from ..verify import WrongResultError
 from .budget import TURN_SECONDS, Budget
 from .cases import contestants

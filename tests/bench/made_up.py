@@ -9,7 +9,7 @@ from bench import lineup, results
 from bench.cases import Case
 from bench.results import Origin, Row
 from bench.runner import Measured
-from bench.timing import Samples
+from peftkernels.cli.timing import Samples
 
 ORIGIN = Origin(2, "a processor, 2 cores", "2.13.0", "0.21.2", "3.11", "0.1.0", "abc1234", "2026-01-02")
 

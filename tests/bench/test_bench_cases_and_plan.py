@@ -20,6 +20,8 @@ from bench.cases import (
     select,
 )
 from bench.roofline import Peaks
+from bench.runner import adjusted
+from peftkernels.cli.timing import Effort
 
 
 def test_ids_are_unique() -> None:
@@ -143,3 +145,13 @@ def test_roofline_counts_products_and_bytes() -> None:
     peaks = Peaks({torch.float32: 1e9, torch.bfloat16: 1e9}, 1e12, 1e12)
     assert roofline.percent(case, lineup.FROZEN, 2 * 8 * 64 * 32 * 2e-9, peaks) == pytest.approx(50)
     assert roofline.percent(GROUPS["allocator"][0], lineup.OURS, 1.0, peaks) is None
+
+
+def test_late_runs_shorten_what_is_left_and_early_ones_lengthen_it() -> None:
+    effort = Effort(2.0, 5, 12.0)
+    assert adjusted(effort, 0.8, 2.0) == Effort(1.6, 4, pytest.approx(9.6))
+    assert adjusted(effort, -1.0, 2.0) == Effort(0.0, 3, 4.0)
+    assert adjusted(effort, 1.5, 2.0) == Effort(2.0, 5, 18.0)
+    squeezed = Effort(0.5, 3, 3.0)
+    assert adjusted(squeezed, 1.5, 2.0) == Effort(0.75, 4, 4.5)
+    assert adjusted(squeezed, 9.0, 2.0) == Effort(2.0, 5, 6.0)

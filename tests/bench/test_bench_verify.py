@@ -12,8 +12,8 @@ from torch import Tensor
 from bench import layers, lineup, runner
 from bench.cases import BACKWARD, DEAD, FORWARD, PROBE, Case
 from bench.layers import LayerBench
-from bench.timing import Effort
 from bench.verify import WrongResultError, verify
+from peftkernels.cli.timing import Effort
 
 SMALL = {"K": 96, "N": 64, "M": 24, "r": 8}
 RIGHT = {

@@ -9,7 +9,7 @@ import torch
 
 from bench.gpu import device as devices
 from bench.gpu.device import Cuda, DeviceError, Host, answers, find
-from bench.timing import Effort, interleave
+from peftkernels.cli.timing import Effort, interleave
 
 
 class FakeGpu:

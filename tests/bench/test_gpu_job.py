@@ -24,8 +24,8 @@ from bench.gpu.cases import SMOKE, contestants, in_order
 from bench.gpu.device import Host
 from bench.gpu.job import Found, Lineup, Outcome
 from bench.runner import Measured
-from bench.timing import Effort, Samples
 from bench.verify import WrongResultError
+from peftkernels.cli.timing import Effort, Samples
 
 HOST = Host(torch.device("cpu"))
 SMALL = {"K": 32, "N": 24, "M": 5, "r": 4, "dtype": "bf16", "bias": False}
@@ -289,7 +289,7 @@ def test_check_leaves_out_what_is_not_served_and_demands_something(
 ) -> None:
     assert command.main(["--check", "--device", "cpu", "--impl", "eager"]) == 0
     assert capsys.readouterr().out.count("right: ") == len(registry.CHECKED)
-    monkeypatch.setattr(check.dispatch, "refusal", lambda impl, x, weight: "not here")
+    monkeypatch.setattr(check.registry, "refusal", lambda impl, x, weight: "not here")
     assert command.main(["--check", "--device", "cpu", "--impl", "triton"]) == 1
     out = capsys.readouterr().out
     assert out.count(": not here") == len(registry.CHECKED) and "no case was checked" in out

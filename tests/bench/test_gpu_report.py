@@ -16,7 +16,7 @@ from bench.goals import GPU_GOALS, Reached, judge
 from bench.gpu import plots, readme
 from bench.gpu.cases import GROUPS, contestants, in_order
 from bench.results import ResultsError, Row
-from bench.timing import Samples
+from peftkernels.cli.timing import Samples
 
 CASES = [case for _, case in in_order(GROUPS)]
 ORIGIN = replace(made_up.ORIGIN, device="NVIDIA H200")

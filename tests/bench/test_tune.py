@@ -16,11 +16,11 @@ from torch import Tensor
 from bench import tune
 from bench.gpu import device as devices
 from bench.gpu.device import Host
-from bench.timing import Effort, Samples
 from bench.tune import BARE, SMOKE, ProductBench, best
 from bench.verify import WrongResultError
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, TAIL, Choice, Product
+from peftkernels.cli.timing import Effort, Samples
 
 HOST = Host(torch.device("cpu"))
 ROOT = Path(__file__).parents[2]

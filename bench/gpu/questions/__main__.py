@@ -114,7 +114,8 @@ def _facts(device: Device) -> dict[str, Any]:
 def _ask_steps(device: Device, smoke: bool, clock: Clock, answers: Answers) -> None:
     import torch
 
-    from ...timing import Effort
+    from peftkernels.cli.timing import Effort
+
     from ..__main__ import missing
 
     for package in ("peft", "transformers"):

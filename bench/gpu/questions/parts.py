@@ -27,10 +27,10 @@ from peftkernels.backends.triton.common.tiles import Tile
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, SINGLE, TAIL, Choice, Product
+from peftkernels.cli.timing import Effort, Spread, interleave, spread
 
 from ... import cases
 from ...data import SCALING
-from ...timing import Effort, Spread, interleave, spread
 from ...verify import WrongResultError, check
 from ..device import Cuda, Device
 from ..layer import copies, normal

@@ -21,8 +21,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from peftkernels import apply_to_peft
+from peftkernels.cli.timing import Effort, Spread, interleave, spread
 
-from ...timing import Effort, Spread, interleave, spread
 from ...verify import WrongResultError
 from ..device import Cuda, Device
 from .names import FROZEN, KINDS, LIBRARIES, training

@@ -1,5 +1,7 @@
 """Turns within rounds: every contestant once in each, in an order that rotates; only ratios within a round are kept.
 
+`peftkernels doctor --speed`, the benchmark and the demo all measure by it.
+
 Other processes' share of the machine can be told from a hundred milliseconds on, so rounds are watched in windows of
 that length, and a window in which they used more than 6 % is thrown away with all its rounds.
 """
@@ -10,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -27,7 +29,7 @@ Stopwatch = Callable[[Callable[[], None]], float]
 
 
 class Bench(Protocol):
-    """What can be timed: named contestants that take turns; `baseline` is what ratios are relative to."""
+    """Named contestants that take turns and can be timed; ratios are relative to `baseline`."""
 
     @property
     def baseline(self) -> str: ...
@@ -49,25 +51,56 @@ class _Load(AbstractContextManager["_Load"], Protocol):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is measured: `seconds`, and on until `rounds` undisturbed rounds, `most_seconds` at the most."""
+    """How long to measure: for `seconds`, and on until `rounds` undisturbed rounds.
+
+    Attributes:
+        seconds: time to measure where nothing disturbs it.
+        rounds: undisturbed rounds that are wanted.
+        most_seconds: ends it once there are FEWEST_ROUNDS rounds.
+        most_rounds: ends it too; None for as many as there is time for.
+    """
 
     seconds: float
     rounds: int
     most_seconds: float
+    most_rounds: int | None = None
+
+    @property
+    def fewest(self) -> int:
+        """Rounds without which there is no result."""
+        return min(FEWEST_ROUNDS, self.rounds)
+
+    def ended(self, spent: float, quiet: int, rounds: int) -> bool:
+        """Return True when `spent` seconds and `rounds` rounds, `quiet` of them undisturbed, are enough."""
+        if spent >= self.seconds and quiet >= self.rounds:
+            return True
+        if self.most_rounds is not None and rounds >= self.most_rounds:
+            return True
+        return spent >= self.most_seconds and rounds >= self.fewest
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The rounds that count, as seconds a call by contestant.
+    """The rounds that count.
 
-    discarded  rounds thrown away because other processes disturbed them
-    disturbed  True when most rounds were disturbed; the ratios are then not to be relied on
+    Attributes:
+        baseline: the contestant that ratios are relative to.
+        rounds: seconds a call by contestant, for each round.
+        discarded: rounds thrown away because other processes disturbed them.
+        disturbed: most rounds were disturbed; the ratios are then not to be relied on.
+        watched: the system tells what other processes use.
     """
 
     baseline: str
     rounds: tuple[dict[str, float], ...]
     discarded: int = 0
     disturbed: bool = False
+    watched: bool = True
+
+    @property
+    def all_counted(self) -> bool:
+        """Disturbed rounds count as well, because there were too few others."""
+        return self.disturbed and not self.discarded
 
     def times(self, name: str) -> list[float]:
         """A contestant's seconds in every counted round."""
@@ -87,6 +120,7 @@ def interleave(
     stopwatch: Stopwatch | None = None,
     turn_seconds: float = TURN_SECONDS,
     repeats: int | None = None,
+    advance: Callable[[int], None] = lambda quiet: None,
 ) -> Samples:
     """Measure the contestants of `bench` against each other.
 
@@ -97,6 +131,7 @@ def interleave(
             later than it is called for has a stopwatch of its own.
         turn_seconds: how long a turn of the baseline lasts at least.
         repeats: calls of a turn, in the place of as many as `turn_seconds` asks for.
+        advance: called after each window with the number of undisturbed rounds so far.
     """
     watch = stopwatch or partial(_by_the_clock, clock)
     names = list(bench.contestants)
@@ -106,20 +141,24 @@ def interleave(
     repeats = repeats or _repeats(bench, watch, turn_seconds)
     quiet: list[dict[str, float]] = []
     loud: list[dict[str, float]] = []
+    known = True
     started = clock()
-    while True:
+    while not effort.ended(clock() - started, len(quiet), len(quiet) + len(loud)):
         window: list[dict[str, float]] = []
         opened = clock()
         with load() as watched:
             while not window or clock() - opened < WINDOW_SECONDS:
                 number = len(quiet) + len(loud) + len(window)
                 window.append(_round(bench, names, number, repeats, watch))
-        undisturbed = watched.share is None or watched.share <= MOST_FOREIGN_SHARE
-        (quiet if undisturbed else loud).extend(window)
-        spent = clock() - started
-        if (spent >= effort.seconds and len(quiet) >= effort.rounds) or spent >= effort.most_seconds:
-            break
-    return samples_of(bench.baseline, quiet, loud, min(FEWEST_ROUNDS, effort.rounds))
+        known = known and watched.share is not None
+        (quiet if undisturbed(watched.share) else loud).extend(window)
+        advance(len(quiet))
+    return replace(samples_of(bench.baseline, quiet, loud, effort.fewest), watched=known)
+
+
+def undisturbed(share: float | None) -> bool:
+    """Return True if a window counts in which other processes used `share` of the machine (None: unknown)."""
+    return share is None or share <= MOST_FOREIGN_SHARE
 
 
 def _by_the_clock(clock: Callable[[], float], work: Callable[[], None]) -> float:

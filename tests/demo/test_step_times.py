@@ -1,21 +1,16 @@
-"""Step times count only undisturbed rounds and are compared within a round; saved bytes count each storage once."""
+"""Step times count only undisturbed rounds and are compared within a round."""
 
 from __future__ import annotations
 
-import math
-import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from demo import timing
 from demo.batches import Batch
-from demo.saved import bytes_saved_for_backward
 from demo.timing import FROZEN, time_steps
-from peftkernels.cli import load
-from peftkernels.cli.load import ForeignLoad
+from peftkernels.cli.timing import interleave
 
 BATCH = Batch(
     torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -61,8 +56,7 @@ class Clock:
             def __exit__(self, *_: object) -> None:
                 return
 
-        monkeypatch.setattr(timing.time, "perf_counter", self.perf_counter)
-        monkeypatch.setattr(timing, "ForeignLoad", Load)
+        monkeypatch.setattr(timing, "interleave", partial(interleave, clock=self.perf_counter, load=Load))
 
 
 def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, wanted: int, most_seconds: float = 1e9) -> timing.Timing:
@@ -109,51 +103,3 @@ def test_variants_take_turns_at_being_first(monkeypatch: pytest.MonkeyPatch) -> 
     clock = Clock([0.0] * 4)
     run(clock, monkeypatch, wanted=4)
     assert clock.order[1:] == [[FROZEN, "lora"], ["lora", FROZEN]] * 2
-
-
-def test_foreign_load_is_what_the_machine_did_beyond_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = iter([(10.0, 100.0), (13.0, 104.0)])
-    own = iter([5.0, 7.0])
-    monkeypatch.setattr(load, "_machine_times", lambda: next(machine))
-    monkeypatch.setattr(load, "_own_seconds", lambda: next(own))
-    with ForeignLoad() as measured:
-        pass
-    assert measured.share == pytest.approx(0.25)
-
-
-def test_foreign_load_is_unknown_without_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_machine_times", lambda: None)
-    with ForeignLoad() as measured:
-        pass
-    assert measured.share is None
-
-
-@pytest.mark.alone
-def test_own_and_machine_times_grow_by_the_work_done() -> None:
-    machine, own, begin = load._machine_times(), load._own_seconds(), time.process_time()
-    while time.process_time() - begin < 0.3:
-        math.sqrt(2.0)
-    assert load._own_seconds() - own == pytest.approx(time.process_time() - begin, abs=0.05)
-    after = load._machine_times()
-    if machine is None or after is None:
-        assert not Path("/proc/stat").exists()
-    else:
-        assert after[0] - machine[0] > 0.2
-        assert after[1] - machine[1] >= after[0] - machine[0]
-
-
-def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
-    first, second = nn.Linear(8, 16, bias=False), nn.Linear(8, 4, bias=False)
-    model = nn.ModuleList([first, second])
-    x = torch.randn(5, 8, requires_grad=True)
-
-    def forward() -> torch.Tensor:
-        # Both layers save x (once: 160 bytes) and their weights (not counted); relu saves its output (320 bytes).
-        return torch.relu(first(x)).sum() + second(x).sum()
-
-    assert bytes_saved_for_backward(forward, model.parameters()) == 5 * 8 * 4 + 5 * 16 * 4
-
-
-def test_saved_bytes_are_none_without_gradients() -> None:
-    model = nn.Linear(8, 16).requires_grad_(False)
-    assert bytes_saved_for_backward(lambda: model(torch.randn(5, 8)).sum(), model.parameters()) == 0

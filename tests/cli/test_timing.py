@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from bench import timing
-from bench.runner import adjusted
-from bench.timing import Effort, Samples, interleave, spread
+from peftkernels.cli import timing
+from peftkernels.cli.timing import Effort, Samples, interleave, spread
 
 DRIFT = 0.1
 
@@ -112,11 +111,19 @@ def test_quartiles_and_fifths() -> None:
     assert (found.p20, found.p80) == (pytest.approx(1.8), pytest.approx(4.2))
 
 
-def test_late_runs_shorten_what_is_left_and_early_ones_lengthen_it() -> None:
-    effort = Effort(2.0, 5, 12.0)
-    assert adjusted(effort, 0.8, 2.0) == Effort(1.6, 4, pytest.approx(9.6))
-    assert adjusted(effort, -1.0, 2.0) == Effort(0.0, 3, 4.0)
-    assert adjusted(effort, 1.5, 2.0) == Effort(2.0, 5, 18.0)
-    squeezed = Effort(0.5, 3, 3.0)
-    assert adjusted(squeezed, 1.5, 2.0) == Effort(0.75, 4, 4.5)
-    assert adjusted(squeezed, 9.0, 2.0) == Effort(2.0, 5, 6.0)
+def test_rounds_are_counted_as_they_come_and_end_at_the_most() -> None:
+    bench = Clockwork({"frozen": 1.0, "ours": 0.5}, [0.0, 0.5, 0.5, 0.0, 0.5, 0.0])
+    counted: list[int] = []
+    samples = interleave(bench, Effort(0.0, 5, 1e9, 4), load=bench.load, clock=bench.clock, advance=counted.append)
+    assert counted == [1, 1, 1, 2]
+    assert (len(samples.rounds), samples.discarded, samples.all_counted) == (4, 0, True)
+
+
+def test_time_that_runs_out_leaves_three_rounds_all_the_same() -> None:
+    bench = Clockwork({"frozen": 1.0, "ours": 0.5})
+    assert len(bench.run(Effort(0.0, 9, 0.5)).rounds) == timing.FEWEST_ROUNDS
+
+
+def test_a_system_that_does_not_tell_the_load_is_known() -> None:
+    assert Clockwork({"frozen": 1.0}, [0.0, 0.0]).run(Effort(0.0, 3, 1e9)).watched
+    assert not Clockwork({"frozen": 1.0}, [0.0, None]).run(Effort(0.0, 3, 1e9)).watched
