@@ -22,7 +22,7 @@ QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py 
     $(addprefix integrations/test_, peft_backend.py quantised.py) \
     $(addprefix cli/test_, doctor.py main.py) $(addprefix demo/test_, checkpoint.py demo_report.py))
 
-.PHONY: help install check test upgrade demo lint house bench report attacks sanitize wheel hub clean
+.PHONY: help install check test upgrade demo lint house bench docs report attacks sanitize wheel hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -51,7 +51,7 @@ test: install  ## run every test, those that need the machine for themselves at 
 # Kept back: TORCH="torch==2.13.0", others by HOLD="numpy==2.4.6 'peft<1'".
 upgrade:  ## write the newest versions into constraints.txt, once all tests pass with them in an environment of their own
 	rm -rf $(UPGRADE) $(INSTALLED)
-	$(MAKE) install VENV=$(UPGRADE) CONSTRAINTS=/dev/null
+	$(MAKE) install docs VENV=$(UPGRADE) CONSTRAINTS=/dev/null
 	$(UPGRADE)/bin/python .ci/versions.py write > $(UPGRADE)/tested.txt
 	$(MAKE) test VENV=$(UPGRADE) CONSTRAINTS=/dev/null
 	mv $(UPGRADE)/tested.txt constraints.txt
@@ -69,7 +69,14 @@ house: install  ## check the structure: argument lists, the direction of imports
 bench: install  ## measure all cases, or CASE=..., into bench/results/ (under half an hour on two cores)
 	$(BIN)/python -m bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
 
-report: install  ## write the tables of README.md and bench/plots/ from bench/results/
+docs: $(VENV)/.docs  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP_INSTALL) "peftkernels[docs]"
+	touch $@
+
+report: install  ## write the tables of README.md and docs/, and docs/pictures/, from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
 attacks: install  ## attack the package at length, or as ARGS says (docs/attacks.md; two hours on two cores)
@@ -86,4 +93,4 @@ hub: install  ## write the package as a kernel of the Hugging Face Hub into dist
 	$(BIN)/python -m peftkernels.integrations.hub dist/hub
 
 clean:  ## remove what was built, and the virtual environment
-	rm -rf $(VENV) $(UPGRADE) build dist peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UPGRADE) build dist site peftkernels.egg-info peftkernels/*.so peftkernels-demo peftkernels-bench .pytest_cache .mypy_cache .ruff_cache

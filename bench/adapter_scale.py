@@ -1,7 +1,7 @@
 """``python -m bench.adapter_scale``: which scale and learning rate AdaLoRA needs where LoRA's are known.
 
 Trains every point of `grid()` on the demo's task, one file a run, so that a killed command goes on where it was; then
-writes `bench/results/adapter-scale-<machine>.json`, `bench/plots/adapter-scale.png` and the tables of
+writes `bench/results/adapter-scale-<machine>.json`, `docs/pictures/adapter-scale.png` and the tables of
 `docs/learning-rate-and-scale.md`. Settings were chosen by accuracy on a validation part of the training texts; the test
 texts are looked at for those settings only that were trained with more than one seed.
 """
@@ -31,11 +31,11 @@ from peftkernels.cli.machine import machine, versions
 
 from . import adapter_scale_report as report
 from .adapter_run import Point, Task, evaluate_weights, load_task, train_point
-from .report import PLOTS, RESULTS, ReportError
+from .report import PICTURES, RESULTS, ROOT, ReportError
 from .results import file_name
 
 STEPS = 112
-DOCS = RESULTS.parent.parent / "docs" / "learning-rate-and-scale.md"
+DOCS = ROOT / "docs" / "learning-rate-and-scale.md"
 RUNS = Path("peftkernels-bench-adapter-scale")
 # HF peft's default alpha of 8 over its default initial rank of 12.
 PEFT_SCALE = 8 / 12
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"one file a run; default: {RUNS}")
     parser.add_argument("--only", default="", metavar="REGEX", help="points whose key matches; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
-    parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
+    parser.add_argument("--plots", type=Path, default=ROOT / PICTURES, metavar="DIR", help=f"default: {PICTURES}")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="FILE", help=f"default: docs/{DOCS.name}")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of each training; default: {STEPS}")
     parser.add_argument("--model", type=Path, metavar="DIR", help="another encoder, as for python -m demo")

@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from peftkernels._files import write_atomically, write_text
 
 from .adapter_run import Point
-from .readme_tables import markdown
+from .page_tables import markdown
 from .report import ReportError, replace_between
 
 Run = dict[str, Any]
@@ -219,8 +219,8 @@ def write(results: dict[str, Any], picture: Path, docs: Path) -> None:
         text = docs.read_text()
     except OSError as error:
         raise ReportError(f"--docs: {docs}: {error.strerror}") from error
-    text = replace_between(text, "repeated", repeated_table(runs))
-    text = replace_between(text, "formula", formula_table(runs))
-    text = replace_between(text, "single", single_table(runs))
+    text = replace_between(text, "repeated", repeated_table(runs), docs)
+    text = replace_between(text, "formula", formula_table(runs), docs)
+    text = replace_between(text, "single", single_table(runs), docs)
     draw(runs, picture)
     write_text(docs, text)

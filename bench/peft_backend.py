@@ -6,7 +6,7 @@ patched training step is (allocation included; steps take turns), and what was s
 adapters, where the two drop other elements: speed and what was served alone, over 20 steps.
 
 `--json` keeps all figures, by default as `bench/results/peft-backend-<machine>.json`, which `make report` makes the
-README's table from. The file has:
+page about HF peft from. The file has:
 
 date, commit        when, and of what
 versions, machine   of the packages and of what they ran on
@@ -45,7 +45,7 @@ from peftkernels.cli.machine import machine, versions
 from peftkernels.cli.timing import FEWEST_ROUNDS, samples_of, spread, undisturbed
 
 from .job import LINES_WIDTH
-from .readme_peft import HEADINGS, cells
+from .page_peft import HEADINGS, cells
 from .report import RESULTS
 from .results import commit, file_name
 

@@ -1,11 +1,11 @@
-"""Writes the tables of README, `docs/notes/gpu.md` and `docs/attacks.md`, and the plots, from `bench/results/`.
+"""Writes the tables of README.md and of the pages in docs/, and the plots, from `bench/results/`.
 
-    python -m bench.report [--demo peftkernels-demo/results.json] [--comparison peftkernels-comparison/comparison.json]
-                           [--results DIR] [--readme FILE] [--notes FILE] [--attacks FILE] [--plots DIR]
+    python -m bench.report [--demo FILE] [--comparison FILE] [--results DIR] [--root DIR] [--plots DIR]
 
-`--demo` first keeps the figures of a demo that was run, as `bench/results/demo-<machine>.json`; `--comparison` those of
-a comparison of strategies, as `bench/results/allocators-<machine>.json`. The figures of HF peft on peftkernels are
-those that `python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`; the notes are
+`PAGES` says which table stands in which page. `--demo` first keeps the figures of a demo that was run (its
+results.json), as `bench/results/demo-<machine>.json`; `--comparison` those of a comparison of strategies (its
+comparison.json), as `bench/results/allocators-<machine>.json`. The figures of HF peft on peftkernels are those that
+`python -m bench.peft_backend --json` keeps as `bench/results/peft-backend-<machine>.json`; the notes on the GPU are
 answered from `bench/results/questions-<gpu>.json`, which `bench/run_gpu.sh --questions` writes; the attacks' table is
 that of `bench/results/attacks-<machine>.json`, which `make attacks` writes.
 """
@@ -16,35 +16,50 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from demo.compare.plot import write_plot
 from peftkernels._files import write_text
 
-from . import attacks_page, readme_allocators, readme_peft, readme_tables, results
+from . import page_allocators, page_attacks, page_measured, page_peft, page_tables, results
 from .goals import judge
+from .gpu import page as gpu_page
 from .gpu import plots as gpu_plots
-from .gpu import readme as gpu_readme
 from .gpu.questions import page as questions
 from .plots import Plot, draw_all
 from .results import CPU, ResultsError, Row
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PLOTS, README = HERE / "results", HERE / "plots", HERE.parent / "README.md"
-NOTES = HERE.parent / "docs" / "notes" / "gpu.md"
-ATTACKS = HERE.parent / "docs" / "attacks.md"
+ROOT, RESULTS = HERE.parent, HERE / "results"
+# Within docs/, so that the site has them.
+PICTURES = Path("docs", "pictures")
+# The page of each table, beside which README.md and docs/ lie, by the marker around it.
+PAGES = {
+    "measured": "README.md",
+    "demo": "docs/measurements/index.md",
+    "goals": "docs/measurements/index.md",
+    "layers": "docs/measurements/layers.md",
+    "memory": "docs/measurements/layers.md",
+    "plots": "docs/measurements/layers.md",
+    "training": "docs/measurements/training.md",
+    "peft": "docs/measurements/huggingface.md",
+    "allocators": "docs/measurements/strategies.md",
+    "gpu": "docs/triton.md",
+    "questions": "docs/notes/gpu.md",
+    "attacks": "docs/attacks.md",
+}
 
 
 class ReportError(Exception):
     """Something that the report needs is missing or cannot be used."""
 
 
-def replace_between(text: str, marker: str, content: str) -> str:
-    """`text` with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
+def replace_between(text: str, marker: str, content: str, path: Path) -> str:
+    """`text`, that of `path`, with what stands between `<!-- marker -->` and `<!-- /marker -->` replaced."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if begin not in text or end not in text.split(begin, 1)[1]:
-        raise ReportError(f"found no markers {begin} and {end}")
+        raise ReportError(f"{path}: found no markers {begin} and {end}")
     head, rest = text.split(begin, 1)
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
@@ -68,8 +83,8 @@ def keep_demo(source: Path, folder: Path) -> None:
 def keep_comparison(source: Path, folder: Path) -> None:
     """Keep a comparison's comparison.json, once its tables can be made from it."""
     try:
-        kept = readme_allocators.kept(readme_allocators.load(source))
-        readme_allocators.page(kept, "")
+        kept = page_allocators.kept(page_allocators.load(source))
+        page_allocators.page(kept, "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"--comparison: {source}: cannot be read as a comparison.json: {error!r}") from error
     name = Path(results.file_name()).stem
@@ -84,7 +99,7 @@ def load(folder: Path) -> dict[Path, list[Row]]:
     return files
 
 
-def write_report(folder: Path, readme: Path, notes: Path, attacks: Path, plots: Path) -> list[Path]:
+def write_report(folder: Path, root: Path, plots: Path) -> list[Path]:
     """Write everything; returns the files."""
     loaded = load(folder)
     files = {path: rows for path, rows in loaded.items() if all(row.device == CPU for row in rows)}
@@ -92,58 +107,58 @@ def write_report(folder: Path, readme: Path, notes: Path, attacks: Path, plots: 
     demos = sorted(folder.glob("demo-*.json"))
     if not demos:
         raise ReportError(f"{folder}: found no demo-*.json; run `make demo`, then `make report ARGS='--demo FILE'`")
-    written = {"--readme": readme, "--notes": notes, "--attacks": attacks}
-    texts = {option: _text(option, path) for option, path in written.items()}
-    pages = {
-        "goals": [f"{readme_tables.goals(judge(rows))}\n\n{readme_tables.provenance(rows)}" for rows in files.values()],
-        "layers": [readme_tables.layers(readme_tables.Figures(rows)) for rows in files.values()],
-        "training": [readme_tables.training(readme_tables.Figures(rows)) for rows in files.values()],
-        "memory": [readme_tables.memory(readme_tables.Figures(rows)) for rows in files.values()],
-        "demo": [readme_tables.demo(path) for path in demos],
-        "peft": [_peft(path) for path in sorted(folder.glob("peft-backend-*.json"))] or [readme_peft.NOTHING],
+    texts = {page: _text(root / page) for page in dict.fromkeys(PAGES.values())}
+    parts = {
+        "measured": [page_measured.page(files, on_gpus)],
+        "goals": [f"{page_tables.goals(judge(rows))}\n\n{page_tables.provenance(rows)}" for rows in files.values()],
+        "layers": [_with_provenance(page_tables.layers, rows) for rows in files.values()],
+        "training": [_with_provenance(page_tables.training, rows) for rows in files.values()],
+        "memory": [page_tables.memory(page_tables.Figures(rows)) for rows in files.values()],
+        "demo": [page_tables.demo(path) for path in demos],
+        "peft": [_peft(path) for path in sorted(folder.glob("peft-backend-*.json"))] or [page_peft.NOTHING],
+        "questions": [_answers(path) for path in sorted(folder.glob("questions-*.json"))] or [questions.NOTHING],
+        "attacks": [_attacks(path) for path in sorted(folder.glob("attacks-*.json"))] or [page_attacks.NOTHING],
     }
     drawn: list[Path] = []
+
+    def link(plot: Plot, marker: str) -> str:
+        drawn.append(plot.path)
+        return f"![{plot.title}]({os.path.relpath(plot.path, (root / PAGES[marker]).parent)})"
+
     links = []
     for path, rows in files.items():
         found = draw_all(rows, plots, prefix="" if len(files) == 1 else f"{path.stem}-")
-        drawn += [plot.path for plot in found]
-        links += [_link(plot, readme) for plot in found]
-    pages["plots"] = ["\n\n".join(links) or "Too few cases were measured to draw any."]
-    pages["gpu"] = [gpu_readme.NOTHING]
-    if on_gpus:
-        pages["gpu"] = []
-        for path, rows in on_gpus.items():
-            found = gpu_plots.draw_all(rows, plots, prefix=f"{path.stem}-")
-            drawn += [plot.path for plot in found]
-            pages["gpu"].append(gpu_readme.page(rows, [_link(plot, readme) for plot in found]))
-    pages["allocators"] = []
+        links += [link(plot, "plots") for plot in found]
+    parts["plots"] = links or ["Too few cases were measured to draw any."]
+    parts["gpu"] = [] if on_gpus else [gpu_page.NOTHING]
+    for path, rows in on_gpus.items():
+        found = gpu_plots.draw_all(rows, plots, prefix=f"{path.stem}-")
+        parts["gpu"].append(gpu_page.page(rows, [link(plot, "gpu") for plot in found]))
     comparisons = sorted(folder.glob("allocators-*.json"))
+    parts["allocators"] = [] if comparisons else [page_allocators.NOTHING]
     for path in comparisons:
-        comparison = readme_allocators.load(path)
+        comparison = page_allocators.load(path)
         picture = plots / f"{path.stem if len(comparisons) > 1 else 'allocators'}.png"
         write_plot(picture, comparison)
-        drawn.append(picture)
-        link = _link(Plot(picture, "Test accuracy of rank-allocation strategies at equal budget"), readme)
-        pages["allocators"].append(readme_allocators.page(comparison, link))
-    if not comparisons:
-        pages["allocators"] = [readme_allocators.NOTHING]
-    pages["allocators"] += [part for part in map(readme_allocators.steps, files.values()) if part is not None]
-    for marker, parts in pages.items():
-        texts["--readme"] = replace_between(texts["--readme"], marker, "\n\n".join(parts))
-    answers = [_answers(path) for path in sorted(folder.glob("questions-*.json"))] or [questions.NOTHING]
-    texts["--notes"] = replace_between(texts["--notes"], "questions", "\n\n".join(answers))
-    tried = [_attacks(path) for path in sorted(folder.glob("attacks-*.json"))] or [attacks_page.NOTHING]
-    texts["--attacks"] = replace_between(texts["--attacks"], "attacks", "\n\n".join(tried))
-    for option, path in written.items():
-        write_text(path, texts[option])
-    return [*written.values(), *drawn]
+        plot = Plot(picture, "Test accuracy of rank-allocation strategies at equal budget")
+        parts["allocators"].append(page_allocators.page(comparison, link(plot, "allocators")))
+    parts["allocators"] += [part for part in map(page_allocators.steps, files.values()) if part is not None]
+    for marker, page in PAGES.items():
+        texts[page] = replace_between(texts[page], marker, "\n\n".join(parts[marker]), root / page)
+    for page, text in texts.items():
+        write_text(root / page, text)
+    return [*(root / page for page in texts), *drawn]
 
 
-def _text(option: str, path: Path) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError as error:
-        raise ReportError(f"{option}: {path}: {error.strerror}") from error
+        raise ReportError(f"--root: {path}: {error.strerror}") from error
+
+
+def _with_provenance(table: Callable[[page_tables.Figures], str], rows: Sequence[Row]) -> str:
+    return f"{table(page_tables.Figures(rows))}\n\n{page_tables.provenance(rows)}"
 
 
 def _answers(path: Path) -> str:
@@ -155,43 +170,36 @@ def _answers(path: Path) -> str:
 
 def _attacks(path: Path) -> str:
     try:
-        return attacks_page.page(attacks_page.load(path))
+        return page_attacks.page(page_attacks.load(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{path}: cannot be read as counts of attacks: {error!r}") from error
 
 
 def _peft(path: Path) -> str:
     try:
-        return readme_peft.page(readme_peft.load(path))
+        return page_peft.page(page_peft.load(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: cannot be read as figures of bench.peft_backend: {error!r}") from error
-
-
-def _link(plot: Plot, readme: Path) -> str:
-    return f"![{plot.title}]({os.path.relpath(plot.path, readme.parent)})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
-        description="Write the tables of README.md, docs/notes/gpu.md and docs/attacks.md, and bench/plots/, "
-        "from bench/results/.",
+        description="Write the tables of README.md and of the pages in docs/, and docs/pictures/, from bench/results/.",
     )
     parser.add_argument("--demo", type=Path, metavar="FILE", help="results.json of a demo to keep first")
     parser.add_argument("--comparison", type=Path, metavar="FILE", help="comparison.json to keep first")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: README.md")
-    parser.add_argument("--notes", type=Path, default=NOTES, metavar="FILE", help="default: docs/notes/gpu.md")
-    parser.add_argument("--attacks", type=Path, default=ATTACKS, metavar="FILE", help="default: docs/attacks.md")
-    parser.add_argument("--plots", type=Path, default=PLOTS, metavar="DIR", help="default: bench/plots")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ lie")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help=f"default: {PICTURES} there")
     options = parser.parse_args(arguments)
     try:
         if options.demo is not None:
             keep_demo(options.demo, options.results)
         if options.comparison is not None:
             keep_comparison(options.comparison, options.results)
-        for path in write_report(options.results, options.readme, options.notes, options.attacks, options.plots):
+        for path in write_report(options.results, options.root, options.plots or options.root / PICTURES):
             print(f"written: {path}")
     except (ReportError, ResultsError) as error:
         print(f"report: error: {error}", file=sys.stderr)

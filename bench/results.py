@@ -118,7 +118,7 @@ def origin(device: str = CPU) -> Origin:
 
 
 # What a run and its report write themselves.
-WRITTEN = ("bench/results", "bench/plots", "README.md")
+WRITTEN = ("bench/results", "docs", "README.md")
 
 
 def commit() -> str:

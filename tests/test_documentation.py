@@ -1,7 +1,9 @@
-"""The Python code in README and docs: whole programs run, fragments at least parse, and files that are named exist."""
+"""README and docs: whole programs run, fragments at least parse, files that are named exist, and the site builds."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -41,7 +43,12 @@ def test_programs_run(block: str, tmp_path: Path) -> None:
 
 
 def test_there_are_programs_to_run() -> None:
-    assert sum("README.md" in str(case.id) for case in PROGRAMS) >= 2
+    pages = {str(case.id).rsplit("-", 1)[0] for case in PROGRAMS}
+    assert pages >= {"README.md", *(f"docs/{name}.md" for name in ("operator", "layers", "budgets", "backends"))}
+
+
+def test_the_readme_is_one_screen_and_a_little() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,3 +57,51 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
     missing = [link for link in links if link and not (page.parent / link).exists()]
     assert missing == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it, warnings being errors."""
+    pytest.importorskip("mkdocs", reason="the tools for the site are not installed: make docs")
+    built = tmp_path_factory.mktemp("site")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={built}"],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return built
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 25
+    # What a browser loads by itself; a link to a paper is the reader's choice.
+    loads = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*="?https?:""")
+    assert [page.name for page in pages if loads.search(page.read_text())] == []
+    styles = [path for path in site.rglob("*.css") if re.search(r"url\([\"']?(?:https?:)?//", path.read_text())]
+    assert styles == []
+
+
+MODULES = (
+    "",
+    ".nn",
+    ".allocation",
+    ".allocation.strategies",
+    ".allocation.search",
+    ".distributed",
+    ".integrations.peft",
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_reference_has_what_is_public(site: Path, module: str) -> None:
+    reference = "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    # Those of HF peft stand under the module that they come from; STRATEGIES names the classes that stand there.
+    elsewhere = {"__version__", "STRATEGIES"} | ({"apply_to_peft", "revert", "stats"} if not module else set())
+    names = set(importlib.import_module(f"peftkernels{module}").__all__) - elsewhere
+    assert {name for name in names if f'id="peftkernels{module}.{name}"' not in reference} == set()

@@ -1,4 +1,4 @@
-"""What a GPU's results say: goals, README tables and plots, from rows that were never measured."""
+"""What a GPU's results say: goals, tables and plots, from rows that were never measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from bench import lineup, report, results
 from bench.cases import BACKWARD, ENQUEUE, FORWARD, GRAPH, Case, all_cases
 from bench.goals import GPU_GOALS, Reached, judge
-from bench.gpu import plots, readme
+from bench.gpu import page as gpu_page
+from bench.gpu import plots
 from bench.gpu.cases import GROUPS, contestants, in_order
 from bench.results import ResultsError, Row
 from peftkernels.cli.timing import Samples
@@ -100,29 +101,28 @@ def test_goals_without_their_peer_or_their_cases_are_not_judged() -> None:
 
 
 def _report(tmp_path: Path) -> tuple[str, list[str]]:
-    text = "\n".join(
-        f"<!-- {name} -->\nold\n<!-- /{name} -->"
-        for name in ("goals", "layers", "training", "memory", "plots", "demo", "gpu", "allocators", "peft")
-    )
-    (tmp_path / "README.md").write_text(text)
-    (tmp_path / "gpu.md").write_text("<!-- questions -->\n<!-- /questions -->")
-    names = {"results": "results", "readme": "README.md", "notes": "gpu.md"}
-    arguments = [f"--{option}={tmp_path / name}" for option, name in names.items()]
-    assert report.main([*arguments, f"--plots={tmp_path / 'plots'}"]) == 0
-    return (tmp_path / "README.md").read_text(), sorted(path.name for path in (tmp_path / "plots").iterdir())
+    """The page about the GPU and the names of all pictures."""
+    for page in set(report.PAGES.values()):
+        path = tmp_path / page
+        path.parent.mkdir(parents=True, exist_ok=True)
+        markers = [marker for marker, place in report.PAGES.items() if place == page]
+        path.write_text("\n".join(f"<!-- {marker} -->\nold\n<!-- /{marker} -->" for marker in markers))
+    assert report.main([f"--results={tmp_path / 'results'}", f"--root={tmp_path}"]) == 0
+    pictures = sorted(path.name for path in (tmp_path / report.PICTURES).iterdir())
+    return (tmp_path / report.PAGES["gpu"]).read_text(), pictures
 
 
 @pytest.fixture
 def _cpu_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results.write(made_up.rows(all_cases()[:3]), tmp_path / "results" / "a-cpu.csv")
-    (tmp_path / "results" / "demo-a-cpu.json").write_text(json.dumps({}))
-    monkeypatch.setattr(report.readme_tables, "demo", lambda path: "the demo")
+    (tmp_path / "results" / "demo-a-cpu.json").write_text(json.dumps({"runs": {}, "date": "2026-01-02"}))
+    monkeypatch.setattr(report.page_tables, "demo", lambda path: "the demo")
 
 
 @pytest.mark.usefixtures("_cpu_results")
-def test_without_results_of_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
+def test_without_results_of_a_gpu_the_page_says_so(tmp_path: Path) -> None:
     text, drawn = _report(tmp_path)
-    assert f"<!-- gpu -->\n{readme.NOTHING}\n<!-- /gpu -->" in text and not [name for name in drawn if "h200" in name]
+    assert f"<!-- gpu -->\n{gpu_page.NOTHING}\n<!-- /gpu -->" in text and not [name for name in drawn if "h200" in name]
 
 
 @pytest.mark.usefixtures("_cpu_results")
@@ -143,10 +143,12 @@ def test_results_of_a_gpu_add_their_tables_and_plots(tmp_path: Path) -> None:
     assert "| 25 % | forward, 4096×4096, M = 2048 | 1.01 | 1.50 | 2.00 | 2.00 |" in page
     assert "| `forward/4096x1024/M1/r16/bf16/no-bias/enqueue` | peftkernels | 101.0 | +1.0 |" in page
     pictures = [name for name in drawn if name.startswith("nvidia-h200-")]
-    assert len(pictures) == 3 and all(f"](plots/{name})" in page for name in pictures)
+    assert len(pictures) == 3 and all(f"](pictures/{name})" in page for name in pictures)
+    assert "Also measured on NVIDIA H200." in (tmp_path / report.PAGES["measured"]).read_text()
     # The CPU's tables and pictures are what they are without a GPU's file beside them.
-    cpu = text.split("<!-- gpu -->")[0]
-    assert "H200" not in cpu and "h200" not in cpu
+    for marker in ("goals", "layers", "training", "allocators"):
+        cpu = (tmp_path / report.PAGES[marker]).read_text()
+        assert "H200" not in cpu and "h200" not in cpu
     assert results.read(tmp_path / "results" / "a-cpu.csv") == before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...readme_tables import markdown
+from ...page_tables import markdown
 from .names import (
     AFTER,
     APART,

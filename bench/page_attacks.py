@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .readme_tables import markdown
+from .page_tables import markdown
 
 NOTHING = "No long run was kept yet: `make attacks`, then `make report`."
 HEADINGS = ("attack", "what is tried", "tried", "of these", "faults", "seconds", "seed", "date")

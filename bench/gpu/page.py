@@ -1,4 +1,4 @@
-"""The README's tables of what was measured on a GPU, as Markdown."""
+"""The tables of what was measured on a GPU, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from .. import lineup
 from ..cases import CALLS, GRAPH, PASSES, Case
 from ..goals import GPU_GOALS, judge
-from ..readme_tables import Figures, goals, markdown, provenance
+from ..page_tables import Figures, goals, markdown, provenance
 from ..results import Row
 from .cases import GRAPH_SHAPES, GRAPH_TOKENS, GROUPS, LIVE_RANK, SHAPES, TOKENS, in_order
 
-NOTHING = "Nothing was measured on a GPU yet, and no figure above says anything about one."
+NOTHING = "Nothing was measured on a GPU yet."
 _PEER = lineup.PEFT_LORA_BF16
 # Name of a column and the contestant whose ratio to F.linear it shows.
 _LORA = (("ours", lineup.OURS), ("floor", lineup.FLOOR), ("peft, bf16", _PEER), ("peft, fp32", lineup.PEFT_LORA_FP32))

@@ -1,4 +1,4 @@
-"""The README's tables as Markdown: goals, layers, training steps, the allocator, the demo."""
+"""Tables of the pages about measurements, as Markdown: goals, layers, training steps, the allocator, the demo."""
 
 from __future__ import annotations
 

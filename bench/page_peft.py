@@ -1,4 +1,4 @@
-"""The README's figures of HF peft on peftkernels, from what `python -m bench.peft_backend` wrote."""
+"""The table of HF peft's models on peftkernels, from what `python -m bench.peft_backend` wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .readme_tables import markdown
+from .page_tables import markdown
 
 NOTHING = "HF peft on peftkernels was not measured yet."
 HEADINGS = (

@@ -1,4 +1,4 @@
-"""The README's comparison of rank-allocation strategies, from what `python -m demo --allocators` wrote."""
+"""The comparison of rank-allocation strategies, from what `python -m demo --allocators` wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from demo.compare.words import findings
 from demo.timing import FROZEN
 
 from .cases import GROUPS
-from .readme_tables import markdown
+from .page_tables import markdown
 from .results import Row
 
 NOTHING = "The comparison of strategies was not run yet."
