@@ -183,7 +183,7 @@ def demo(path: Path) -> str:
         "test accuracy",
         "ms per step",
         "× frozen step (quartiles)",
-        "ranks, live / all",
+        "ranks, ACTIVE / all",
         "trainable parameters",
         "saved for backward",
     ]

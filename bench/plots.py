@@ -103,7 +103,7 @@ def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-_NAMES = ("ratio-against-tokens", "ratio-against-rank", "ratio-against-live-share", "growth-with-modules")
+_NAMES = ("ratio-against-tokens", "ratio-against-rank", "ratio-against-active-share", "growth-with-modules")
 
 
 def provenance(rows: Sequence[Row]) -> str:
@@ -164,7 +164,7 @@ def _live(rows: RatioLines, path: Path, note: str) -> Plot | None:
                 ],
             )
         )
-    title = f"Cost of an AdaLoRA layer against the share of live ranks ({_WIDTH}, {MIDDLE_TOKENS} rows, r = 16, fp32)"
+    title = f"Cost of an AdaLoRA layer against the share of ACTIVE ranks ({_WIDTH}, {MIDDLE_TOKENS} rows, r = 16, fp32)"
     return draw_ratios(path, title, note, panels, "ACTIVE ranks, %", LIVE_SHARES, logarithmic=False)
 
 

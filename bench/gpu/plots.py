@@ -61,7 +61,7 @@ def draw_all(rows: Sequence[Row], folder: Path, prefix: str = "") -> list[Plot]:
             RANKS,
         ),
         draw_ratios(
-            folder / f"{prefix}ratio-against-live-share.png",
+            folder / f"{prefix}ratio-against-active-share.png",
             f"Cost of an AdaLoRA layer against the share of ranks that are not DEAD ({_WIDTH}, {_ROWS} rows, "
             f"r = {LIVE_RANK}, bf16)",
             note,

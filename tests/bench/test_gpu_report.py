@@ -165,7 +165,7 @@ def test_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     assert [plot.path.name for plot in drawn] == [
         "ratio-against-tokens.png",
         "ratio-against-rank.png",
-        "ratio-against-live-share.png",
+        "ratio-against-active-share.png",
     ]
     assert all(plot.path.read_bytes()[:4] == b"\x89PNG" for plot in drawn)
     assert plots.draw_all([], tmp_path / "none") == [] and not (tmp_path / "none").exists()
