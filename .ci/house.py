@@ -6,7 +6,8 @@ Arguments   No function but a few named ones takes more than eight of the operat
             records of peftkernels/ops/call.py has more than eight of them as fields.
 Direction   Imports and includes go downwards in the tables below, deferred ones and those for type checkers as well.
 Circles     There is none, of modules or of folders, whatever kind of import closes it.
-Docstrings  Names are described in Google's form ("name: text"), which tools parse, and not in two columns.
+Docstrings  They are in Google's form, which tools parse: "name: text" under Args: or Attributes: and not in two
+            columns, errors under Raises: and not in a sentence.
 """
 
 from __future__ import annotations
@@ -82,7 +83,12 @@ BACKENDS = f"{PACKAGE}.backends."
 REGISTRY = f"{BACKENDS}registry"
 
 _IMPORTERS = ("importlib.import_module", "import_module", "__import__")
-_TWO_COLUMNS = re.compile(r'\s*[\w.*"<>/]+(, [\w.*"<>/]+)*( \([^)]*\))? {2,}\S')
+# What a line of a docstring must not be, and why.
+_MALFORMED = {
+    re.compile(r'\s*[\w.*"<>/]+(, [\w.*"<>/]+)*( \([^)]*\))? {2,}\S'): "two columns in a docstring",
+    re.compile(r".*\bRaises (what\b|[A-Z]\w*Error\b)"): "an error in a docstring's sentence, not under Raises:",
+    re.compile(r"\s*Arguments:$"): "a docstring's arguments under another word than Args:",
+}
 
 
 class Finding(NamedTuple):
@@ -271,15 +277,15 @@ def circles(edges: Sequence[Edge], separator: str) -> Iterator[Finding]:
             parent = separator.join(source[:shared])
             pair = separator.join(source[: shared + 1]), separator.join(target[: shared + 1])
             levels[parent].setdefault(pair, edge)
-    told: set[frozenset[str]] = set()
+    reported: set[frozenset[str]] = set()
     for level in levels.values():
         graph: defaultdict[str, list[str]] = defaultdict(list)
         for source_name, target_name in level:
             graph[source_name].append(target_name)
         while circle := _circle(graph):
             steps = list(zip(circle, [*circle[1:], circle[0]], strict=True))
-            if frozenset(circle) not in told:
-                told.add(frozenset(circle))
+            if frozenset(circle) not in reported:
+                reported.add(frozenset(circle))
                 edge = level[steps[0]]
                 ways = "; ".join(f"{level[step].file}:{level[step].line}" for step in steps[1:])
                 yield Finding(edge.file, edge.line, f"a circle: {' → '.join([*circle, circle[0]])} ({ways})")
@@ -305,7 +311,7 @@ def _circle(graph: dict[str, list[str]]) -> list[str] | None:
 
 
 def docstrings(trees: dict[str, ast.Module]) -> Iterator[Finding]:
-    """Lines of the package's docstrings that describe a name in a second column."""
+    """Lines of the package's docstrings that tools would not parse."""
     for file, tree in trees.items():
         if not file.startswith(f"{PACKAGE}/"):
             continue
@@ -316,8 +322,8 @@ def docstrings(trees: dict[str, ast.Module]) -> Iterator[Finding]:
                     continue
                 first = node.body[0].lineno
                 for number, line in enumerate(text.splitlines(), first):
-                    if number > first and _TWO_COLUMNS.match(line):
-                        yield Finding(file, number, f"two columns in a docstring: {line.strip()[:60]}")
+                    wrong = (why for form, why in _MALFORMED.items() if form.match(line))
+                    yield from (Finding(file, number, f"{why}: {line.strip()[:60]}") for why in wrong)
 
 
 def findings(root: Path) -> list[Finding]:

@@ -176,6 +176,20 @@ def test_a_docstring_in_two_columns_is_found(plant: Any, line: str) -> None:
     assert found == f"peftkernels/nn/layer.py:4: two columns in a docstring: {line.strip()}"
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("Raises TypeError or ValueError naming the argument.", "an error in a docstring's sentence"),
+        ("Empty. Raises what `f` raises.", "an error in a docstring's sentence"),
+        ("Arguments:", "a docstring's arguments under another word"),
+    ],
+)
+def test_errors_and_arguments_have_their_sections(plant: Any, line: str, why: str) -> None:
+    (found,) = plant({"peftkernels/nn/layer.py": f'class C:\n    """Summary.\n\n    {line}\n    """\n'})
+    assert found.startswith(f"peftkernels/nn/layer.py:4: {why}")
+    assert plant({"peftkernels/nn/layer.py": '"""Summary.\n\nRaises:\n    ValueError: raises no error.\n"""\n'}) == []
+
+
 def test_the_script_prints_what_it_finds_and_fails(plant: Any, tmp_path: Path) -> None:
     plant({"peftkernels/nn/layer.py": f"\ndef f({NINE}): ...\n"})
     ran = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Whether all processes decide alike: a digest of what an allocator decided, compared between them."""
+"""The certainty that all processes decide alike: a digest of what an allocator decided, compared between them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ def check_agreement(
 ) -> None:
     """Compare masks, gates and scores between the processes of `group`, all of which must call it.
 
-    mask   which ranks the last decision kept and the state of every rank
-    gate   lora_E, to the bit
-    score  the scores of the last decision, to the bit; nothing before the first
-
     Every process sends one 64-bit digest for each layer and kind and receives those of the others: one all-gather and
     one read from the device, so it is not free on every step of a fast run. A digest changes with any single element
     that changes; two different layers have the same by chance once in 2⁶⁴.
 
-    Where they differ RuntimeError is raised on every process, with the same message: the step, which process differs
-    from the majority (from the first where there is none), in which layers and in what.
+    Args:
+        allocator: each process's own.
+        group: the processes, all of them by default.
+        kinds: some of "mask", which ranks the last decision kept and the state of every rank; "gate", lora_E to the
+            bit; "score", the scores of the last decision to the bit, nothing before the first.
+
+    Raises:
+        RuntimeError: they differ; on every process, with the same message: the step, which process differs from the
+            majority (from the first where there is none), in which layers and in what.
+        ValueError: an unknown kind.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
@@ -49,8 +53,14 @@ class DivergenceCheck:
 
     Processes that start alike and average their gradients stay alike; a loss that only one of them gave to a strategy,
     costs measured by each for itself, a gradient that was not averaged or a broken device make them drift apart, which
-    no loss curve shows. Every process must have the callback. Raises what `check_agreement` raises, and ValueError for
-    an `every` below 1.
+    no loss curve shows. Every process must have the callback. A call raises what `check_agreement` raises.
+
+    Args:
+        every: steps between two comparisons, at least 1.
+        group: the processes, all of them by default.
+
+    Raises:
+        TypeError, ValueError: `every` is no int, or below 1.
     """
 
     def __init__(self, every: int = 1, group: dist.ProcessGroup | None = None) -> None:
@@ -103,7 +113,7 @@ def _described(rows: Sequence[Sequence[int]], names: Sequence[str], kinds: Seque
     differing: dict[tuple[int, str], list[str]] = {}
     for column in range(1, len(rows[0])):
         values = [row[column] for row in rows]
-        # The first of the most frequent ones; of two processes nobody knows which one is wrong.
+        # The first of the most frequent ones; of two processes either may be wrong.
         common = Counter(values).most_common(1)[0][0]
         kind, layer = divmod(column - 1, len(names))
         for process, value in enumerate(values):

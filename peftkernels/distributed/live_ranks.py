@@ -18,10 +18,9 @@ from peftkernels.ops.rank_plan import RankState
 class LiveRanks:
     """Which elements of the factors' gradients depend on a process's data, and so must be averaged.
 
-        factor    rank ACTIVE       rank PROBE         rank DEAD
-        A         its row           nothing            nothing
-        B         its column        nothing            nothing
-        E (gate)  its gradient      its gradient       nothing
+    - Of an ACTIVE rank its row of A, its column of B and its gate.
+    - Of a PROBE rank its gate.
+    - Of a DEAD rank nothing.
 
     The rest is zero on every process, or what an orthogonality term puts there, which is the same on every process
     because it depends on the parameters alone; averaging it would change nothing.
@@ -30,8 +29,13 @@ class LiveRanks:
     processes compare their masks before anything is packed: buffers of different meaning would be added up otherwise.
     RuntimeError on every process says where they differ.
 
-    Raises ValueError for an allocator with capturable=True, whose masks the host does not know, or with sharded layers,
-    whose gradients FSDP reduces.
+    Args:
+        allocator: each process's own.
+        group: the processes, all of them by default.
+
+    Raises:
+        ValueError: an allocator with capturable=True, whose masks the host does not know, or with sharded layers, whose
+            gradients FSDP reduces.
     """
 
     def __init__(self, allocator: BudgetAllocator, group: dist.ProcessGroup | None = None) -> None:
@@ -46,10 +50,15 @@ class LiveRanks:
         self._live: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], Tensor | None]] = {}
 
     def live_elements(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffer: Tensor) -> Tensor | None:
-        """Positions in `buffer` to average, int64 in ascending order; None for all of them.
+        """Positions in `buffer` to average. Collective when the masks may have changed.
 
-        gradients: views of `buffer`, which is flat, one for each of the parameters. Parameters that are no factor of
-        the allocator's layers are live as a whole. Collective when the masks may have changed.
+        Args:
+            parameters: those that are no factor of the allocator's layers are averaged as a whole.
+            gradients: views of `buffer`, one for each of the parameters.
+            buffer: flat.
+
+        Returns:
+            int64 in ascending order; None for all of them.
         """
         self._follow_masks()
         start = buffer.storage_offset()
@@ -65,7 +74,7 @@ class LiveRanks:
         """Start averaging those elements of `buffer` over the processes; gives `buffer` when they are in place."""
         packed = buffer if live is None else buffer.index_select(0, live)
         if packed.numel() == 0:
-            # A future of a CUDA tensor must be told its device.
+            # A future of a CUDA tensor needs its device.
             done: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[buffer.device] if buffer.device.type == "cuda" else None
             )
@@ -104,9 +113,9 @@ class LiveRanks:
                 continue
             name, factor = owners[id(parameter)]
             state = self._states[name]
-            live = state != int(RankState.DEAD) if factor == "lora_E" else state == int(RankState.ACTIVE)
+            needed = state != int(RankState.DEAD) if factor == "lora_E" else state == int(RankState.ACTIVE)
             own = taking_part.as_strided(view.shape, view.stride(), view.storage_offset() - buffer.storage_offset())
-            own.copy_(live.unsqueeze(0 if factor == "lora_B" else 1).expand(view.shape))
+            own.copy_(needed.unsqueeze(0 if factor == "lora_B" else 1).expand(view.shape))
         if bool(taking_part.all()):
             return None
         return torch.nonzero(taking_part).flatten().to(buffer.device)

@@ -16,7 +16,10 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
         fully_shard(model, ignored_params=adapter_parameters(model))
 
     They then stay whole on every process, which must start with the same values, and `average_adapter_gradients` does
-    what FSDP does for the others. Raises what `find_gated_layers` raises, ValueError for a model without such layers.
+    what FSDP does for the others.
+
+    Raises:
+        ValueError: the model has no such layers.
     """
     layers = find_gated_layers(model).values()
     found = {getattr(layer, factor) for layer in layers for factor in FACTORS}

@@ -47,7 +47,11 @@ class BaseWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Raises RuntimeError for a product; everything else but a transpose gives plain tensors."""
+        """Give plain tensors, but for a transpose and a product.
+
+        Raises:
+            RuntimeError: for a product.
+        """
         if func in _PRODUCTS:
             # Not a TypeError, of which `@` makes one of its own that says nothing.
             raise RuntimeError(

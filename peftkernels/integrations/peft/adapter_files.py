@@ -1,9 +1,9 @@
-"""An adapter's two files in HF peft's format, so published that nobody takes a part of one save for another's.
+"""An adapter's two files in HF peft's format, published so that parts of two saves are never read as one adapter.
 
-adapter_model.safetensors   the tensors, and in its header the configuration that belongs to them: a save is whole once
-                            this file is in its place, by one rename
-adapter_config.json         the same configuration where peft looks for it. An earlier one is taken away before the
-                            tensors change and the new one put there afterwards: peft finds no adapter in between
+- adapter_model.safetensors: the tensors, and in its header the configuration that belongs to them. A save is whole once
+  this file is in its place, by one rename.
+- adapter_config.json: the same configuration where peft looks for it. An earlier one is taken away before the tensors
+  change and the new one put there afterwards: peft finds no adapter in between.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class StoredTensor:
 
 
 class AdapterFiles:
-    """The files of one directory, whose tensors are read when they are asked for.
+    """The files of one directory, whose tensors are read by `load`.
 
-    config    the configuration
-    tensors   name in the file → shape and dtype
+    Attributes:
+        config: the configuration.
+        tensors: name in the file → shape and dtype.
 
-    Raises FileNotFoundError where a file is missing and ValueError, which names it, where one cannot be read, or where
-    the two belong to different saves.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file, which is named, cannot be read, or the two belong to different saves.
     """
 
     def __init__(self, directory: Path) -> None:

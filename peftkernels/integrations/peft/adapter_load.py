@@ -39,8 +39,14 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class _Described:
     """One layer's adapter as the two files describe it, before a tensor is read.
 
-    names    the layer's own names of its factors → names in the file
-    pattern  for AdaLoRA layers, which of the r ranks the factors hold; None where they hold all
+    Attributes:
+        path: the layer's, in the model.
+        kind: the layer's class.
+        r: the layer's rank.
+        alpha: its lora_alpha.
+        dropout: its lora_dropout.
+        names: the layer's own names of its factors → names in the file.
+        pattern: for AdaLoRA layers, which of the r ranks the factors hold; None where they hold all.
     """
 
     path: str
@@ -52,7 +58,7 @@ class _Described:
     pattern: list[bool] | None
 
     def fits(self, module: LoRALinear | AdaLoRALinear) -> bool:
-        """Whether a layer is of this kind, rank and scaling."""
+        """Return True if a layer is of this kind, rank and scaling."""
         return (type(module), module.r, module.lora_alpha) == (self.kind, self.r, self.alpha)
 
 
@@ -64,11 +70,19 @@ def load_adapter(model: nn.Module, directory: Path | str) -> None:
     return to their places as ACTIVE, the others are zero and DEAD. Trained modules saved whole are copied over those
     of `model`. Names are those of the model without torch.compile, DDP, FSDP and activation checkpointing around it.
 
-    All of it, or nothing: after any error the model is what it was. Raises FileNotFoundError for a missing file and
-    ValueError or TypeError, before a tensor is read, for a file that cannot be read, two files of different saves, a
-    configuration that these layers do not compute, a module that is missing or of another kind, rank, scaling or
-    shape, factors that are no floating-point numbers, and adapter layers of the model that the file does not have.
-    The expressions in `alpha_pattern` are run as they are: SECURITY.md says what that means.
+    All of it, or nothing: after any error the model is what it was. The expressions in `alpha_pattern` are run as they
+    are: SECURITY.md says what that means.
+
+    Args:
+        model: the model that the adapter belongs to.
+        directory: the folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError, TypeError: before a tensor is read, for a file that cannot be read, two files of different saves, a
+            configuration that these layers do not compute, a module that is missing or of another kind, rank, scaling
+            or shape, factors that are no floating-point numbers, and adapter layers of the model that the file does
+            not have.
     """
     files = AdapterFiles(Path(directory))
     _check_config(files)
@@ -183,7 +197,7 @@ def _check_layers(places: Mapping[str, Place], described: Iterable[_Described]) 
 
 
 def _check_module(places: Mapping[str, Place], adapter: _Described, files: AdapterFiles) -> None:
-    """Whether the model's module can take the adapter."""
+    """Raise where the model's module cannot take the adapter."""
     path = adapter.path
     if path not in places:
         raise ValueError(f"model: found no module {path!r}, for which the file has an adapter")

@@ -47,28 +47,32 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model` to `directory`, for `peft.PeftModel.from_pretrained(base_model, directory)`.
 
-    model                    has LoRALinear or AdaLoRALinear layers where the base model has linear ones
-    base_model_name_or_path  goes into the configuration; peft reads it when it is to find the base model by itself
-    task_type                peft's task type, for example "FEATURE_EXTRACTION" or "SEQ_CLS"; None for a plain PeftModel
-    rank_pattern             for AdaLoRA layers by module path, which ranks to keep; None keeps the ACTIVE ones. As in
-                             peft, the others are cut out of the file and the configuration says which they were
-    modules_to_save          names of trained modules without adapters, such as a classification head; as in peft,
-                             every module whose path ends with such a name is written as a whole
-    as_lora                  write AdaLoRA layers as plain LoRA, with the gates inside A: A' = E ⊙ A, B' = B on the kept
-                             ranks, a rank and an alpha per layer. Layers without kept ranks are left out
-    settings                 an allocator's settings for the configuration of an AdaLoRA adapter, whatever its strategy;
-                             where they have a budget in place of target_r, the rounded average of the kept ranks
-                             stands for it, and AdaLoRA's defaults for what another strategy does not have. None writes
-                             a schedule that is over, since the ranks are decided
-
     Merged layers are written like unmerged ones. Names are those of the model without torch.compile, DDP, FSDP and
     activation checkpointing around it or its parts. Both files are written beside their targets first and renamed when
     complete. An interrupted call leaves the adapter that was there before or the new one, never a part of each:
-    `load_adapter` reads it; peft does too or, for the moment between the renames, finds no adapter_config.json. Raises
-    TypeError or ValueError, naming what was found and expected, before anything is written: no adapter layers, LoRA and
-    AdaLoRA layers mixed or AdaLoRA layers of different r, lora_alpha or lora_dropout (peft's format holds one of each;
-    as_lora=True lifts all but the last), unknown names, patterns of another length, a wrapper of a class that is not
-    known to be one.
+    `load_adapter` reads it; peft does too or, for the moment between the renames, finds no adapter_config.json.
+
+    Args:
+        model: has LoRALinear or AdaLoRALinear layers where the base model has linear ones.
+        directory: the folder for both files; it is made where it is missing.
+        base_model_name_or_path: goes into the configuration; peft reads it when it is to find the base model by itself.
+        task_type: peft's task type, for example "FEATURE_EXTRACTION" or "SEQ_CLS"; None for a plain PeftModel.
+        rank_pattern: for AdaLoRA layers by module path, which ranks to keep; None keeps the ACTIVE ones. As in peft,
+            the others are cut out of the file and the configuration says which they were.
+        modules_to_save: names of trained modules without adapters, such as a classification head; as in peft, every
+            module whose path ends with such a name is written as a whole.
+        as_lora: write AdaLoRA layers as plain LoRA, with the gates inside A: A' = E ⊙ A, B' = B on the kept ranks, a
+            rank and an alpha per layer. Layers without kept ranks are left out.
+        settings: an allocator's settings for the configuration of an AdaLoRA adapter, whatever its strategy; where they
+            have a budget in place of target_r, the rounded average of the kept ranks stands for it, and AdaLoRA's
+            defaults for what another strategy does not have. None writes a schedule that is over, since the ranks are
+            decided.
+
+    Raises:
+        TypeError, ValueError: naming what was found and expected, before anything is written: no adapter layers, LoRA
+            and AdaLoRA layers mixed or AdaLoRA layers of different r, lora_alpha or lora_dropout (peft's format holds
+            one of each; as_lora=True lifts all but the last), unknown names, patterns of another length, a wrapper of
+            a class that is not known to be one.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():

@@ -24,7 +24,7 @@ from peftkernels.integrations.peft.allocator_factors import AdapterFactors, Chos
 from peftkernels.integrations.peft.watch import AllocationWatch
 
 ATTRIBUTE = "_peftkernels_allocator"
-# What was found in the model, and who watches that its ranks are allocated; not part of copies and files.
+# What was found in the model, and what watches that its ranks are allocated; not part of copies and files.
 _FOUND = "_peftkernels_found"
 _WATCH = "_peftkernels_watch"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -37,9 +37,10 @@ _SHOWN = 6
 class AllocatorRecord:
     """Calls of an allocation: updates of averages, masks, orthogonality terms.
 
-    served     ran on the kernels
-    fell_back  ran peft's own code
-    reasons    how many of these for which reason
+    Attributes:
+        served: ran on the kernels.
+        fell_back: ran peft's own code.
+        reasons: how many of these for which reason.
     """
 
     served: int = 0
@@ -100,8 +101,8 @@ class PeftKernelsRankAllocator(RankAllocator):
     """peft's `RankAllocator` with its averages in flat buffers, updated, scored and masked by a few kernels.
 
     `ipt`, `exp_avg_ipt` and `exp_avg_unc` are peft's dictionaries by parameter name. The tensors in them are views of
-    the buffers, which the next update writes to: clone what is to be kept as it is. Averages that somebody else puts
-    there are taken in. Where the kernels would not give what peft gives to the bit (factors of lower precision,
+    the buffers, which the next update writes to: clone what is to be kept as it is. Averages that others put there are
+    taken in. Where the kernels would not give what peft gives to the bit (factors of lower precision,
     gradients that are not finite, …), peft's own methods run, and the reason is recorded.
     """
 
@@ -249,10 +250,13 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs; where they have a loss, the orthogonality term of the trained adapter is added to it.
 
-        The term can be differentiated once. Raises ValueError where orth_reg_weight is negative.
+        The term can be differentiated once.
+
+        Raises:
+            ValueError: orth_reg_weight is negative.
         """
         if not isinstance(self, PeftKernelsAdaLoraModel):
-            # Somebody kept this method beyond `revert`, as accelerate's hooks do.
+            # The method was kept beyond `revert`, as accelerate's hooks keep it.
             return type(self).forward(self, *args, **kwargs)
         if peft_layer.deepspeed_config() is not None:
             _record(self).fall_back("DeepSpeed holds the factors")
@@ -295,7 +299,7 @@ class PeftKernelsAdaLoraModel(AdaLoraModel):
 
     @torch.compiler.disable
     def _watch_training(self) -> None:
-        """Warn where training goes on and nobody calls `update_and_allocate`."""
+        """Warn where training goes on without calls of `update_and_allocate`."""
         if torch.is_grad_enabled():
             self._watch().forward(self._term_factors(self.trainable_adapter_name)[0])
 

@@ -41,7 +41,7 @@ class ChosenParameters:
         self._values = _values(self._owners)
 
     def hold(self, model: nn.Module) -> bool:
-        """Whether the modules of `model` and the parameters chosen from it are those of before, in their shapes."""
+        """Return True if the model's modules and the parameters chosen from it are those of before, in their shapes."""
         return (
             self._watched
             and model is self._model
@@ -55,9 +55,15 @@ class ChosenParameters:
 class AdapterFactors:
     """A, B and E of every layer that an adapter adapts, and flat buffers for their importance and its averages.
 
-    names, parameters  A, B, E of the first layer, A, B, E of the second, …
-    gates, gate_names  the E among them
-    device, dtype      the same for all
+    Attributes:
+        names: of A, B, E of the first layer, of A, B, E of the second, ….
+        parameters: the factors themselves, in that order.
+        gates: the E among them.
+        gate_names: their names.
+        layout: where every factor lies in the flat buffers.
+        device: the same for all.
+        dtype: the same for all.
+        kernels: the allocator's kernels that serve them.
     """
 
     def __init__(self, chosen: ChosenParameters, layers: Sequence[Sequence[int]]) -> None:
@@ -99,7 +105,7 @@ class AdapterFactors:
         return cls(chosen, [[places[kind] for kind in FACTORS] for places in layers.values()])
 
     def hold(self, model: nn.Module) -> bool:
-        """Whether the model still has these factors, in the shapes, dtype and memory of before."""
+        """Return True if the model still has these factors, in the shapes, dtype and memory of before."""
         parameters = self.parameters
         return (
             self._chosen.hold(model)
@@ -150,7 +156,7 @@ class AdapterFactors:
 
     @cached_property
     def _plans(self) -> list[RankPlan]:
-        # The kernels write a plan with every mask; peft's layers have none, and nobody reads these.
+        # The kernels write a plan with every mask; peft's layers have none, and these are not read.
         return [RankPlan.from_mask(torch.ones(r, dtype=torch.bool, device=self.device)) for r in self.layout.ranks]
 
 

@@ -1,4 +1,4 @@
-"""Whether a module may be left out of a call: our forward computes what the modules inside do, without calling them."""
+"""Which modules may be left out of a call: our forward computes what the modules inside do, without calling them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 PLAIN = (Tensor, nn.Parameter)
-# What each class computes, as long as nobody exchanged the function for all of its instances.
+# What each class computes, as long as the function was not exchanged for all of its instances.
 KNOWN_FORWARDS: dict[type, Any] = {
     kind: kind.forward for kind in (nn.Linear, Conv1D, nn.Identity, nn.Dropout, DoraLinearLayer)
 }
 
 
 def bypass_reason(module: nn.Module, name: str, kinds: tuple[type, ...]) -> str | None:
-    """Why the module must be called, None where what it computes is known and nobody waits for its call.
+    """Why the module must be called, None where what it computes is known and no hook waits for its call.
 
     Args:
+        module: a part of an adapted layer.
         name: what it is, for the reason, such as "the base layer".
         kinds: the classes that it may be of, exactly; each in `KNOWN_FORWARDS`.
     """

@@ -30,7 +30,7 @@ def keep_from_packing(base: Any) -> dict[str, Any]:
 
 
 def unpack_for_gradients(base: Any) -> None:
-    """Unpack a weight that somebody packed all the same, if gradients are to be recorded."""
+    """Unpack a weight that was packed all the same, if gradients are to be recorded."""
     if torch.is_grad_enabled() and _packed(base):
         _unpack(base)
 

@@ -1,6 +1,6 @@
 """DoRA (arXiv 2402.09353): the frozen weight's rows keep their direction, and their length is trained.
 
-y = m ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b,    m_n = magnitude_n / ‖W_n + s·B_n·A‖, the norm a constant for gradients
+    y = m ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b,    m_n = magnitude_n / ‖W_n + s·B_n·A‖, the norm a constant for gradients
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ def _norms(module: Any, operands: Operands, name: str, service: Service) -> Tens
 
 
 def _captured(weight: Tensor) -> bool:
-    """Whether a CUDA graph records the pass, and will replay it when nobody keeps anything any more."""
+    """Return True if a CUDA graph records the pass, and will replay it when no norms are kept any more."""
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()

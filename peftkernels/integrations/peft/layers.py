@@ -33,13 +33,13 @@ _MAGNITUDES = (DoraLinearLayer,)
 
 
 class Served:
-    """What both layers share: whether a call can be served, and what the frozen product needs."""
+    """The part that all served layers share: the check that a call can be served, and the frozen product's operands."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) of x (..., K), as peft's forward, on `lora_linear` where that can serve."""
         module: Any = self
         if not isinstance(self, Served):
-            # Somebody kept this method beyond `revert`, as accelerate's hooks do.
+            # The method was kept beyond `revert`, as accelerate's hooks keep it.
             own: Tensor = type(module).forward(module, x, *args, **kwargs)
             return own
         service: Service = vars(module)[ATTRIBUTE]
@@ -137,7 +137,7 @@ class PeftKernelsLinear(Served, Linear):
     def _operands(self, name: str) -> Operands:
         weight, bias = weight_and_bias(self)
         parts: Any = self._modules
-        # DoRA drops in training alone, whatever the dropout module is told.
+        # DoRA drops in training alone, whatever mode the dropout module is in.
         drops = self.training or name not in self.lora_variant
         return {
             "weight": weight,
@@ -200,8 +200,7 @@ def served_or_reason(
 ) -> Tensor | str:
     """y of a call with the active adapters ``names``, or why it cannot be served; then nothing was computed.
 
-    Args:
-        kind: one of ours, whose methods are used; the module's class may be peft's.
+    ``kind`` is one of ours, whose methods are used; the module's class may be peft's.
     """
     reason = call_reason(kind, module, x, names, args, kwargs)
     if reason is not None:
@@ -212,9 +211,9 @@ def served_or_reason(
     try:
         served: Tensor = kind._serve(module, x, names[0], operands, service)
     except (TypeError, ValueError):
-        # Asked only now: a call that the operator takes does not pay for a second look at its arguments.
+        # Only now: a call that the operator takes does not pay for a second look at its arguments.
         reason = kind._argument_reason(module, x, operands)
-        # With a factor that is not there yet peft's code would compute from memory that nobody wrote.
+        # With a factor that is not there yet peft's code would compute from memory that was never written.
         if reason is None or _without_memory(x, operands):
             raise
         service.take_back()

@@ -53,7 +53,7 @@ class _Norms(NamedTuple):
 
 
 class KeptNorms:
-    """The norms of one module's adapters while somebody vouches that no weight and no factor is written.
+    """The norms of one module's adapters inside `frozen`, where no weight and no factor is written.
 
     They are those of the very tensors that they were made of, whatever was deleted, loaded or exchanged in between. A
     scaling that is a tensor could change without being another: nothing is kept then.

@@ -36,7 +36,8 @@ def apply_to_peft(
 
     Args:
         model: a `PeftModel`, or any model with adapters injected.
-        lora, adalora: which kinds of layers.
+        lora: True to serve LoRA layers.
+        adalora: True to serve AdaLoRA layers.
         impl: the implementation of `lora_linear`.
         strict: raise instead of running peft's own code, here and in every call.
 
@@ -97,7 +98,11 @@ def stats(model: nn.Module, *, reset: bool = False) -> Stats:
     """How many calls of adapters were served, and why the others were not.
 
     Args:
+        model: the model.
         reset: count from zero again afterwards.
+
+    Returns:
+        The counts since `apply_to_peft`, or since the last reset.
 
     Raises:
         ValueError: `apply_to_peft` was not called with the model.
@@ -168,7 +173,7 @@ def _swap_allocation(model: nn.Module) -> None:
     from peftkernels.integrations.peft.allocator import apply_to_adalora_model
 
     for found in _allocators(model):
-        # A subclass of somebody else's may do something else.
+        # A subclass may do something else.
         if type(found) is AdaLoraModel:
             apply_to_adalora_model(found)
 

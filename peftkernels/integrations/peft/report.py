@@ -11,7 +11,14 @@ from peftkernels.integrations.peft.table import columns
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted module: its path, peft's class, whether its calls will be served, and why not."""
+    """One adapted module.
+
+    Attributes:
+        module: its path.
+        kind: peft's class of it.
+        served: True where its calls will be served.
+        reason: why they will not be; empty where they will.
+    """
 
     module: str
     kind: str
@@ -21,7 +28,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `apply_to_peft` did, module by module; prints as a table."""
+    """What `apply_to_peft` did, module by module; prints as a table.
+
+    Attributes:
+        rows: one for each adapted module.
+    """
 
     rows: tuple[Row, ...]
 
@@ -40,15 +51,16 @@ class Report:
 class Stats:
     """Calls of adapters since `apply_to_peft`, or since the counts were reset.
 
-    served      ran on our kernels
-    fell_back   ran peft's own code
-    reasons     how many of these for which reason
-    shared      served calls whose x·Aᵀ was made together with that of others which read the same input
-    modules     (served, fell back) by module path, of the patched modules
-    unserved    the adapted modules whose calls run peft's own code without being counted, by module path, and why: not
-                patched, or no call came because the module has a forward of its own
-    allocation  (served, fell back, reasons) of AdaLoRA's own work: updates of scores, masks, orthogonality terms; None
-                without an AdaLoRA model
+    Attributes:
+        served: calls that ran on our kernels.
+        fell_back: calls that ran peft's own code.
+        reasons: how many of these for which reason.
+        modules: (served, fell back) by module path, of the patched modules.
+        allocation: (served, fell back, reasons) of AdaLoRA's own work: updates of scores, masks, orthogonality terms;
+            None without an AdaLoRA model.
+        shared: served calls whose x·Aᵀ was made together with that of others which read the same input.
+        unserved: the adapted modules whose calls run peft's own code without being counted, by module path, and why:
+            not patched, or no call came because the module has a forward of its own.
     """
 
     served: int

@@ -20,19 +20,20 @@ class NotServedError(RuntimeError):
 
 @dataclass
 class Service:
-    """Of one adapted module that `apply_to_peft` has looked at.
+    """Settings and counts of one adapted module that `apply_to_peft` has looked at.
 
-    impl       the implementation of `lora_linear`
-    strict     whether a call that cannot be served raises instead of running peft's own code
-    refusal    why the module was left as it is; None where it is patched
-    served     adapter calls that ran on our kernels; those inside a compiled program are not counted
-    fell_back  adapter calls that ran peft's own code
-    reasons    how many of these for which reason
-    shared     served calls whose x·Aᵀ was made together with that of others
-    input      what the module shares with its siblings; None where it has none
-    model      what the module shares with all others of the model; None where it stands for many models
-    norms      DoRA's norms, inside `frozen`; not part of copies and files
-    undo       what was changed besides the class, to be put back: the base layer's attributes by name
+    Attributes:
+        impl: the implementation of `lora_linear`.
+        strict: True where a call that cannot be served raises instead of running peft's own code.
+        refusal: why the module was left as it is; None where it is patched.
+        served: adapter calls that ran on our kernels; those inside a compiled program are not counted.
+        fell_back: adapter calls that ran peft's own code.
+        reasons: how many of these for which reason.
+        shared: served calls whose x·Aᵀ was made together with that of others.
+        input: what the module shares with its siblings; None where it has none.
+        model: what the module shares with all others of the model; None where it stands for many models.
+        norms: DoRA's norms, inside `frozen`; not part of copies and files.
+        undo: what was changed besides the class, to be put back: the base layer's attributes by name.
     """
 
     impl: str = "auto"

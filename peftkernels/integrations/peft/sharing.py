@@ -24,7 +24,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, shrink: Tensor, factor: Tensor) -> _Part:
-        # The second tensor holds the memory that the factor lies in now, so that nobody else can get the same.
+        # The second tensor holds the memory that the factor lies in now, so that no other tensor can get the same.
         return cls(shrink, weakref.ref(factor), factor._version, factor.detach())
 
     def was_made_of(self, factor: Tensor) -> bool:
@@ -73,12 +73,13 @@ class SharedInput:
 
         Args:
             module: the projection that is called with x, served and without dropout.
+            x: (M, K), the very tensor that the projection reads.
             factor: its A (r, K).
             impl: the implementation that makes S.
             factor_of: A of a sibling if a call of it with x would be served without dropout, else None.
         """
         if x.is_inference() or factor.is_inference():
-            # Such tensors do not tell whether they were written to.
+            # Such tensors do not count how often they were written.
             return None
         now = self._now
         if now is not None and now.is_still(x) and now.leader() is not module:

@@ -11,7 +11,7 @@ _counting = False
 
 
 def count_steps() -> None:
-    """Count the steps of every optimizer of this process from now on; to ask again changes nothing."""
+    """Count the steps of every optimizer of this process from now on; further calls change nothing."""
     global _counting
     if not _counting:
         register_optimizer_step_post_hook(_count)

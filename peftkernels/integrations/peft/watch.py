@@ -1,4 +1,4 @@
-"""Noticing that AdaLoRA is trained and nobody allocates its ranks."""
+"""Noticing that AdaLoRA is trained without allocating its ranks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class AllocationWatch:
     peft's AdaLoRA masks nothing by itself: a training loop has to call `update_and_allocate` after every optimizer
     step, and neither transformers nor trl does. The model reports here what happens to it: `forward` and `allocated`.
 
-    Arguments:
-        patience  forwards that count, with no allocation since, before the warning; at least 1
+    Args:
+        patience: forwards that count, with no allocation since, before the warning; at least 1.
     """
 
     def __init__(self, patience: int = 20) -> None:
@@ -34,13 +34,12 @@ class AllocationWatch:
         count_steps()
 
     def forward(self, gates: Iterable[Tensor] | None = None) -> None:
-        """The model runs forward in training mode.
+        """The model runs forward in training mode. Without gradients, or traced by torch.compile, it does not count.
 
-        gates  the parameters lora_E. With them a forward counts only where one of them was written, or an optimizer
-               made a step, since the last look, so that accumulated batches count once. Without gates every forward
-               counts
-
-        Forwards without gradients, and those that torch.compile traces, do not count.
+        Args:
+            gates: the parameters lora_E. With them a forward counts only where one of them was written, or an optimizer
+                made a step, since the last look, so that accumulated batches count once. Without gates every forward
+                counts.
         """
         if self._warned or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return

@@ -50,20 +50,22 @@ class AdaLoraCallback(TrainerCallback):
     not interrupted. While training runs, the configuration's `rank_pattern` is None between steps and checkpoints hold
     every rank, those masked with gate zero; when it ends the pattern is back, and saving the model cuts it as ever.
 
-    Arguments:
-        allocator             for layers of `peftkernels.nn`: the allocator over them, which is attached to the
-                              optimizer for the training, and whose orthogonality term is added (after clipping).
-                              None: the model has an AdaLoRA adapter of HF peft
-        total_step            optimizer steps the schedule of a peft adapter is laid out for; None takes the Trainer's,
-                              and warns where the adapter's configuration says another number
-        resume_from_checkpoint  folder to take the state from when the Trainer resumes; None finds the folder the
-                              Trainer loaded, or looks in its output folder. What is found must hold the parameters
-                              that the Trainer loaded
-        missing_state         a resumed checkpoint has no state: "error", or "warn" and begin the averages anew, which
-                              is possible before the last allocation and with peft's adapters
+    Args:
+        allocator: for layers of `peftkernels.nn`: the allocator over them, which is attached to the optimizer for the
+            training, and whose orthogonality term is added (after clipping). None: the model has an AdaLoRA adapter of
+            HF peft.
+        total_step: optimizer steps the schedule of a peft adapter is laid out for; None takes the Trainer's, and warns
+            where the adapter's configuration says another number.
+        resume_from_checkpoint: folder to take the state from when the Trainer resumes; None finds the folder the
+            Trainer loaded, or looks in its output folder. What is found must hold the parameters that the Trainer
+            loaded.
+        missing_state: what is done where a resumed checkpoint has no state: "error", or "warn" and begin the averages
+            anew, which is possible before the last allocation and with peft's adapters.
 
-    Raises, before the first step: ValueError or TypeError naming the argument, NotImplementedError for parameters that
-    are sharded (DeepSpeed, FSDP), ImportError without peft where it is needed.
+    Raises:
+        ValueError, TypeError: before the first step, naming the argument.
+        NotImplementedError: before the first step, for parameters that are sharded (DeepSpeed, FSDP).
+        ImportError: peft is needed and not installed.
     """
 
     def __init__(
@@ -217,6 +219,6 @@ class AdaLoraCallback(TrainerCallback):
 
 
 def _steps_itself_on_overflow(optimizer: Any) -> bool:
-    """Whether a GradScaler calls this optimizer after an overflow too, which then leaves the parameters alone."""
+    """Return True if a GradScaler calls this optimizer even after an overflow, when it leaves the parameters alone."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return getattr(optimizer, "scaler", None) is not None and getattr(inner, "_step_supports_amp_scaling", False)

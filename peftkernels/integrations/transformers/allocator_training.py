@@ -1,4 +1,4 @@
-"""Running a `peftkernels.allocation` allocator while somebody else's loop trains its layers."""
+"""Running a `peftkernels.allocation` allocator while a Trainer trains its layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _GATES = "gates."
 class AllocatorTraining:
     """An allocator during one training: attached to the optimizer, its term added, its state in checkpoints.
 
-    Raises TypeError for anything but a `BudgetAllocator`.
+    Raises:
+        TypeError: it is no `BudgetAllocator`.
     """
 
     kind = "allocator"
@@ -43,7 +44,7 @@ class AllocatorTraining:
 
     @property
     def finished(self) -> bool:
-        """Whether the last allocation is done."""
+        """True once the last allocation is done."""
         return self.allocator.released
 
     def begin(self, optimizer: Any, max_steps: int, total_step: int | None, placeholder: int) -> None:
@@ -85,7 +86,7 @@ class AllocatorTraining:
         return {**tensors, **{_GATES + name: value for name, value in self._gates().items()}}, {}
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What tells the gates of the checkpoint from the model's, in words; None where they are equal."""
+        """How the gates of the checkpoint differ from the model's, in words; None where they are equal."""
         return first_difference(part(tensors, _GATES), self._gates())
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

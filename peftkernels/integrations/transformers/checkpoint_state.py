@@ -30,7 +30,11 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the facts that `write_state` wrote. Raises ValueError for a file of another kind."""
+    """The tensors, on the CPU, and the facts that `write_state` wrote.
+
+    Raises:
+        ValueError: a file of another kind.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = folder / STATE_NAME
@@ -48,7 +52,11 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `read_state` gives, of a training: with its kind and its step. Raises ValueError, naming the file, else."""
+    """What `read_state` gives, of a training: with its kind and its step.
+
+    Raises:
+        ValueError: naming the file, for a file of another kind and where these are missing.
+    """
     tensors, facts = read_state(folder)
     check_text(facts.get("kind"), f"{folder / STATE_NAME}: kind")
     check_whole(facts.get("step"), f"{folder / STATE_NAME}: step")
@@ -62,7 +70,7 @@ def state_folder(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """What tells two sets of parameters apart, in words; None where they are equal to the bit."""
+    """How two sets of parameters differ, in words; None where they are equal to the bit."""
     unknown = sorted(expected.keys() ^ found.keys())
     if unknown:
         return f"{unknown[0]} on one side only"

@@ -1,4 +1,4 @@
-"""Allocating the ranks of HF peft's AdaLoRA while somebody else's loop trains it."""
+"""Allocating the ranks of HF peft's AdaLoRA while a Trainer trains it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class PeftTraining:
     rank_pattern when it is saved, and loads such a file only into an adapter cut in the same way; without it,
     checkpoints hold every rank, masked ones with gate zero, and load into the model that is being trained.
 
-    Raises ImportError without peft, and ValueError where `model` has no AdaLoRA adapter to train, or several.
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: `model` has no AdaLoRA adapter to train, or several.
     """
 
     kind = "peft"
@@ -54,14 +56,17 @@ class PeftTraining:
 
     @property
     def finished(self) -> bool:
-        """Whether the last allocation is done."""
+        """True once the last allocation is done."""
         return self._finalised
 
     def begin(self, optimizer: Any, max_steps: int, total_step: int | None, placeholder: int) -> None:
         """Settle the schedule and begin with no averages and no pattern, before the first step.
 
-        total_step   optimizer steps that the schedule is laid out for; None takes `max_steps`, those of the Trainer
-        placeholder  the configuration's total_step that stands for "those of the Trainer"
+        Args:
+            optimizer: not used: peft's allocator is called after its steps.
+            max_steps: optimizer steps of the Trainer.
+            total_step: optimizer steps that the schedule is laid out for; None takes `max_steps`.
+            placeholder: the configuration's total_step that stands for `max_steps`.
         """
         found = self.config.total_step
         settled = max_steps if total_step is None else total_step
@@ -109,11 +114,11 @@ class PeftTraining:
         if step >= self.last_allocation and not self._finalised and self.allocator.exp_avg_ipt:
             self._allocate(self.last_allocation)
         if step < self.last_allocation:
-            live, ranks = self._count()
+            kept, ranks = self._count()
             target = self.config.target_r * len(self.allocator.name_set)
             warnings.warn(
                 f"training leaves the adapter as it was after step {step}, before the last allocation at step "
-                f"{self.last_allocation}: {live} of {ranks} ranks are kept, not the {target} of "
+                f"{self.last_allocation}: {kept} of {ranks} ranks are kept, not the {target} of "
                 f"target_r={self.config.target_r}",
                 UserWarning,
                 stacklevel=2,
@@ -134,8 +139,10 @@ class PeftTraining:
         return tensors, facts
 
     def difference(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What tells the packed adapter from the model's, in words; None where they are equal. `ranknum` does not
-        count: peft does not save it."""
+        """How the packed adapter differs from the model's, in words; None where they are equal.
+
+        `ranknum` does not count: peft does not save it.
+        """
         ours, packed = self._parameters(), part(tensors, _PARAMETERS)
         return first_difference(
             {name: value for name, value in packed.items() if ".ranknum." not in name},
@@ -144,8 +151,11 @@ class PeftTraining:
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from what `pack` gave, after `begin`. Raises ValueError, before any change, for anything else and where
-        the schedule cannot go on from there."""
+        """Go on from what `pack` gave, after `begin`.
+
+        Raises:
+            ValueError: before any change, for anything else and where the schedule cannot go on from there.
+        """
         self._check_state(tensors, facts)
         changed = [
             f"{name} (found {facts['settings'][name]}, now {getattr(self.config, name)})"
@@ -175,8 +185,11 @@ class PeftTraining:
         self._finalised = facts["finalised"]
 
     def adopt(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """The parameters of another checkpoint were loaded into the model: take its pattern over. Raises
-        ValueError, before any change, for anything but what `pack` gave."""
+        """The parameters of another checkpoint were loaded into the model: take its pattern over.
+
+        Raises:
+            ValueError: before any change, for anything but what `pack` gave.
+        """
         self._check_state(tensors, facts)
         self._restore_parameters(tensors)
         self.pattern = facts["rank_pattern"]
@@ -299,7 +312,9 @@ class PeftTraining:
 def find_adalora(model: nn.Module) -> Any:
     """peft's AdaLoraModel inside `model`, whatever wraps it, with an adapter that is being trained.
 
-    Raises ImportError without peft, and ValueError where there is none, or several.
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: there is none, or several.
     """
     try:
         from peft.tuners.adalora import AdaLoraModel

@@ -9,11 +9,17 @@ from torch import Tensor
 
 
 def refuse_sharded(args: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Raise NotImplementedError under DeepSpeed and FSDP, which leave a process with a part of a parameter, or with
-    gradients elsewhere than in `.grad`: ranks would be judged by what is not there.
+    """Refuse DeepSpeed and FSDP.
 
-    args        the TrainingArguments
-    parameters  the adapter's factors by name, each a matrix
+    They leave a process with a part of a parameter, or with gradients elsewhere than in `.grad`: ranks would be judged
+    by what is not there.
+
+    Args:
+        args: the TrainingArguments.
+        parameters: the adapter's factors by name, each a matrix.
+
+    Raises:
+        NotImplementedError: the parameters are sharded.
     """
     kind = getattr(getattr(args, "distributed_state", None), "distributed_type", None)
     found = str(getattr(kind, "value", kind))
