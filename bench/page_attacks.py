@@ -10,7 +10,7 @@ from typing import Any
 from .page_tables import markdown
 
 NOTHING = "No long run was kept yet: `make attacks`, then `make report`."
-HEADINGS = ("attack", "what is tried", "tried", "of these", "faults", "seconds", "seed", "date")
+HEADINGS = ("attack", "what is tried", "what came of it", "tried", "faults", "seconds", "seed", "date")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def page(found: Mapping[str, Any]) -> str:
         [
             f"`{attack['name']}`",
             attack["title"],
-            f"{sum(attack['tried'].values()):,}",
             ", ".join(f"{count:,} {kind}" for kind, count in attack["tried"].items()),
+            f"{sum(attack['tried'].values()):,}",
             f"{len(attack['faults']):,}",
             f"{attack['seconds']:,.0f}",
             str(attack["seed"]),
@@ -39,4 +39,4 @@ def page(found: Mapping[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}, "
         f"peft {versions['peft']}, transformers {versions['transformers']}."
     )
-    return f"{markdown(HEADINGS, rows, left=2)}\n\n{provenance}"
+    return f"{markdown(HEADINGS, rows, left=3)}\n\n{provenance}"

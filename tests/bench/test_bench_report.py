@@ -162,7 +162,7 @@ def test_counts_of_attacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     path.write_text(json.dumps(found))
     assert report.main(_arguments(tmp_path)) == 0
     text = _page(tmp_path, "attacks")
-    assert "| `kills` | writes are killed | 1,234 | 1,200 logs, 34 reports | 1 | 61 | 7 | 2026-01-02 |" in text
+    assert "| `kills` | writes are killed | 1,200 logs, 34 reports | 1,234 | 1 | 61 | 7 | 2026-01-02 |" in text
     assert "a processor, 2 cores, 1 threads, torch 2.13.0, peft 0.21.2, transformers 5.23.0." in text
     path.write_text("[]")
     assert report.main(_arguments(tmp_path)) == 2
