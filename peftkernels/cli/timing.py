@@ -125,6 +125,8 @@ def interleave(
     """Measure the contestants of `bench` against each other.
 
     Args:
+        bench: the contestants, and how a turn of one is taken.
+        effort: when to stop.
         load: a context manager whose `share` tells, afterwards, what part of the machine other processes used.
         clock: seconds.
         stopwatch: how long what it is given takes, in seconds; by `clock` if there is none. Work that a device does

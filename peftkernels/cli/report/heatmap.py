@@ -101,8 +101,11 @@ def write_heatmap(
     """Draw live ranks as a PNG: a map for each projection, the sum beside its budget, and the end.
 
     Args:
-        modules: names in the order of computation, as in ``live`` (steps × modules).
+        path: the PNG.
+        modules: names in the order of computation.
+        live: ranks that contribute, steps × modules, in that order.
         most: ranks of a matrix at the start, the top of the colour scale.
+        title: above the maps.
         budget: ranks allowed altogether after each step.
         schedule: the steps between which the budget falls.
     """
@@ -124,6 +127,7 @@ def draw_heatmap(history: RankHistory, most: int, span: tuple[float, float]) -> 
     """A map of live ranks over time for each projection, and the end, without a title.
 
     Args:
+        history: what is drawn.
         most: the top of the colour scale.
         span: the steps at the left and right edge of the maps; times lie evenly between them.
     """

@@ -56,6 +56,7 @@ def comparison(
     """Two sentences about several runs: how much they kept, and how alike and how good they are.
 
     Args:
+        histories: what each run's log says, by its name.
         shares: for each pair of runs, the ranks kept by both over those kept by either.
         accuracies: of the runs that have one.
     """
