@@ -19,6 +19,8 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(BLOCK.findall(page.read_text()))
 ]
+# A path in the repository, in a page's text.
+PATH = re.compile(r"(?<![\w/.-])(?:bench|csrc|demo|docs|examples|peftkernels|tests)/[\w./-]*\w")
 # What a program has and a fragment lacks: all its imports, and nothing left out.
 PROGRAMS = [case for case in BLOCKS if "import torch\n" in str(case.values[0]) and "..." not in str(case.values[0])]
 
@@ -56,6 +58,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
     missing = [link for link in links if link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """With their ending or, where source and header are meant, without; and what a run would write is not there yet."""
+    text = re.sub(r"\S*[<…*]\S*", "", page.read_text())
+    named = {ROOT / path for path in PATH.findall(text)}
+    missing = [str(path) for path in named if not path.exists() and not list(path.parent.glob(f"{path.name}.*"))]
     assert missing == []
 
 
