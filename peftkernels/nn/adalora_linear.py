@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from peftkernels.functional import lora_linear
 from peftkernels.nn.adapter_linear import (
@@ -18,6 +17,9 @@ from peftkernels.nn.adapter_linear import (
     parameter,
 )
 from peftkernels.ops.rank_plan import RankPlan, RankState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # AdaLoRALinear's scale where no lora_alpha is given: docs/learning-rate-and-scale.md has the reason and what it was
 # measured on. HF peft's default alpha of 8 makes it 8/r.

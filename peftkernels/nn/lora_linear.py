@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from peftkernels.functional import lora_linear
 from peftkernels.nn.adapter_linear import (
@@ -17,6 +16,9 @@ from peftkernels.nn.adapter_linear import (
     factor_dtype,
     parameter,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LoRALinear(AdapterLinear):
