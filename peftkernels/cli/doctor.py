@@ -21,14 +21,28 @@ _ROWS, _WIDTH_IN, _WIDTH_OUT, _RANK = 5, 48, 40, 6
 _TOLERANCE = 2 * (_WIDTH_IN + _RANK) * torch.finfo(torch.float32).eps
 
 
-def run_doctor(*, as_json: bool) -> int:
-    """Print the report; returns 0 when the package can serve calls, else 1."""
+def run_doctor(*, as_json: bool, with_speed: bool = False) -> int:
+    """Print the report; returns 0 when the package can serve calls, else 1.
+
+    Args:
+        as_json: print JSON.
+        with_speed: where it can serve calls, time it as well (`speed.measure`).
+    """
     try:
         found = examine()
     except ValueError as error:  # a setting in the environment that the package refuses
         print(json.dumps({"ok": False, "error": str(error)}) if as_json else f"peftkernels CANNOT serve calls: {error}")
         return 1
-    print(json.dumps(found, indent=1) if as_json else describe(found))
+    if not as_json:
+        print(describe(found), flush=True)
+    if with_speed and found["ok"]:
+        from peftkernels.cli import speed
+
+        found["speed"] = speed.measure()
+        if not as_json:
+            print(speed.describe(found["speed"]))
+    if as_json:
+        print(json.dumps(found, indent=1))
     return 0 if found["ok"] else 1
 
 

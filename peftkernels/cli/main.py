@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report.run_report(chosen.directory, chosen.out, as_json=chosen.json)
     from peftkernels.cli.doctor import run_doctor
 
-    return run_doctor(as_json=chosen.json)
+    return run_doctor(as_json=chosen.json, with_speed=chosen.speed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,11 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser(
         "doctor",
-        help="say what this installation can run and why the rest cannot",
+        help="say what this installation can run, why the rest cannot, and how fast it is",
         description="Print versions, processor features and backends. Every backend that can run is run once and "
         "compared with the reference; exit code 0 when the package can serve calls, else 1.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.add_argument(
+        "--speed", action="store_true", help="also time three layers beside plain torch and HF peft (twenty seconds)"
+    )
     _add_report(
         commands.add_parser(
             "report",

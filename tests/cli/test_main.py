@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import peftkernels
+from peftkernels.cli.main import main
 
 
 def test_the_module_is_the_command() -> None:
@@ -26,3 +31,24 @@ def test_arguments_and_doctor_need_none_of_the_demo_packages() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "can serve calls" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_commands_of_the_repository_are_named_to_who_types_them(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--quick"])
+    assert ended.value.code == 2
+    assert f"`python -m {name}` or `make {name}` at the root of a checkout" in capsys.readouterr().err
+
+
+def test_no_module_of_the_package_imports_what_is_beside_it() -> None:
+    package = Path(peftkernels.__file__).parent
+    outside = {path.parent.name for path in package.parent.glob("*/__init__.py")} - {"peftkernels"} | {"tests"}
+    assert {"bench", "demo"} <= outside
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{path}: {name}" for name in names if name.partition(".")[0] in outside]
+    assert not found
