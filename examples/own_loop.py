@@ -39,7 +39,7 @@ def training_step(model: Any) -> Step:
     return step
 
 
-def live_ranks(model: Any) -> int:
+def kept_ranks(model: Any) -> int:
     """Ranks that the last mask kept."""
     return sum(sum(kept) for kept in model.peft_config["default"].rank_pattern.values())
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     steps = {"stock peft": training_step(stock), "peftkernels": training_step(patched)}
     race(steps, stock.get_input_embeddings().num_embeddings, options.steps, options.tokens)
-    print(f"live ranks at the end: {live_ranks(stock)} stock, {live_ranks(patched)} patched")
+    print(f"ranks kept at the end: {kept_ranks(stock)} stock, {kept_ranks(patched)} patched")
     print(peftkernels.stats(patched))
 
 

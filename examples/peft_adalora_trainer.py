@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     medians = {name: statistics.median(each.seconds) for name, each in times.items()}
     for name, model in models.items():
         kept = sum(map(sum, model.peft_config["default"].rank_pattern.values()))
-        print(f"{name}: {1000 * medians[name]:.0f} ms a step, {kept} live ranks at the end")
+        print(f"{name}: {1000 * medians[name]:.0f} ms a step, {kept} ranks kept at the end")
     print(f"peftkernels is {medians['stock peft'] / medians['peftkernels']:.2f} times as fast")
     print(peftkernels.stats(models["peftkernels"]))
 

@@ -5,7 +5,7 @@
 At the root of the repository, with the demo's packages. Every candidate is one training, judged by texts taken out of
 those it could train on. Killed at any time, the same command goes on where it was. Workers on other machines take part
 when they are given the same storage (a database's URL) and numbers of their own (--worker). With --front the search
-looks for accuracy and few live parameters at once, and prints what is worth choosing from.
+looks for accuracy and few ACTIVE parameters at once, and prints what is worth choosing from.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class CandidateRun(Run):
     def add_regularization(self, loss: torch.Tensor) -> torch.Tensor:
         return loss + self.allocator.regularization()
 
-    def live_parameters(self) -> float:
-        """What the live ranks are made of, in numbers."""
+    def active_parameters(self) -> float:
+        """What the ACTIVE ranks are made of, in numbers."""
         layers = self.allocator.masks.layers
         costs = {
             name: float(sum(layer.lora_A.shape[1:] + layer.lora_B.shape[:1]) + 1) for name, layer in layers.items()
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine (default 1)")
     parser.add_argument("--worker", type=int, default=0, help="number of this worker, the first of this machine's")
     parser.add_argument("--groups", action="store_true", help="search the budgets of attention and MLP one by one")
-    parser.add_argument("--front", action="store_true", help="accuracy against live parameters, in place of the best")
+    parser.add_argument("--front", action="store_true", help="accuracy against ACTIVE parameters, in place of the best")
     parser.add_argument("--seed", type=int, default=0, help="decides texts, batches and initial values")
     parser.add_argument("--model", type=Path, help="directory of another encoder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--data", type=Path, help='JSON Lines of {"text": ..., "label": ...} (default: docstrings)')
@@ -144,7 +144,7 @@ def search(options: argparse.Namespace) -> BudgetSearch:
 
     def objective(candidate: Candidate, report: Report) -> float | tuple[float, ...]:
         run, reached = train(prepared, training, held_out, candidate, report)
-        return (reached, run.live_parameters()) if options.front else reached
+        return (reached, run.active_parameters()) if options.front else reached
 
     found.run(objective, trials=options.trials)
     return found
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.workers > 1 or options.worker == 0:
         chosen = found.front if options.front else [found.best]
         for each in chosen:
-            parameters = f", {each.values[1]:,.0f} live parameters" if options.front else ""
+            parameters = f", {each.values[1]:,.0f} ACTIVE parameters" if options.front else ""
             print(f"trial {each.number}: validation accuracy {each.values[0]:.3f}{parameters}: {each.candidate}")
     return max([0, *codes])
 

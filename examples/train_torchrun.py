@@ -65,8 +65,8 @@ def train(run: AdaLoraRun, prepared: Prepared, process: int, processes: int) -> 
     for indices in prepared.order:
         loss, _ = run.step(collate(prepared.training, indices[process::processes]))
         if process == 0 and run.steps_done % max(1, len(prepared.order) // 10) == 0:
-            live = sum(map(sum, run.ranks().values()))
-            print(f"step {run.steps_done}: loss {float(loss):.3f}, {live} live ranks", flush=True)
+            kept = sum(map(sum, run.ranks().values()))
+            print(f"step {run.steps_done}: loss {float(loss):.3f}, {kept} ranks kept", flush=True)
     run.model = model.module
 
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"{processes} processes, {run.steps_done} steps of {options.batch_size} texts, "
                 f"{time.monotonic() - began:.0f} s: test accuracy {share:.3f}, "
-                f"{sum(map(sum, patterns))} of {sum(map(len, patterns))} ranks live; "
+                f"{sum(map(sum, patterns))} of {sum(map(len, patterns))} ranks kept; "
                 f"masks, gates and scores agree on all processes"
             )
     except InputError as error:

@@ -53,7 +53,7 @@ def test_a_front_of_accuracy_and_parameters(request: pytest.FixtureRequest, smal
     storage = str(tmp_path / "search.log")
     printed = run_example(request, *small, "--storage", storage, "--trials", "4", "--front", "--groups")
     lines = printed.splitlines()
-    pattern = r"trial \d+: validation accuracy (\d\.\d+), ([\d,]+) live parameters: Candidate\(.*'attention'.*\)"
+    pattern = r"trial \d+: validation accuracy (\d\.\d+), ([\d,]+) ACTIVE parameters: Candidate\(.*'attention'.*\)"
     points = [re.fullmatch(pattern, line) for line in lines]
     assert points and all(points), printed
     parameters = [int(point.group(2).replace(",", "")) for point in points if point]

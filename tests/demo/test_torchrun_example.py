@@ -54,7 +54,7 @@ def test_two_processes_train_and_agree(example: Path, tiny_model: Path, tiny_dat
     *steps, summary = out.splitlines()
     assert [line.split(":")[0] for line in steps] == [f"step {step}" for step in range(2, 21, 2)]
     found = re.fullmatch(
-        r"2 processes, 20 steps of 16 texts, \d+ s: test accuracy (\d\.\d+), (\d+) of (\d+) ranks live; "
+        r"2 processes, 20 steps of 16 texts, \d+ s: test accuracy (\d\.\d+), (\d+) of (\d+) ranks kept; "
         "masks, gates and scores agree on all processes",
         summary,
     )

@@ -29,7 +29,7 @@ from support.trainer_runs import (
     assert_equal,
     gates_of,
     kept_ranks,
-    live_gates,
+    nonzero_gates,
     pattern_of,
     tiny_llama,
     trained_parameters,
@@ -53,11 +53,11 @@ def test_masks_equal_those_of_a_loop_that_calls_peft_after_the_optimizer(
     theirs.train()
     assert calls.calls == hand.calls == list(range(1, STEPS + 1))
     assert kept_ranks(ours.model) == BUDGET
-    assert live_gates(calls.gates[-1]) == BUDGET
-    assert live_gates(calls.gates[TINIT - 1]) == INIT_R * MODULES
+    assert nonzero_gates(calls.gates[-1]) == BUDGET
+    assert nonzero_gates(calls.gates[TINIT - 1]) == INIT_R * MODULES
     assert pattern_of(ours.model) == pattern_of(theirs.model)
     for gates, masks in zip(calls.gates, hand.masks, strict=True):
-        assert live_gates(gates) == (INIT_R * MODULES if masks is None else sum(map(sum, masks.values())))
+        assert nonzero_gates(gates) == (INIT_R * MODULES if masks is None else sum(map(sum, masks.values())))
     assert_equal(ours.model, theirs.model)
 
 
@@ -101,7 +101,7 @@ def test_early_stop_and_evaluation_keep_the_masks(tmp_path: Path) -> None:
     for found, expected in zip(stopped.gates, whole.gates, strict=False):
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
-    assert kept_ranks(trainer.model) == live_gates(whole.gates[5])
+    assert kept_ranks(trainer.model) == nonzero_gates(whole.gates[5])
 
 
 class _Overflow(transformers.TrainerCallback):
@@ -140,7 +140,7 @@ def test_a_skipped_step_allocates_nothing(tmp_path: Path, optimizer: str, skippe
     for step in skipped[:1] if skipped[0] > 1 else ():
         for name, value in calls.gates[step - 2].items():
             assert torch.equal(calls.gates[step - 1][name], value), name
-    assert kept_ranks(trainer.model) == BUDGET == live_gates(calls.gates[-1])
+    assert kept_ranks(trainer.model) == BUDGET == nonzero_gates(calls.gates[-1])
     assert all(bool(value.isfinite().all()) for value in trained_parameters(trainer.model).values())
 
 
@@ -148,8 +148,8 @@ def test_the_last_allocation_is_made_up_for_where_the_last_step_is_skipped(tmp_p
     calls = Calls()
     trainer = trainer_for(tmp_path, adalora_model(tinit=STEPS - 2, tfinal=0), more=(_Overflow(STEPS), calls))
     trainer.train()
-    assert live_gates(calls.gates[-1]) > BUDGET
-    assert kept_ranks(trainer.model) == BUDGET == live_gates(gates_of(trainer.model))
+    assert nonzero_gates(calls.gates[-1]) > BUDGET
+    assert kept_ranks(trainer.model) == BUDGET == nonzero_gates(gates_of(trainer.model))
 
 
 def test_total_steps_come_from_the_trainer(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_given_total_step_wins(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, callback=AdaLoraCallback(total_step=10), more=(calls,))
     trainer.train()
     assert trainer.model.peft_config["default"].total_step == 10
-    assert [live_gates(gates) for gates in calls.gates[5:]] == [BUDGET] * 7
+    assert [nonzero_gates(gates) for gates in calls.gates[5:]] == [BUDGET] * 7
 
 
 def test_a_second_training_begins_anew(tmp_path: Path) -> None:

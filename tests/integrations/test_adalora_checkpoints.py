@@ -26,7 +26,7 @@ from support.trainer_runs import (
     assert_equal,
     gates_of,
     kept_ranks,
-    live_gates,
+    nonzero_gates,
     pattern_of,
     tiny_llama,
     trained_parameters,
@@ -267,7 +267,7 @@ def test_the_best_model_is_loaded_with_its_masks(tmp_path: Path, best: int, delt
     gates = gates_of(trainer.model)
     for name, value in seen.gates[best - 1].items():
         assert torch.equal(gates[name], value), name
-    assert kept_ranks(trainer.model) == live_gates(gates)
+    assert kept_ranks(trainer.model) == nonzero_gates(gates)
     trainer.save_model(str(tmp_path / "cut"))
     tokens = RandomTexts()[0]["input_ids"][None]
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "cut").eval()

@@ -23,12 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("peft_lora.py", [], ["56 of 56 adapter calls served (100 %)"]),
         ("peft_lora.py", ["--dora", "--dropout", "0.1"], ["56 of 56 adapter calls served (100 %)"]),
-        ("own_loop.py", [], ["live ranks at the end: 56 stock, 56 patched", "56 of 56 adapter calls served (100 %)"]),
+        ("own_loop.py", [], ["ranks kept at the end: 56 stock, 56 patched", "56 of 56 adapter calls served (100 %)"]),
         (
             "peft_adalora_trainer.py",
             [],
             [
-                "56 live ranks at the end",
+                "56 ranks kept at the end",
                 "56 of 56 adapter calls served",
                 "calls of AdaLoRA's allocation served (100 %)",
             ],

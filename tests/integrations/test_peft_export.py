@@ -154,7 +154,7 @@ def test_adalora_before_any_pruning(tmp_path: Path, x: Tensor) -> None:
     torch.testing.assert_close(_through_peft(tmp_path)(x), model(x), **CLOSE)
 
 
-def test_adalora_layer_without_live_ranks(tmp_path: Path, x: Tensor) -> None:
+def test_adalora_layer_without_kept_ranks(tmp_path: Path, x: Tensor) -> None:
     model = _adapt(AdaLoRALinear)
     _prune(model, [0, 2, 5], [], [1, 2], [])
     save_adapter(model, tmp_path)

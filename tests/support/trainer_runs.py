@@ -148,7 +148,7 @@ def kept_ranks(model: Any) -> int:
     return sum(map(sum, pattern_of(model).values()))
 
 
-def live_gates(gates: dict[str, Tensor]) -> int:
+def nonzero_gates(gates: dict[str, Tensor]) -> int:
     return sum(int(gate.ne(0).sum()) for gate in gates.values())
 
 
