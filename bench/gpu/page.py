@@ -44,7 +44,9 @@ def page(rows: Sequence[Row], plots: Sequence[str]) -> str:
         )
     parts += _varied(figures, "ranks", GROUPS["gpu-rank"], _LORA, lambda case: f"r = {case.r}")
     parts += _varied(figures, "dropout", GROUPS["gpu-dropout"], _LORA, lambda case: f"dropout {case.dropout:g}")
-    parts += _varied(figures, f"ACTIVE ranks of {LIVE_RANK}", GROUPS["gpu-live"], _ADALORA, lambda case: f"{case.live} %")
+    parts += _varied(
+        figures, f"ACTIVE ranks of {LIVE_RANK}", GROUPS["gpu-live"], _ADALORA, lambda case: f"{case.live} %"
+    )
     parts += _host(figures)
     return "\n\n".join([*parts, *plots])
 
