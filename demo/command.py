@@ -31,7 +31,7 @@ runs: {", ".join(RUN_NAMES)}
 
 written to --out:
   results.json            every figure, with versions, machine, seeds and loss curves
-  live-ranks.png          live ranks by layer and projection over time
+  live-ranks.png          ACTIVE ranks by layer and projection over time
   adapters/lora, adapters/adalora
                           adapters that HF peft loads onto the encoder, with head, labels and a card beside them
   runs/NAME.pt            final weights and masks of each training
@@ -41,7 +41,7 @@ written to --out:
 
 by --allocators:
   comparison.json, comparison.png
-                          every figure; accuracies with intervals, and accuracy against live ranks
+                          every figure; accuracies with intervals, and accuracy against ACTIVE ranks
   runs/TRAINING.json      each training of tuning, comparison and sensitivity: --resume repeats none of them
 
 exit codes: 0 done, 1 peftkernels and peft do not agree, 2 wrong input, 130 interrupted (continue with --resume)

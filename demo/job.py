@@ -113,7 +113,7 @@ def _draw(prepared: Prepared, records: dict[str, Record], options: Options) -> P
         record.modules,
         record.live_ranks,
         most=recipe.init_rank,
-        title=f"{TITLES[name]}: live ranks of {encoder}, {total} → {kept} in {len(record.modules)} matrices",
+        title=f"{TITLES[name]}: ACTIVE ranks of {encoder}, {total} → {kept} in {len(record.modules)} matrices",
         budget=[int(run.allocator.budget(step)) for step in range(1, recipe.steps + 1)],
         schedule=(recipe.tinit, recipe.steps - recipe.tfinal),
     )

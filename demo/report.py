@@ -113,7 +113,7 @@ def print_table(console: Console, rows: Sequence[RunFigures], *, title: str) -> 
     """One row a run; the frozen model first."""
     table = Table(title=title, title_justify="left")
     table.add_column("run")
-    for column in ("test\naccuracy", "ms per\nstep", "× frozen\nstep", "ranks\nlive / all", "trainable\nparameters"):
+    for column in ("test\naccuracy", "ms per\nstep", "× frozen\nstep", "ranks\nACTIVE / all", "trainable\nparameters"):
         table.add_column(column, justify="right")
     table.add_column("saved for\nbackward", justify="right")
     for row in rows:

@@ -31,7 +31,7 @@ class BudgetRun(Run):
 
     Args:
         unit: "ranks": the run ends with exactly the target's ranks. "parameters": it ends with no more parameters in
-            live ranks than that many ranks in every module have, and less than one rank fewer.
+            ACTIVE ranks than that many ranks in every module have, and less than one rank fewer.
         policies: run after every step of the allocator; those that set learning rates by module get a parameter group
             for each.
         candidate: gives the schedule and the groups' budgets, in ranks, in place of the recipe.

@@ -29,7 +29,7 @@ ALL = "all"
 class Earlier:
     """What trainings before have found, for those contestants that start from it.
 
-    ranks      live ranks by module at the end of an earlier training
+    ranks      ACTIVE ranks by module at the end of an earlier training
     candidate  what a search over budgets chose
     """
 
@@ -44,7 +44,7 @@ class Contestant:
     build        the training at its first step; the start's recipe has the contestant's setting
     budgeted     whether its budget falls during the training, so that delta_t means something to it
     chooses      whether it looks at the training to decide where ranks are: what the comparison is about
-    unit         what is equal at the end: "ranks", or "parameters" of the live ranks where costs are the point
+    unit         what is equal at the end: "ranks", or "parameters" of the ACTIVE ranks where costs are the point
     learns_from  the contestant whose best training of the tuning it takes the final ranks of
     search       the search that tunes it, in place of the grid
     freezes      whether it may take whole modules out of the training

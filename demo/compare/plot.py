@@ -1,4 +1,4 @@
-"""A picture of the comparison: accuracies with their intervals, and accuracy against live ranks."""
+"""A picture of the comparison: accuracies with their intervals, and accuracy against ACTIVE ranks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _draw_sensitivity(axis: Any, comparison: Mapping[str, Any], colours: Mapping
             axis.plot(
                 *zip(*other, strict=True), marker=marker, color=colours[name], markerfacecolor="none", linestyle=""
             )
-    axis.set_xlabel("live ranks at the end")
+    axis.set_xlabel("ACTIVE ranks at the end")
     axis.set_ylabel("test accuracy")
     axis.set_title("filled: the ΔT compared at; hollow: another", fontsize=10)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -95,7 +95,7 @@ def _difference(name: str, other: str, accuracies: Mapping[str, list[float]]) ->
 def sensitivity_results(
     settings: Mapping[str, Setting], design: Design, seeds: Sequence[int], store: ComparisonStore
 ) -> dict[str, Any]:
-    """Mean accuracy and live ranks at every point of the grid, and how far accuracies lie apart, by contestant."""
+    """Mean accuracy and ACTIVE ranks at every point of the grid, and how far accuracies lie apart, by contestant."""
     results: dict[str, Any] = {}
     used = sensitivity_seeds(design, seeds)
     for name, chosen in settings.items():

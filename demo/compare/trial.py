@@ -110,7 +110,7 @@ def _ranks_and_parameters(trial: Trial, run: Run) -> dict[str, Any]:
         found, budget = parameters, trial.setting.target_rank * sum(costs.values())
         least = budget - max(costs.values()) + 1
     if not least <= found <= budget:
-        raise RuntimeError(f"{trial.key}: ended with {found} live {contestant.unit}, expected the budget, {budget}")
+        raise RuntimeError(f"{trial.key}: ended with {found} ACTIVE {contestant.unit}, expected the budget, {budget}")
     parameters += sum(p.numel() for p in run.classifier.head.parameters())
     frozen = {"frozen_modules": list(run.allocator.frozen)} if isinstance(run, BudgetRun) and contestant.freezes else {}
     return {

@@ -119,7 +119,7 @@ def _search(name: str, design: Design, store: ComparisonStore, train: Train) -> 
 
 
 def _front(name: str, tried: Sequence[Setting], design: Design, store: ComparisonStore) -> list[dict[str, Any]]:
-    """Of what was tried, that which nothing beats in accuracy without more live parameters; fewest parameters first."""
+    """What was tried and nothing beats in accuracy with as few parameters in ACTIVE ranks; fewest parameters first."""
     found = [(_live_parameters(name, s, design, store), _merit(name, s, design, store)[0], s) for s in tried]
     front: list[dict[str, Any]] = []
     for parameters, accuracy, setting in sorted(found, key=lambda each: (each[0], -each[1])):

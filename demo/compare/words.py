@@ -17,7 +17,7 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     rows = comparison["contestants"]
     baseline = rows[BASELINE]
     found = [
-        *_against(rows, "difference", f"fixed rank at {baseline['live_ranks']} live ranks"),
+        *_against(rows, "difference", f"fixed rank at {baseline['live_ranks']} ACTIVE ranks"),
         *_against(rows, "difference_to_uniform", "uniform allocation"),
     ]
     for name, row in rows.items():
@@ -26,8 +26,8 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     dear = [name for name, row in rows.items() if row["unit"] == "parameters"]
     if dear:
         found.append(
-            f"Equal budget means equal live ranks, but for {', '.join(dear)}: as many parameters in live ranks as the "
-            "same number of them in every module."
+            f"Equal budget means equal ACTIVE ranks, but for {', '.join(dear)}: as many parameters in ACTIVE ranks as "
+            "the same number of them in every module."
         )
     seeds = len(baseline["by_seed"])
     if seeds > 1:
@@ -116,5 +116,5 @@ def _search(name: str, row: Mapping[str, Any], comparison: Mapping[str, Any]) ->
     )
     if "front" in row:
         points = "; ".join(f"{each['live_parameters']:,.0f}: {each['accuracy']:.3f}" for each in row["front"])
-        text += f" Its front, validation accuracy by live parameters: {points}."
+        text += f" Its front, validation accuracy by parameters in ACTIVE ranks: {points}."
     return text

@@ -111,8 +111,8 @@ def test_a_comparison_of_strategies_is_kept_and_drawn(tmp_path: Path) -> None:
     text = _page(tmp_path, "allocators")
     assert "not run yet" not in text
     assert "| lagging | 0.600 (0.580–0.620) | −10.0 (−12.0 to −8.0) | 300 | 0.93 (0.92–0.95) | 72 / 216 |" in text
-    assert "None of the 2 adaptive strategies beats fixed rank at 72 live ranks." in text
-    assert "Worse than fixed rank at 72 live ranks: lagging −10.0 points (−12.0 to −8.0)." in text
+    assert "None of the 2 adaptive strategies beats fixed rank at 72 ACTIVE ranks." in text
+    assert "Worse than fixed rank at 72 ACTIVE ranks: lagging −10.0 points (−12.0 to −8.0)." in text
     assert "| equal | 0.600 | 0.700 | 0.600 | 0.700 | 10.0 | 0.0 |" in text
     assert "](../pictures/allocators.png)" in text and "2.0 hours of processor time" in text
     assert (tmp_path / report.PICTURES / "allocators.png").read_bytes()[:4] == b"\x89PNG"

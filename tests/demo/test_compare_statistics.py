@@ -93,16 +93,16 @@ def words(**rows: dict[str, Any]) -> str:
 
 def test_who_does_not_beat_fixed_rank_is_said() -> None:
     found = words(one=row((0.01, -0.01, 0.03)), two=row((-0.02, -0.03, -0.01)))
-    assert "None of the 2 adaptive strategies beats fixed rank at 72 live ranks." in found
-    assert "Worse than fixed rank at 72 live ranks: two −2.0 points (−3.0 to −1.0)." in found
-    assert "No difference to fixed rank at 72 live ranks can be told" in found
+    assert "None of the 2 adaptive strategies beats fixed rank at 72 ACTIVE ranks." in found
+    assert "Worse than fixed rank at 72 ACTIVE ranks: two −2.0 points (−3.0 to −1.0)." in found
+    assert "No difference to fixed rank at 72 ACTIVE ranks can be told" in found
     assert "one +1.0 points (−1.0 to +3.0)" in found
     assert "one does not beat fixed rank" in words(one=row((0.01, -0.01, 0.03)))
 
 
 def test_who_beats_fixed_rank_is_said() -> None:
     found = words(one=row((0.02, 0.01, 0.03)), plain=row((0.05, 0.04, 0.06), chooses=False))
-    assert "Better than fixed rank at 72 live ranks: one +2.0 points (+1.0 to +3.0)." in found
+    assert "Better than fixed rank at 72 ACTIVE ranks: one +2.0 points (+1.0 to +3.0)." in found
     assert "None of" not in found and "Worse" not in found and "No difference" not in found
     assert "plain, which chooses nothing: +5.0 points (+4.0 to +6.0) against fixed rank." in found
 
@@ -131,7 +131,7 @@ def test_what_a_search_chose_and_its_front_are_said() -> None:
     assert found[-2].startswith("Every contestant but pareto was tuned with 6 trials on the same grid")
     assert "pareto is AdaLoRA after 24 trainings chosen by Optuna (NSGA-II)" in found[-1]
     assert "learning rate 0.004, scale 4, tinit 0.10 and tfinal 0.30 of the run, ΔT 5" in found[-1]
-    assert found[-1].endswith("validation accuracy by live parameters: 3,000: 0.500; 60,000: 0.750.")
+    assert found[-1].endswith("validation accuracy by parameters in ACTIVE ranks: 3,000: 0.500; 60,000: 0.750.")
 
 
 def test_what_freezing_saved_is_said() -> None:

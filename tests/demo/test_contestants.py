@@ -130,7 +130,7 @@ def test_another_budget_is_an_error(small: Options, monkeypatch: pytest.MonkeyPa
         return fixed.build(replace(start, recipe=replace(start.recipe, lora_rank=3)), earlier)
 
     monkeypatch.setitem(contestants.CONTESTANTS, BASELINE, replace(fixed, build=wasteful))
-    with pytest.raises(RuntimeError, match=r"ended with 36 live ranks, expected the budget, 24"):
+    with pytest.raises(RuntimeError, match=r"ended with 36 ACTIVE ranks, expected the budget, 24"):
         trial.run_trial(Trial(BASELINE, 0, Setting(1e-2, 8.0, 2, 1)), Earlier(), small, 6, 0.1)
 
 

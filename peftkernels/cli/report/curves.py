@@ -37,7 +37,7 @@ def draw_budget(history: History, losses: tuple[Sequence[int], Sequence[float]],
         )
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel(log.unit)
-    axes[0].set_title("budget, and what the live ranks take of it", fontsize=10, loc="left")
+    axes[0].set_title("budget, and what the ACTIVE ranks take of it", fontsize=10, loc="left")
 
     _draw_thresholds(axes[1], history, look)
     if losses[0]:
@@ -104,10 +104,10 @@ def draw_together(histories: dict[str, History], look: Look) -> Figure:
         share = 100 * live.sum(1) / history.log.total_ranks
         axis.step(times, share, where="post", color=colour, linestyle=style, linewidth=1.8, label=name)
     axis.set_ylim(0, 104)
-    axis.set_ylabel("live ranks, %")
+    axis.set_ylabel("ACTIVE ranks, %")
     axis.set_xlabel("optimizer step")
     axis.grid(visible=True, linewidth=0.6)
-    axis.set_title("live ranks, as a share of those at the start", fontsize=10, loc="left")
+    axis.set_title("ACTIVE ranks, as a share of those at the start", fontsize=10, loc="left")
     axis.legend(fontsize=8, frameon=False, ncols=2 if len(histories) > 6 else 1, loc="lower left")
     return figure
 

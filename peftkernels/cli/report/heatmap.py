@@ -1,4 +1,4 @@
-"""A picture of where the ranks went: live ranks of every adapted matrix over time, at the end, and in total."""
+"""A picture of where the ranks went: ACTIVE ranks of every adapted matrix over time, at the end, and in total."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RankHistory:
 
     Args:
         modules: names of the adapted modules.
-        live: live ranks, times × modules.
+        live: ACTIVE ranks, times × modules.
 
     Attributes:
         projections: in order of first appearance; "all modules" alone where the names give more than 18 of them.
@@ -98,7 +98,7 @@ def write_heatmap(
     budget: Sequence[int],
     schedule: tuple[int, int],
 ) -> None:
-    """Draw live ranks as a PNG: a map for each projection, the sum beside its budget, and the end.
+    """Draw ACTIVE ranks as a PNG: a map for each projection, the sum beside its budget, and the end.
 
     Args:
         path: the PNG.
@@ -124,7 +124,7 @@ def write_heatmap(
 
 
 def draw_heatmap(history: RankHistory, most: int, span: tuple[float, float]) -> Figure:
-    """A map of live ranks over time for each projection, and the end, without a title.
+    """A map of ACTIVE ranks over time for each projection, and the end, without a title.
 
     Args:
         history: what is drawn.
@@ -170,7 +170,7 @@ def _draw_maps(history: RankHistory, most: int, title: str | None, span: tuple[f
         axis.set_xlabel("optimizer step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     assert image is not None
-    bar = top.colorbar(image, ax=axes, label="live ranks", pad=0.01, aspect=30)
+    bar = top.colorbar(image, ax=axes, label="ACTIVE ranks", pad=0.01, aspect=30)
     bar.ax.yaxis.get_major_locator().set_params(integer=True)
     return figure, bottom
 
@@ -182,7 +182,7 @@ def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedul
     axis.plot(steps, budget, color=look.budget, linestyle="--", linewidth=1.0, label="budget")
     axis.set_xlim(1, len(steps))
     axis.set_ylim(0, None)
-    axis.set_title("live ranks altogether", fontsize=10)
+    axis.set_title("ACTIVE ranks altogether", fontsize=10)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("ranks")
     axis.legend(loc="lower left", fontsize=9, frameon=False)
@@ -191,7 +191,7 @@ def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedul
 def _draw_final(axis: Any, history: RankHistory, most: int) -> None:
     final = history.final()
     axis.imshow(final, aspect="auto", interpolation="nearest", vmin=0, vmax=most, cmap=_COLOURS)
-    axis.set_title("live ranks at the end", fontsize=10)
+    axis.set_title("ACTIVE ranks at the end", fontsize=10)
     axis.set_yticks(range(len(history.projections)), history.projections, fontsize=9)
     axis.set_xlabel(history.rows)
     _label_layers(axis, history.layers, vertical=False)

@@ -20,7 +20,7 @@ MOST_COLUMNS = 1200
 class ModuleRow:
     """One layer at the end of the log.
 
-    kept, rank       live ranks, and those at the start
+    kept, rank       ACTIVE ranks, and those at the start
     score            sum of its rank scores; None where there are none, or it is not finite
     nearest          least distance of one of its scores from the threshold; None where there is no finite threshold
     revived          how often one of its ranks came back after having been masked
@@ -50,7 +50,7 @@ class History:
     """A log's standing decisions (D of them, over M modules) counted.
 
     Attributes:
-        live: (D, M) live ranks by module.
+        live: (D, M) ACTIVE ranks by module.
         masked, revived: (D,) ranks masked, and brought back, since the decision before. The first decision is compared
             with all ranks live; of a log that begins in the middle of a run it has nothing to be compared with: zero.
     """
@@ -79,7 +79,7 @@ class History:
 
     @cached_property
     def spent(self) -> np.ndarray:
-        """(D,) what the live ranks take of the budget, in its unit."""
+        """(D,) what the ACTIVE ranks take of the budget, in its unit."""
         costs = np.array([module.cost for module in self.log.modules])
         return np.asarray(self.live @ costs)
 

@@ -119,7 +119,7 @@ def _warning(history: History) -> str | None:
 
 def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, str]]:
     log = history.log
-    figures = [("live ranks", f"{history.live_now:,} of {log.total_ranks:,}")]
+    figures = [("ACTIVE ranks", f"{history.live_now:,} of {log.total_ranks:,}")]
     if log.standing:
         last = log.standing[-1]
         figures.append(("budget", f"{last.budget:,.6g} {log.unit}"))
@@ -147,15 +147,15 @@ def _pictures(stem: str, history: History, losses: Any) -> list[Picture]:
     return [
         Picture(
             f"{stem}-live-ranks.png",
-            f"Heatmap of the live ranks of {len(log.modules)} matrices over {log.last_step} steps, by "
+            f"Heatmap of the ACTIVE ranks of {len(log.modules)} matrices over {log.last_step} steps, by "
             f"{ranks.rows}{'' if ranks.rows == 'module' else ' and projection'}",
             "Live ranks over time. Bright keeps all of its ranks, dark has lost them.",
             *_both(lambda look: draw_heatmap(ranks, most, span)),
         ),
         Picture(
             f"{stem}-budget.png",
-            "Curves of live ranks, budget and threshold over the steps",
-            "Budget and live ranks, and the threshold that made them meet.",
+            "Curves of ACTIVE ranks, budget and threshold over the steps",
+            "Budget and ACTIVE ranks, and the threshold that made them meet.",
             *_both(lambda look: draw_budget(history, losses, look)),
         ),
         Picture(
@@ -191,7 +191,7 @@ def _together(histories: Mapping[str, History], anchors: Mapping[str, str], coll
     shares = common_share([history.log.rank_pattern() for history in histories.values()])
     picture = Picture(
         "together-live-ranks.png",
-        f"Curves of the live ranks of {len(names)} runs over their steps",
+        f"Curves of the ACTIVE ranks of {len(names)} runs over their steps",
         "Live ranks of all runs.",
         *_both(lambda look: draw_together(dict(histories), look)),
     )
