@@ -22,7 +22,7 @@ QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py 
     $(addprefix integrations/test_, peft_backend.py quantised.py) nn \
     $(addprefix cli/test_, doctor.py main.py) $(addprefix demo/test_, checkpoint.py demo_report.py))
 
-.PHONY: help install check test upgrade demo lint house bench docs report attacks sanitize wheel hub clean
+.PHONY: help install check test upgrade demo lint house bench docs report attacks sanitize wheel smoke hub clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -86,7 +86,11 @@ sanitize: install  ## run tests of the C++ kernels under AddressSanitizer and UB
 	cd tests && $(abspath $(BIN))/python -m support.sanitize $(ARGS)
 
 wheel: install  ## build a wheel against the environment's torch into dist/
+	rm -rf build/lib* build/bdist* dist/peftkernels-*.whl
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+smoke: wheel  ## install the wheel where nothing is but torch, and use it
+	$(BIN)/python .ci/smoke.py dist/peftkernels-*.whl
 
 hub: install  ## write the package as a kernel of the Hugging Face Hub into dist/hub
 	rm -rf dist/hub
