@@ -106,13 +106,13 @@ class Log:
     def __init__(self) -> None:
         self.moves: list[dict[str, Any]] = []
 
-    def started(self, facts: Any) -> None:
+    def on_start(self, facts: Any) -> None:
         assert facts["strategy"] == "bandit"
 
-    def decided(self, *args: Any) -> None:
+    def on_decision(self, *args: Any) -> None:
         pass
 
-    def happened(self, step: int, kind: str, details: Any) -> None:
+    def on_event(self, step: int, kind: str, details: Any) -> None:
         if kind == "moved":
             self.moves.append({"step": step, **details})
 

@@ -67,9 +67,9 @@ def test_lines_are_plain_json_with_the_promised_fields(tmp_path: Path) -> None:
 def test_infinite_and_missing_numbers_survive(tmp_path: Path) -> None:
     run = MadeUpRun(modules=1, rank=3)
     log = DecisionLog(tmp_path / "log.jsonl")
-    log.started(run.facts())
-    log.decided(1, 3.0, [-math.inf], [[math.inf, math.nan, 0.1]], [[True, True, True]])
-    log.happened(1, "loss", {"value": math.nan})
+    log.on_start(run.facts())
+    log.on_decision(1, 3.0, [-math.inf], [[math.inf, math.nan, 0.1]], [[True, True, True]])
+    log.on_event(1, "loss", {"value": math.nan})
     read = read_log(tmp_path / "log.jsonl")
     assert read.thresholds[0, 0] == -math.inf
     np.testing.assert_array_equal(read.scores[0], [math.inf, math.nan, 0.1])
@@ -106,9 +106,9 @@ class Mute:
     """Passes on all but the start, as to an observer of a run that was not interrupted."""
 
     def __init__(self, log: DecisionLog) -> None:
-        self.decided, self.happened = log.decided, log.happened
+        self.on_decision, self.on_event = log.on_decision, log.on_event
 
-    def started(self, facts: Any) -> None:
+    def on_start(self, facts: Any) -> None:
         pass
 
 
@@ -133,7 +133,7 @@ def test_without_a_count_the_newest_timeline_is_continued(tmp_path: Path) -> Non
         log = DecisionLog(path)
         facts = run.facts(step)
         del facts["rollbacks"]
-        log.started(facts)
+        log.on_start(facts)
         run.feed([Mute(log)], step, rollbacks=rollbacks)
         assert path.read_bytes() == expected
 
@@ -143,7 +143,7 @@ def test_loading_a_state_after_the_log_was_added_loses_nothing(tmp_path: Path) -
     path = tmp_path / "log.jsonl"
     expected = whole_log(path, run)
     log = DecisionLog(path)
-    log.started(run.facts(0))  # the allocator was just made
+    log.on_start(run.facts(0))  # the allocator was just made
     assert path.read_bytes() == expected
     run.feed([log], first=10)  # its state was loaded
     assert path.read_bytes() == expected
@@ -259,16 +259,16 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         DecisionLog(tmp_path)
     log = DecisionLog(tmp_path / "log.jsonl")
     with pytest.raises(RuntimeError, match="was not started"):
-        log.happened(1, "loss", {"value": 1.0})
-    log.started(MadeUpRun(modules=2).facts())
+        log.on_event(1, "loss", {"value": 1.0})
+    log.on_start(MadeUpRun(modules=2).facts())
     with pytest.raises(ValueError, match="scores: found 1 modules, expected 2"):
-        log.decided(1, 4.0, [0.1, 0.1], [[1.0] * 4], [[True] * 4] * 2)
+        log.on_decision(1, 4.0, [0.1, 0.1], [[1.0] * 4], [[True] * 4] * 2)
     with pytest.raises(ValueError, match="kind 'ranks'"):
-        log.happened(1, "ranks", {})
+        log.on_event(1, "ranks", {})
     with pytest.raises(ValueError, match=r"details with \['step'\]"):
-        log.happened(1, "moved", {"step": 3})
+        log.on_event(1, "moved", {"step": 3})
     with pytest.raises(TypeError, match="expected plain numbers"):
-        log.happened(1, "moved", {"what": torch.ones(1)})
+        log.on_event(1, "moved", {"what": torch.ones(1)})
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     whole = path.read_bytes()
     log._file = Filling(log._file)  # type: ignore[assignment]
     with pytest.raises(OSError, match="No space left"):
-        log.happened(6, "loss", {"value": 1.0})
+        log.on_event(6, "loss", {"value": 1.0})
     assert path.read_bytes() == whole
     assert read_log(path).last_step == 5
 

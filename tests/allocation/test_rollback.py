@@ -31,12 +31,12 @@ class _Listener:
     def __init__(self) -> None:
         self.events: list[tuple[int, str, dict[str, Any]]] = []
 
-    def started(self, facts: Any) -> None:
+    def on_start(self, facts: Any) -> None:
         self.facts = facts
 
-    def decided(self, *arguments: Any) -> None: ...
+    def on_decision(self, *arguments: Any) -> None: ...
 
-    def happened(self, step: int, kind: str, details: Any) -> None:
+    def on_event(self, step: int, kind: str, details: Any) -> None:
         if kind != "loss":
             self.events.append((step, kind, dict(details)))
 

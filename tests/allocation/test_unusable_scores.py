@@ -112,11 +112,11 @@ def test_it_is_warned_about_once_and_told_every_time() -> None:
     told = []
 
     class Listener:
-        def started(self, facts: object) -> None: ...
-        def decided(self, *facts: object) -> None:
+        def on_start(self, facts: object) -> None: ...
+        def on_decision(self, *facts: object) -> None:
             raise AssertionError("nothing was decided")
 
-        def happened(self, step: int, kind: str, details: dict[str, str]) -> None:
+        def on_event(self, step: int, kind: str, details: dict[str, str]) -> None:
             told.append((step, kind, details["why"]))
 
     allocator.add_observer(Listener())

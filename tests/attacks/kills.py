@@ -167,9 +167,9 @@ _MODULES = [{"name": f"m{place}", "rank": 8} for place in range(40)]
 def _write_log(folder: Path, value: int) -> None:
     """One decision more, of 40 modules that kept as many ranks, by a run that was resumed."""
     with DecisionLog(folder / _LOG) as log:
-        log.started({**_FACTS, "modules": _MODULES, "step": value - 1})
+        log.on_start({**_FACTS, "modules": _MODULES, "step": value - 1})
         kept = [[place < value % 8 for place in range(8)]] * len(_MODULES)
-        log.decided(value, float(value), [0.0] * len(_MODULES), [[float(value)] * 8] * len(_MODULES), kept)
+        log.on_decision(value, float(value), [0.0] * len(_MODULES), [[float(value)] * 8] * len(_MODULES), kept)
 
 
 def _read_log(folder: Path) -> int:

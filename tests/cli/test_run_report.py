@@ -192,10 +192,10 @@ def test_events_are_told_in_order_and_joined(tmp_path: Path) -> None:
     with DecisionLog(tmp_path / "decisions.jsonl") as log:
         run.feed([log], last=10)
         for step in (11, 12, 13):
-            log.happened(step, "skipped", {"why": "the gradients are not finite"})
-        log.happened(13, "rollback", {"to": 9, "why": "churn <b>above</b> its band"})
-        log.happened(10, "frozen", {"module": run.names[2]})
-        log.happened(12, "moved", {"from": "mlp", "to": "attention", "ranks": 2})
+            log.on_event(step, "skipped", {"why": "the gradients are not finite"})
+        log.on_event(13, "rollback", {"to": 9, "why": "churn <b>above</b> its band"})
+        log.on_event(10, "frozen", {"module": run.names[2]})
+        log.on_event(12, "moved", {"from": "mlp", "to": "attention", "ranks": 2})
     page = report(tmp_path)
     moments = [(m.when, m.kind, m.text) for m in words.timeline(History(read_log(tmp_path / "decisions.jsonl")))]
     assert moments == [
@@ -307,15 +307,15 @@ def test_runs_with_other_layers_are_not_compared_rank_by_rank() -> None:
 def test_groups_with_thresholds_of_their_own(tmp_path: Path) -> None:
     run = MadeUpRun(modules=3, steps=10)
     log = DecisionLog(tmp_path / "decisions.jsonl")
-    log.started(run.facts())
-    log.decided(
+    log.on_start(run.facts())
+    log.on_decision(
         1,
         6.0,
         [0.2, 0.2, 0.6],
         [[0.1, 0.2, 0.3, 0.4], [0.3] * 4, [0.5, 0.6, 0.7, 0.8]],
         [[False, False, True, True], [True] * 4, [False, False, True, True]],
     )
-    log.decided(
+    log.on_decision(
         2, 6.0, [-math.inf, -math.inf, 0.0], [[1.0] * 4] * 2 + [[0.0] * 4], [[True] * 4, [True] * 4, [False] * 4]
     )
     history = History(read_log(tmp_path / "decisions.jsonl"))
@@ -331,8 +331,8 @@ def test_groups_with_thresholds_of_their_own(tmp_path: Path) -> None:
 def test_a_choice_that_the_threshold_does_not_explain_is_not_explained_by_it(tmp_path: Path) -> None:
     run = MadeUpRun(modules=1, strategy="knapsack")
     log = DecisionLog(tmp_path / "decisions.jsonl")
-    log.started(run.facts())
-    log.decided(1, 2.0, [0.5], [[0.1, 0.4, 0.6, 0.9]], [[True, False, False, True]])
+    log.on_start(run.facts())
+    log.on_decision(1, 2.0, [0.5], [[0.1, 0.4, 0.6, 0.9]], [[True, False, False, True]])
     why = report(tmp_path).module_rows()[run.names[0]][6]
     assert why == "chosen by the strategy's own rule: the threshold alone would choose otherwise"
 

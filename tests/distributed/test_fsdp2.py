@@ -224,13 +224,13 @@ class Log:
         self.modules: list[tuple[int, int]] = []
         self.steps: list[int] = []
 
-    def started(self, facts: Any) -> None:
+    def on_start(self, facts: Any) -> None:
         self.modules = [(module["in_features"], module["out_features"]) for module in facts["modules"]]
 
-    def decided(self, step: int, *_: Any) -> None:
+    def on_decision(self, step: int, *_: Any) -> None:
         self.steps.append(step)
 
-    def happened(self, *_: Any) -> None:
+    def on_event(self, *_: Any) -> None:
         pass
 
 

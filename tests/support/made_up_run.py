@@ -24,13 +24,13 @@ class Heard:
         self.decisions: list[tuple[Any, ...]] = []
         self.events: list[tuple[Any, ...]] = []
 
-    def started(self, facts: Any) -> None:
+    def on_start(self, facts: Any) -> None:
         self.facts = facts
 
-    def decided(self, *told: Any) -> None:
+    def on_decision(self, *told: Any) -> None:
         self.decisions.append(told)
 
-    def happened(self, *told: Any) -> None:
+    def on_event(self, *told: Any) -> None:
         self.events.append(told)
 
 
@@ -54,7 +54,7 @@ class MadeUpRun:
         self.importance = np.random.default_rng(seed).lognormal(sigma=1.0, size=(modules, rank))
 
     def facts(self, step: int = 0, rollbacks: int = 0) -> dict[str, Any]:
-        """As ``Observer.started`` gets them."""
+        """As ``Observer.on_start`` gets them."""
         modules = [
             {
                 "name": name,
@@ -81,7 +81,7 @@ class MadeUpRun:
     ) -> tuple[int, int]:
         """Run from after step ``first`` to ``last``; returns the step and the rollbacks then reached."""
         for observer in observers:
-            observer.started(self.facts(first, rollbacks))
+            observer.on_start(self.facts(first, rollbacks))
         step = first
         while step < (self.steps if last is None else last):
             step += 1
@@ -89,14 +89,14 @@ class MadeUpRun:
                 self._tell(observer, step, rollbacks)
             if self.rollback is not None and rollbacks == 0 and step == self.rollback[0]:
                 for observer in observers:
-                    observer.happened(step, "rollback", {"to": self.rollback[1], "why": "the loss left its band"})
+                    observer.on_event(step, "rollback", {"to": self.rollback[1], "why": "the loss left its band"})
                 step, rollbacks = self.rollback[1], 1
         return step, rollbacks
 
     def _tell(self, observer: Observer, step: int, rollbacks: int) -> None:
-        observer.happened(step, "loss", {"value": 2.0 / step + rollbacks})
+        observer.on_event(step, "loss", {"value": 2.0 / step + rollbacks})
         if step == 3:
-            observer.happened(step, "skipped", {"why": "the gradients are not finite"})
+            observer.on_event(step, "skipped", {"why": "the gradients are not finite"})
         if not 0.1 * self.steps < step <= 0.7 * self.steps:
             return
         total = self.importance.size
@@ -106,4 +106,4 @@ class MadeUpRun:
         scores = 1e-8 * self.importance * noise
         threshold = float("-inf") if budget == total else float(np.sort(scores, axis=None)[total - budget - 1])
         thresholds = [threshold] * len(self.names)
-        observer.decided(step, float(budget), thresholds, scores.tolist(), (scores > threshold).tolist())
+        observer.on_decision(step, float(budget), thresholds, scores.tolist(), (scores > threshold).tolist())

@@ -31,8 +31,8 @@ class DecisionLog:
     over and the next start cuts off. Call `sync` before saving a checkpoint, so that a machine that loses power does
     not keep the checkpoint and lose the log before it.
 
-    Raises TypeError or ValueError for arguments that cannot be; `started` raises LogError (a ValueError), with the file
-    left as it is, where the file is no decision log or one of a run with other facts.
+    `on_start` raises LogError (a ValueError), with the file left as it is, where the file is no decision log or one of
+    a run with other facts.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int = 1) -> None:
@@ -49,7 +49,7 @@ class DecisionLog:
         self._names: list[str] = []
         self._scored: int | None = None
 
-    def started(self, facts: Mapping[str, Any]) -> None:
+    def on_start(self, facts: Mapping[str, Any]) -> None:
         """Take note of the run, and of the step that it goes on from; the file is opened when something is logged."""
         self._release()
         start = {"event": START, "step": facts["step"], "format": LOG_FORMAT, "every": self.every, **facts}
@@ -61,7 +61,7 @@ class DecisionLog:
         self._names = [module["name"] for module in facts["modules"]]
         self._scored = None
 
-    def decided(
+    def on_decision(
         self,
         step: int,
         budget: float,
@@ -84,12 +84,12 @@ class DecisionLog:
         if due:
             self._scored = step
 
-    def happened(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+    def on_event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Log an event."""
         taken = {"event", "step"}.intersection(details)
         if kind in (START, RANKS) or taken:
             found = f"kind {kind!r}" if not taken else f"details with {sorted(taken)}"
-            raise ValueError(f"happened: found {found}, expected other names, since the log has them for its own")
+            raise ValueError(f"on_event: found {found}, expected other names, since the log has them for its own")
         self._append(encode({"event": kind, "step": step, **details}))
         if kind == "rollback":
             self._rolled_back(details["to"])
@@ -125,7 +125,7 @@ class DecisionLog:
         if self._file is not None:
             return
         if self._start is None:
-            raise RuntimeError(f"the log {self.path} was not started, or is closed: started() comes first")
+            raise RuntimeError(f"the log {self.path} was not started, or is closed: on_start() comes first")
         line, step, rollbacks = self._start
         kept = self._kept_of_earlier(step, rollbacks)
         content = self.path.read_bytes() if kept else b""

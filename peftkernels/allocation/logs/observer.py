@@ -14,7 +14,7 @@ class Observer(Protocol):
     given. Under data parallelism every process decides the same: give an observer that writes to one of them only.
     """
 
-    def started(self, facts: Mapping[str, Any]) -> None:
+    def on_start(self, facts: Mapping[str, Any]) -> None:
         """The allocator is about to run, from its first step or from where a saved run goes on; may come again.
 
         facts:
@@ -28,7 +28,7 @@ class Observer(Protocol):
         """
         ...
 
-    def decided(
+    def on_decision(
         self,
         step: int,
         budget: float,
@@ -46,7 +46,7 @@ class Observer(Protocol):
         """
         ...
 
-    def happened(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+    def on_event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Something else took place at optimizer step `step`.
 
         kind and details:

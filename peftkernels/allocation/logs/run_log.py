@@ -54,7 +54,7 @@ class LoggedDecision:
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """Something else that happened at optimizer step `step`: `Observer.happened`."""
+    """Something else that happened at optimizer step `step`: `Observer.on_event`."""
 
     step: int
     kind: str
@@ -66,7 +66,7 @@ class LoggedEvent:
 class RunLog:
     """A decision log, in the order of the file.
 
-    facts      what the allocator said at the start: `Observer.started`; `facts["step"]` is where the log begins
+    facts      what the allocator said at the start: `Observer.on_start`; `facts["step"]` is where the log begins
     torn       whether the file ends in the middle of something, which is left out
     decisions  all of them, those that a rollback took back included
     """

@@ -40,14 +40,14 @@ class TensorBoardScalars:
         self._kept: list[bool] | None = None
         self._counts: Counter[str] = Counter()
 
-    def started(self, facts: Mapping[str, Any]) -> None:
+    def on_start(self, facts: Mapping[str, Any]) -> None:
         """Take note of the groups."""
         modules = facts["modules"]
         self._groups = [str(module.get("group") or "") for module in modules]
         everything = [True] * sum(module["rank"] for module in modules)
         self._kept = everything if facts["step"] == 0 else None
 
-    def decided(
+    def on_decision(
         self,
         step: int,
         budget: float,
@@ -74,7 +74,7 @@ class TensorBoardScalars:
             self._write("revived", sum(after and not before for before, after in pairs), step)
         self._kept = now
 
-    def happened(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
+    def on_event(self, step: int, kind: str, details: Mapping[str, Any]) -> None:
         """Count skipped steps and rollbacks."""
         tag = {"skipped": "skipped", "rollback": "rollbacks"}.get(kind)
         if tag is not None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftkernels.allocation.checks import check_smoothing
 from peftkernels.allocation.layers.gated import find_gated_layers
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.state_checks import check_finite, check_names, check_not_negative, check_tensor
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 
 class NoiseScale:

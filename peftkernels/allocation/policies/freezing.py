@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftkernels._reading import check_list, check_not_below_zero, check_whole
 from peftkernels.allocation.policies.module_average import ModuleGradientAverage
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.state_checks import check_names, within
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 MODES = ("any", "prefix")
 

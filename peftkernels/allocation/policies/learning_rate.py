@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,10 +15,8 @@ from peftkernels._module_names import names_without_wrappers
 from peftkernels._reading import check_not_below_zero, check_text, shown
 from peftkernels.allocation.layers.gated import FACTORS, find_gated_layers
 from peftkernels.allocation.policies.module_average import ModuleGradientAverage
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.state_checks import check_names, within
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 
 def module_groups(model: nn.Module | Mapping[str, Any], **options: Any) -> list[dict[str, Any]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from peftkernels.allocation.checks import check_smoothing
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.state_checks import check_floats, check_names, check_not_negative, check_tensor
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 
 class ModuleGradientAverage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -13,11 +13,9 @@ from peftkernels._reading import check_flag, check_list, check_object, check_tex
 from peftkernels.allocation.checks import check_smoothing
 from peftkernels.allocation.policies.band import Band
 from peftkernels.allocation.policies.snapshot_ring import Snapshots, check_count
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.json_tensor import METADATA, decode, encode
 from peftkernels.allocation.run.state_checks import FACTS, check_names, check_settings, check_tensor, fact, part, within
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 _SNAPSHOTS = "snapshots."
 _KEEP = "keep"
@@ -199,7 +197,7 @@ class RollbackPolicy:
             self._alarmed = True
             what = f"no rollback is left of {self.limit}" if candidates else f"no snapshot from before step {first}"
             self._events.append({"step": step, "to": None, "why": f"{why}; {what}"})
-            allocator.tell("alarm", {"why": f"{why}; {what}"})
+            allocator.notify("alarm", {"why": f"{why}; {what}"})
             warnings.warn(f"step {step}: {why}; {what}", UserWarning, stacklevel=2)
             return
         target = candidates[-1]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from peftkernels._reading import check_list, check_object, check_text, check_whole, shown
 from peftkernels.allocation.layers.sharding import local_part
+from peftkernels.allocation.run.engine import BudgetAllocator
 from peftkernels.allocation.run.json_tensor import METADATA, decode, encode
 from peftkernels.allocation.run.snapshot import Snapshot, check_snapshot, trained_parameters
 from peftkernels.allocation.run.state_checks import FACTS, check_names, check_tensor, fact, part, within
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 _STATE = "state."
 
@@ -115,7 +113,7 @@ class Snapshots:
             with within(f"state: snapshot {place}"):
                 if before is not None and token.step <= before.step:
                     raise ValueError(f"step: found {token.step} after {before.step}, expected a later one")
-                check_snapshot(self.allocator, token)
+                check_snapshot(self.allocator.parts, self.allocator.optimizer, token)
                 _check_tensors(self.allocator, token)
         return tokens
 
@@ -192,13 +190,14 @@ def _tensor(own: Mapping[str, Any], place: int, name: str) -> Tensor:
 
 def _check_tensors(allocator: BudgetAllocator, token: Snapshot) -> None:
     """Raises ValueError unless parameters and moments can be written into what the allocator's optimizer has now."""
-    parts = _parts(token)
-    for index, (parameter, _) in enumerate(zip(trained_parameters(allocator), token.parameters, strict=False)):
+    parts, optimizer = _parts(token), allocator.optimizer
+    trained = trained_parameters(allocator.parts, optimizer)
+    for index, (parameter, _) in enumerate(zip(trained, token.parameters, strict=False)):
         own = local_part(parameter)
         check_tensor(parts, f"parameters.{index}", own.shape, own.dtype)
-        if allocator.optimizer is None or token.moments is None:
+        if optimizer is None or token.moments is None:
             continue
-        known = allocator.optimizer.state.get(parameter, {})
+        known = optimizer.state.get(parameter, {})
         for name, value in token.moments[index].items():
             # Where the optimizer has made nothing yet, there is nothing to compare with.
             if known and name not in known:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftkernels.allocation.budget.budgets import Budget
 from peftkernels.allocation.run.engine import BudgetAllocator
+from peftkernels.allocation.run.parts import RunParts
 from peftkernels.allocation.run.settings import AdaLoraSettings
 from peftkernels.allocation.strategies.adalora import AdaLora
 
@@ -28,17 +29,24 @@ class AdaLoraAllocator(BudgetAllocator):
             optimizer.step()
             optimizer.zero_grad()
 
-    Arguments:
-        total_step       optimizer steps of the whole run
-        target_r         average rank per layer at the end, below every layer's initial rank; 8 without a budget
-        tinit            steps before the first mask
-        tfinal           steps at the end in which the ranks stay as they are
-        deltaT           steps between two masks
-        beta1, beta2     smoothing of sensitivity and uncertainty, between 0 and 1
-        orth_reg_weight  weight w of the orthogonality term
+    `BudgetAllocator` says what happens to ranks, to gradients that are not finite and to wrong arguments.
 
-    and those of `BudgetAllocator`, which also says what happens to ranks, to gradients that are not finite and to wrong
-    arguments.
+    Args:
+        model: As for `BudgetAllocator`, like all that are not described here.
+        total_step: Optimizer steps of the whole run.
+        target_r: Average rank per layer at the end, below every layer's initial rank; 8 without a budget.
+        tinit: Steps before the first mask.
+        tfinal: Steps at the end in which the ranks stay as they are.
+        deltaT: Steps between two masks.
+        beta1: Smoothing of sensitivity, between 0 and 1.
+        beta2: Smoothing of uncertainty, between 0 and 1.
+        orth_reg_weight: Weight w of the orthogonality term.
+        exact_budget: As for `BudgetAllocator`.
+        compact: As for `BudgetAllocator`.
+        budget: As for `BudgetAllocator`.
+        costs: As for `BudgetAllocator`.
+        capturable: As for `BudgetAllocator`.
+        impl: As for `BudgetAllocator`.
     """
 
     settings: AdaLoraSettings
@@ -76,4 +84,4 @@ class AdaLoraAllocator(BudgetAllocator):
             compact=compact,
             capturable=capturable,
         )
-        self._set_up(model, AdaLora(beta1, beta2), settings, costs, impl)
+        self._begin(RunParts.make(model, AdaLora(beta1, beta2), settings, costs, impl))

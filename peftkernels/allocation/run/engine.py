@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from peftkernels.allocation.budget.budgets import Budget
-from peftkernels.allocation.layers.gated import factors_of
-from peftkernels.allocation.layers.ownership import leave_layers
+from peftkernels.allocation.layers.gated import GatedLayer
+from peftkernels.allocation.layers.ownership import leave_layers, take_layers
 from peftkernels.allocation.layers.sharding import check_not_sharded_since
 from peftkernels.allocation.logs.observer import Observer
+from peftkernels.allocation.run.captured import CapturedStepper
+from peftkernels.allocation.run.decision import Decision
 from peftkernels.allocation.run.explain import explain_decision, run_facts
-from peftkernels.allocation.run.hook import run_after_step
-from peftkernels.allocation.run.orthogonality import add_orthogonality_gradient, orthogonality
+from peftkernels.allocation.run.hook import found_overflow, run_after_step
+from peftkernels.allocation.run.parts import RunParts
 from peftkernels.allocation.run.report import AllocationReport
 from peftkernels.allocation.run.settings import AllocatorSettings
 from peftkernels.allocation.run.snapshot import Snapshot, restore_snapshot, take_snapshot
 from peftkernels.allocation.run.state import pack_state, unpack_state
-from peftkernels.allocation.run.stepping import Stepping
+from peftkernels.allocation.run.stepping import HostStepper, Stepper
+from peftkernels.allocation.run.term import add_term_gradient, term_of
 from peftkernels.allocation.strategies.strategy import Strategy
 
 
-class BudgetAllocator(Stepping):
+class BudgetAllocator:
     """Rank budgets by any strategy: masks the ranks that score lowest while the budget falls.
 
         allocator = BudgetAllocator(model, Magnitude(), total_step=1000, target_r=8, tinit=100, tfinal=300)
@@ -39,46 +42,41 @@ class BudgetAllocator(Stepping):
     `total_step - tfinal`. Every `deltaT` steps the ranks with the lowest scores are masked by setting their gate lora_E
     to zero; they can come back while the budget still falls.
 
-    Arguments:
-        model            a module with AdaLoRALinear layers, or a mapping of names to such layers, all on one device
-        strategy         the rule that scores ranks: `peftkernels.allocation.strategies`
-        total_step       optimizer steps of the whole run
-        target_r         average rank per layer at the end, below every layer's initial rank; 8 without a budget
-        budget           in place of target_r: a `Budget` in ranks, parameters, microseconds or bytes, with groups
-        costs            cost of one rank by layer name, for a budget in microseconds or bytes
-        tinit            steps before the first mask
-        tfinal           steps at the end in which the ranks stay as they are
-        deltaT           steps between two masks
-        orth_reg_weight  weight w of the orthogonality term
-        exact_budget     False: ranks that tie with the threshold are all masked, as in peft, unless none would stay.
-                         True: exactly the budget stays; of ranks that tie, those of earlier layers and lower index stay
-        compact          True: after step total_step - tfinal masked ranks are DEAD instead of PROBE. They then cost
-                         nothing, and the run departs from peft's: their gates get no gradient, so the norm that
-                         gradient clipping sees is smaller, and the orthogonality term covers the kept ranks only
-        capturable       True: step count, schedule and masks live on the device, so that a CUDA graph may capture
-                         `step` once and replay it for every optimizer step; `compact` is not available then
-        impl             who computes a step: "eager", "cpu" (C++), "triton", or "auto" for the fastest that can
+    `RankMasks` says which states the ranks have when, and `RunProgress` what becomes of steps whose gradients or scores
+    are not finite and of those that a GradScaler skips. A factor without a gradient counts as one with gradient zero
+    and is warned about once; if no factor has one, `step` raises RuntimeError. Besides the scaler's flag, and what
+    observers and callbacks ask for, no step makes the host wait for an accelerator before the last allocation.
 
-    States of the ranks: all ACTIVE from the moment the allocator is made; after a mask, masked ranks are PROBE until
-    the next optimizer step, which moves their gates away from zero; between masks (deltaT > 1) every rank is ACTIVE.
-    Ranks of a layer given to `freeze` are DEAD from then on.
+    Args:
+        model: A module with AdaLoRALinear layers, or a mapping of names to such layers, all on one device.
+        strategy: The rule that scores ranks: `peftkernels.allocation.strategies`.
+        total_step: Optimizer steps of the whole run.
+        target_r: Average rank per layer at the end, below every layer's initial rank; 8 without a budget.
+        budget: In place of target_r: a `Budget` in ranks, parameters, microseconds or bytes, with groups.
+        costs: Cost of one rank by layer name, for a budget in microseconds or bytes.
+        tinit: Steps before the first mask.
+        tfinal: Steps at the end in which the ranks stay as they are.
+        deltaT: Steps between two masks.
+        orth_reg_weight: Weight w of the orthogonality term.
+        exact_budget: False masks all ranks that tie with the threshold, as peft does, unless none would stay. True
+            keeps exactly the budget; of ranks that tie, those of earlier layers and lower index stay.
+        compact: True makes masked ranks DEAD instead of PROBE after step total_step - tfinal. They then cost nothing,
+            and the run departs from peft's: their gates get no gradient, so the norm that gradient clipping sees is
+            smaller, and the orthogonality term covers the kept ranks only.
+        capturable: True keeps step count, schedule and masks on the device, so that a CUDA graph may capture `step`
+            once and replay it for every optimizer step; `compact` is not available then.
+        impl: Which implementation computes a step: "eager", "cpu" (C++), "triton", or "auto" for the fastest that can.
 
-    A step whose gradients are not finite leaves the statistics unchanged, is counted and warned about once; on an
-    accelerator the count is read back, and the warning given, only at the last allocation and when the state is saved
-    or explained. Judged are the gradients that the strategy looks at, those of the gates at least. A rank whose score
-    is not finite stays as the mask before has it. Where that is so for all ranks of a budget, where their scores are
-    all the same, or where no step so far had finite gradients, nothing is decided, the mask before stays, and the step
-    is counted in `undecided_steps` and warned about once. This guards what the allocator decides by, not the weights:
-    the optimizer has run by then, and has written such gradients into weights and moments unless something
-    before it did not let it, as `GradScaler` and `clip_grad_norm_(error_if_nonfinite=True)` do. `RollbackPolicy` takes
-    the weights back too. A step that a GradScaler skips is no step here either: most optimizers are not called then;
-    fused ones are, and the call is counted in `skipped_steps`; to know, the host reads the scaler's flag after each of
-    their steps, but where `capturable` is True. Besides that, and what observers and callbacks ask for, no step makes
-    the host wait for an accelerator before the last allocation.
+    Attributes:
+        settings: The arguments above that decide.
+        strategy: The strategy.
+        statistics: What the strategy looks at.
+        masks: Which ranks are kept; the only writer of gates and rank plans.
+        parts: These and the other parts that the run consists of.
 
-    A factor without a gradient counts as one with gradient zero and is warned about once; if no factor has one, `step`
-    raises RuntimeError. Raises TypeError or ValueError naming the argument found wrong, and ValueError for a layer that
-    has an allocator already: `close` hands layers over.
+    Raises:
+        TypeError: Naming the argument found wrong.
+        ValueError: Likewise, and for a layer that has an allocator already: `close` hands layers over.
     """
 
     def __init__(
@@ -111,22 +109,41 @@ class BudgetAllocator(Stepping):
             compact=compact,
             capturable=capturable,
         )
-        self._set_up(model, strategy, settings, costs, impl)
+        self._begin(RunParts.make(model, strategy, settings, costs, impl))
+
+    def _begin(self, parts: RunParts) -> None:
+        """Take the parts, and the layers that they are about."""
+        self.parts = parts
+        self.settings = parts.settings
+        self.strategy = parts.strategy
+        self.statistics = parts.statistics
+        self.masks = parts.masks
+        schedule = parts.progress.schedule
+        self._stepper: Stepper = HostStepper(parts) if schedule is None else CapturedStepper(parts, schedule)
+        self._callbacks: list[Callable[[BudgetAllocator], None]] = []
+        self._handle: RemovableHandle | None = None
+        self._optimizer: Optimizer | None = None
+        self._closed = False
+        take_layers(self, parts.layers.modules)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Run after every `optimizer.step()` from now on, until `detach`.
 
-        Raises RuntimeError when attached already, when closed or when the layers were sharded since the allocator was
-        made, TypeError for anything but an optimizer, and ValueError, naming them, where lora_A, lora_B or lora_E of a
-        layer that is not frozen are not among the optimizer's parameters.
+        Raises:
+            RuntimeError: When attached already, when closed, or when the layers were sharded since the allocator was
+                made.
+            TypeError: For anything but an optimizer.
+            ValueError: Where lora_A, lora_B or lora_E of a layer that is not frozen are not among the optimizer's
+                parameters; names them.
         """
         self._check_open()
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer already; call detach() first")
-        if self._sharded is None:
-            check_not_sharded_since(self._own)
+        layers = self.parts.layers
+        if not layers.sharded:
+            check_not_sharded_since(layers.own)
         run = self._after_optimizer_step
-        self._handle, self._optimizer = run_after_step(optimizer, run, self._own, self.frozen)
+        self._handle, self._optimizer = run_after_step(optimizer, run, layers.own, self.frozen)
 
     def detach(self) -> None:
         """Undo `attach`; does nothing when not attached."""
@@ -137,40 +154,30 @@ class BudgetAllocator(Stepping):
     def close(self) -> None:
         """Undo `attach`, and leave the layers, with their ranks as they are, to another allocator.
 
-        A layer has one allocator at a time, and gives it up when that is closed or no longer held by anybody. After
-        this the allocator can be asked and saved; what would change a layer raises RuntimeError. Does nothing when
-        closed.
+        A layer has one allocator at a time, and gives it up when that is closed or no longer referred to. After this
+        the allocator can be read and saved; what would change a layer raises RuntimeError. Does nothing when closed.
         """
         self.detach()
-        leave_layers(self, self._modules)
+        leave_layers(self, self.parts.layers.modules)
         self._closed = True
 
     def observe(self, loss: Tensor | float) -> None:
-        """Give the loss of the step that is being made, before `optimizer.step()`, to those who need it.
+        """Take the loss of the step that is being made, before `optimizer.step()`.
 
-        Strategies that learn from the loss, rollback policies and logs do; AdaLoRA itself does not. Several calls
+        Strategies that learn from the loss, rollback policies and logs need it; AdaLoRA itself does not. Several calls
         before one optimizer step, as with accumulated batches, count as their mean. Give the loss itself, not the one
         that a GradScaler scaled. Losses of a step for which a scaler did not call the optimizer count with the next.
         """
         self.statistics.take_loss(loss)
 
     def regularization(self) -> Tensor:
-        """The orthogonality term w/(2n)·Σ(‖A·Aᵀ-I‖_F + ‖Bᵀ·B-I‖_F) over the n layers, 0-dim, to be added to the loss.
+        """Return the orthogonality term w/(2n)·Σ(‖A·Aᵀ-I‖_F + ‖Bᵀ·B-I‖_F) over the n layers, 0-dim, for the loss.
 
         Masked ranks are included, as in peft, except DEAD ones (`compact=True` after the last allocation, frozen
         layers). `add_regularization_gradient` does the same for less.
         """
         self._warn_if_idle()
-        if self.settings.orth_reg_weight == 0:
-            return torch.zeros((), device=self.masks.device)
-        layers, sharded = self._layers.values(), self._sharded
-        return orthogonality(
-            factors_of(layers, "lora_A") if sharded is None else sharded.differentiable("lora_A"),
-            factors_of(layers, "lora_B") if sharded is None else sharded.differentiable("lora_B"),
-            self.settings.orth_reg_weight,
-            self._living(),
-            self._current_kernels(),
-        )
+        return term_of(self.parts)
 
     def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
         """Add `scale` times the gradient of `regularization()` to the factors' `.grad`; returns the term, 0-dim.
@@ -186,107 +193,78 @@ class BudgetAllocator(Stepping):
         it is None, and factors that do not require a gradient are left alone.
         """
         self._warn_if_idle()
-        if self.settings.orth_reg_weight == 0:
-            return torch.zeros((), device=self.masks.device)
-        self._forget_whole()
-        term = add_orthogonality_gradient(
-            factors_of(self._layers.values(), "lora_A"),
-            factors_of(self._layers.values(), "lora_B"),
-            self.settings.orth_reg_weight,
-            self._living(),
-            scale,
-            self._current_kernels(),
-        )
-        if self._sharded is not None:
-            self._sharded.store_gradients("lora_A")
-            self._sharded.store_gradients("lora_B")
-            self._forget_whole()
-        return term
+        return add_term_gradient(self.parts, scale)
 
     def step(self, step: int | None = None) -> None:
         """Advance to optimizer step `step` (the next one when None), for loops without an optimizer hook.
 
-        Call it after `optimizer.step()` and before the gradients are cleared. Raises RuntimeError when attached,
-        since the hook calls it then, and ValueError for a step that is not after the last one; steps count from 1.
-        Where `capturable` is True a step that is given is read by the host, and may not pass over the last allocation.
+        Call it after `optimizer.step()` and before the gradients are cleared. Where `capturable` is True a step that is
+        given is read by the host, and may not pass over the last allocation.
+
+        Raises:
+            RuntimeError: When attached, since the hook calls it then, and when closed.
+            ValueError: For a step that is not after the last one; steps count from 1.
         """
         self._check_open()
         if self._handle is not None:
             raise RuntimeError("the allocator is attached to an optimizer, whose hook steps it; call detach() first")
-        self._advance(step)
+        self._stepper.advance(step)
+        self._call_back()
 
     def budget(self, step: int) -> float:
-        """What the schedule allows after optimizer step `step`, over all layers, in the budget's unit (an int for
-        ranks and parameters)."""
+        """Return what the schedule allows after optimizer step `step`, over all layers; an int unless measured."""
         return self.statistics.shares.budget(step)
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """For every layer by name, which ranks the last mask kept; all of them before the first mask."""
+        """Return for every layer by name which ranks the last mask kept; all of them before the first mask."""
         self._warn_if_idle()
         return self.masks.pattern()
 
     def freeze(self, name: str, *, drop: bool = True) -> None:
         """Take a layer out of the fine-tuning: its factors no longer require grad, and its ranks no longer change.
 
-        drop=True keeps none of its ranks: all are DEAD, contribute nothing and cost nothing, and the budget belongs to
-        the other layers. drop=False keeps the ranks of the last mask (all before the first), with what they contribute;
-        they go on counting against the budget, and the other layers get what remains of it. Frozen layers at the input
-        of a model end the backward pass early, since nothing before them requires a gradient. An optimizer leaves
-        frozen factors alone, weight decay included, since they have no gradient. Only `rollback` and `load_state_dict`
-        undo it.
+        Frozen layers at the input of a model end the backward pass early, since nothing before them requires a
+        gradient. An optimizer leaves frozen factors alone, weight decay included, since they have no gradient. Only
+        `rollback` and `load_state_dict` undo it; freezing a frozen layer does nothing.
 
         Every process of a parallel run must freeze the same layers at the same step. DistributedDataParallel expects a
         gradient of all that required one when it was made: freeze before that, or give it find_unused_parameters=True.
         Where `capturable` is True, freeze before the step is captured, or capture it anew.
 
-        Raises ValueError for an unknown layer; does nothing for one that is frozen.
-        """
-        if name not in self._layers:
-            names = list(self._layers)
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            raise ValueError(f"name: found {name!r}, expected one of {shown}")
-        self._check_open()
-        if name in self.masks.frozen:
-            return
-        self.masks.check_writable()
-        self._forget_whole()
-        self.masks.freeze((*self.masks.frozen, name))
-        if drop:
-            self.masks.drop(name)
-        self._write_states(mask=not self.all_active)
-        self.statistics.forget()
-        self.tell("frozen", {"module": name})
+        Args:
+            name: The layer.
+            drop: True keeps none of its ranks: all are DEAD, contribute nothing and cost nothing, and the budget
+                belongs to the other layers. False keeps the ranks of the last mask (all before the first), with what
+                they contribute; they go on counting against the budget, and the other layers get what remains of it.
 
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """The layers given to `freeze`."""
-        return self.masks.frozen
+        Raises:
+            ValueError: For an unknown layer.
+        """
+        self._check_open()
+        if self.parts.freeze(name, drop):
+            self.notify("frozen", {"module": name})
 
     def add_observer(self, observer: Observer) -> None:
-        """Tell `observer` from now on what is decided; it is told at once where the run stands.
+        """Tell `observer` from now on what is decided, and at once where the run stands.
 
         Reading a decision synchronises with the device; where `capturable` is True an observer is refused (ValueError).
         """
-        self._refuse_if_captured("observer", "tells nothing to")
-        self._watchers.observers.append(observer)
-        observer.started(run_facts(self))
+        self.parts.check_on_host("observer", "tells nothing to")
+        self.parts.watchers.add(observer, run_facts(self.parts))
 
     def add_callback(self, callback: Callable[[BudgetAllocator], None]) -> None:
-        """Call `callback` with this allocator after every step it makes: for policies that watch a run and act on it.
+        """Call `callback` with this allocator after every step; refused (ValueError) where `capturable` is True."""
+        self.parts.check_on_host("callback", "calls nothing on")
+        self._callbacks.append(callback)
 
-        Refused (ValueError) where `capturable` is True.
-        """
-        self._refuse_if_captured("callback", "calls nothing on")
-        self._watchers.callbacks.append(callback)
-
-    def tell(self, kind: str, details: Mapping[str, Any]) -> None:
-        """Tell the observers that something happened, for policies and strategies: `Observer.happened` says what."""
-        self._watchers.tell(self._step, kind, details)
+    def notify(self, kind: str, details: Mapping[str, Any]) -> None:
+        """Tell the observers of an event at the last step, for policies and strategies; see `Observer.on_event`."""
+        self.parts.watchers.on_event(self.steps, kind, details)
 
     def explain(self) -> AllocationReport:
-        """The last decision, layer by layer: ranks kept, scores, margin to the threshold, and why."""
+        """Return the last decision, layer by layer: ranks kept, scores, margin to the threshold, and why."""
         self._warn_if_idle()
-        return explain_decision(self)
+        return explain_decision(self.parts)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -294,65 +272,127 @@ class BudgetAllocator(Stepping):
         return self._optimizer
 
     @property
+    def layers(self) -> Mapping[str, GatedLayer]:
+        """The layers by name, with whole factors."""
+        return self.masks.layers
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The layers given to `freeze`."""
+        return self.masks.frozen
+
+    @property
     def sharded(self) -> bool:
-        """Whether the layers' factors are sharded over processes, as FSDP2 does it."""
-        return self._sharded is not None
+        """True if the layers' factors are sharded over processes, as FSDP2 does it."""
+        return self.parts.layers.sharded
 
     @property
     def all_active(self) -> bool:
-        """Whether every rank trains, as before the first mask and between two; reads the device where `capturable`."""
-        return self.masks.all_active if self._on_device is None else not bool(self._on_device.masks())
+        """True if every rank trains, as before the first mask and between two; reads the device where `capturable`."""
+        return self.parts.all_active
+
+    @property
+    def released(self) -> bool:
+        """True if the last allocation is done and the strategy's state is gone."""
+        return self.parts.progress.released
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far; reads the device where `capturable` is True."""
+        return self.parts.progress.steps
+
+    @property
+    def decision(self) -> Decision | None:
+        """The last decision, None before the first; reads the device where `capturable` is True."""
+        return self.parts.progress.decision
+
+    @property
+    def informed(self) -> bool:
+        """True if the gradients of any step so far were finite; reads the device."""
+        return bool(self.parts.progress.informed)
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps had gradients that were not finite and left the scores unchanged; reads the device."""
+        return self.parts.progress.nonfinite_steps
+
+    @property
+    def undecided_steps(self) -> int:
+        """How many steps had no score to choose ranks by, so that the mask before stayed; reads the device."""
+        return self.parts.progress.undecided_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """How often a GradScaler kept the optimizer from stepping although it was called; no steps of the allocator."""
+        return self.parts.progress.skipped_steps
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run was rolled back."""
+        return self.parts.progress.rollbacks
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The allocator's whole state, as copies: tensors by name, which safetensors and torch.save can write.
+        """Return the allocator's whole state, as copies: tensors by name, which safetensors and torch.save can write.
 
         With the model's and the optimizer's state_dict it continues a run, at any step, to the same bits. Settings,
         layers and counts are JSON in the uint8 tensor "metadata".
         """
         self._warn_if_idle()
-        return pack_state(self)
+        return pack_state(self.parts)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in place, and write the rank states.
 
-        Raises ValueError, before any change, for a state of other settings, of another strategy or of other layers.
+        Raises:
+            ValueError: Before any change, for a state of other settings, of another strategy or of other layers.
         """
         self._check_open()
-        unpack_state(self, state)
-        self._watchers.started(lambda: run_facts(self))
+        unpack_state(self.parts, state)
+        self.parts.watchers.on_start(lambda: run_facts(self.parts))
 
     def snapshot(self) -> Snapshot:
-        """A token that `rollback` returns to, a copy of all it holds: the allocator, its factors and rank states and,
-        while attached to an optimizer, all that it trains besides, with its moments. Learning rates are not in it."""
-        return take_snapshot(self)
+        """Return a token that `rollback` goes back to, a copy of all it holds.
+
+        In it are the allocator, its factors and rank states and, while attached to an optimizer, all that it trains
+        besides, with its moments. Learning rates are not.
+        """
+        self._warn_if_idle()
+        return take_snapshot(self.parts, self._optimizer)
 
     def rollback(self, token: Snapshot, why: str = "asked for") -> None:
-        """Return to the moment of the snapshot, in place; a token can be reused. `why` goes to the observers.
+        """Return to the moment of the snapshot, in place; a token can be reused.
 
         Gradients stay as they are: clear them before the next backward(). Data, learning rates and their scheduler go
-        on from where they are. Raises TypeError for anything but a token of `snapshot`, ValueError for another
-        allocator's or optimizer's, before any change.
+        on from where they are.
+
+        Args:
+            token: What `snapshot` returned.
+            why: The reason that observers are told.
+
+        Raises:
+            TypeError: For anything but a token of `snapshot`.
+            ValueError: For another allocator's or optimizer's, before any change.
         """
         self._check_open()
-        before, rollbacks = self.steps, self._rollbacks
-        restore_snapshot(self, token)
-        self._rollbacks = rollbacks + 1
-        self._watchers.tell(before, "rollback", {"to": self.steps, "why": why})
+        progress = self.parts.progress
+        before, rollbacks = progress.steps, progress.rollbacks
+        restore_snapshot(self.parts, self._optimizer, token)
+        progress.count_rollback(rollbacks)
+        self.parts.watchers.on_event(before, "rollback", {"to": progress.steps, "why": why})
 
-    def _made_step(self) -> None:
-        self._watchers.call(self)
+    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._stepper.after_optimizer_step(found_overflow(optimizer)):
+            self._call_back()
 
-    def _living(self) -> tuple[Tensor, ...] | None:
-        """The ranks of each layer that the orthogonality term covers, None for all."""
-        compact = self._released and self.settings.compact
-        return self.masks.living(dead=compact) if compact or self.masks.frozen else None
+    def _call_back(self) -> None:
+        for callback in self._callbacks:
+            callback(self)
 
-    def _refuse_if_captured(self, argument: str, what: str) -> None:
-        if self._on_device is not None:
-            raise ValueError(
-                f"{argument}: a captured step {what} the host; expected an allocator with capturable=False"
-            )
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the allocator was closed: its layers may have another one; make a new one")
 
     def _warn_if_idle(self) -> None:
-        if self._watch.idle():
-            self._watchers.warn_once("idle", self._watch.warning(self._handle is not None))
+        idle = self.parts.idle
+        if idle.idle():
+            self.parts.watchers.warn_once("idle", idle.warning(self._handle is not None))

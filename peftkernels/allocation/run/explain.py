@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftkernels.allocation.run.decision import Decision
+from peftkernels.allocation.run.parts import RunParts
 from peftkernels.allocation.run.report import AllocationReport, ModuleAllocation
 from peftkernels.allocation.run.settings import AllocatorSettings
 
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
-
-def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
+def explain_decision(parts: RunParts) -> AllocationReport:
     """What `BudgetAllocator.explain` returns; reads the last decision from the device."""
-    settings, bus, decision, step = allocator.settings, allocator.statistics, allocator.decision, allocator.steps
+    settings, statistics, progress = parts.settings, parts.statistics, parts.progress
+    decision, step = progress.decision, progress.steps
     scores: list[float] = []
-    thresholds: Sequence[float | None] = [None] * len(bus.names)
+    thresholds: Sequence[float | None] = [None] * len(statistics.names)
     if decision is not None:
         scores = decision.scores.tolist()
-        thresholds = bus.by_module(decision.thresholds)
+        thresholds = statistics.by_module(decision.thresholds)
     modules = []
     start = 0
-    for (name, kept), threshold in zip(allocator.masks.pattern().items(), thresholds, strict=True):
+    for (name, kept), threshold in zip(parts.masks.pattern().items(), thresholds, strict=True):
         own = tuple(scores[start : start + len(kept)])
         start += len(kept)
-        if name in allocator.frozen:
+        if name in parts.masks.frozen:
             why = "frozen: its factors no longer train" + ("" if any(kept) else " and none of its ranks is kept")
         else:
             why = _why(settings, step, decision, kept, own)
@@ -36,39 +35,39 @@ def explain_decision(allocator: BudgetAllocator) -> AllocationReport:
     return AllocationReport(
         step=step,
         phase=_phase(settings, step),
-        budget=allocator.budget(step),
-        unit=bus.shares.unit,
+        budget=statistics.shares.budget(step),
+        unit=statistics.shares.unit,
         decided_at=None if decision is None else decision.step,
-        threshold=thresholds[0] if len(bus.shares.shares) == 1 else None,
-        nonfinite_steps=allocator.nonfinite_steps,
-        skipped_steps=allocator.skipped_steps,
+        threshold=thresholds[0] if len(statistics.shares.shares) == 1 else None,
+        nonfinite_steps=progress.nonfinite_steps,
+        skipped_steps=progress.skipped_steps,
         modules=tuple(modules),
-        rollbacks=allocator.rollbacks,
-        undecided_steps=allocator.undecided_steps,
+        rollbacks=progress.rollbacks,
+        undecided_steps=progress.undecided_steps,
     )
 
 
-def run_facts(allocator: BudgetAllocator) -> dict[str, Any]:
-    """What `Observer.started` is told."""
-    bus = allocator.statistics
-    group_of = {member: share.name for share in bus.shares.shares for member in share.members}
+def run_facts(parts: RunParts) -> dict[str, Any]:
+    """What `Observer.on_start` is told."""
+    statistics = parts.statistics
+    group_of = {member: share.name for share in statistics.shares.shares for member in share.members}
     return {
-        "strategy": allocator.strategy.name,
-        "settings": {**asdict(allocator.settings), **allocator.strategy.facts()},
+        "strategy": parts.strategy.name,
+        "settings": {**asdict(parts.settings), **parts.strategy.facts()},
         "modules": [
             {
                 "name": name,
-                "rank": bus.ranks[index],
+                "rank": statistics.ranks[index],
                 "in_features": layer.lora_A.shape[1],
                 "out_features": layer.lora_B.shape[0],
                 "group": group_of[index],
-                "cost": bus.shares.costs[index],
+                "cost": statistics.shares.costs[index],
             }
-            for index, (name, layer) in enumerate(allocator.masks.own.items())
+            for index, (name, layer) in enumerate(parts.masks.own.items())
         ],
-        "unit": bus.shares.unit,
-        "step": allocator.steps,
-        "rollbacks": allocator.rollbacks,
+        "unit": statistics.shares.unit,
+        "step": parts.progress.steps,
+        "rollbacks": parts.progress.rollbacks,
     }
 
 

@@ -8,37 +8,40 @@ import torch
 from torch import Tensor
 
 from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
-from peftkernels.allocation.layers.gated import FACTORS, GatedLayer, factors_of
-from peftkernels.allocation.layers.sharding import ShardedFactors
+from peftkernels.allocation.layers.adapted import AdaptedLayers
+from peftkernels.allocation.layers.gated import FACTORS, GatedLayer
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 
 class RankMasks:
     """Which ranks are kept, on the layers' device, and the only place that writes gates and rank plans.
 
-    keep        bool (Σ r,), layers in model order: the last mask
-    frozen      names of the layers that no longer train
-    frozen_ranks  bool (Σ r,): the ranks of these
-    all_active  whether the plans say ACTIVE everywhere (but in frozen layers), as between two masks
-    changes     how often the states of ranks may have changed: who reads them from the device need not read again
-                while it stays the same (where the allocator is not captured in a graph)
+    All ranks are ACTIVE from the moment the allocator is made. After a mask, masked ranks are PROBE until the next
+    optimizer step, which moves their gates away from zero; between masks (deltaT > 1) every rank is ACTIVE. Ranks of a
+    frozen layer are DEAD, or ACTIVE where it was to keep them.
 
-    layers      the layers, with whole factors
-    own         the same layers with the parameters that the optimizer trains: shards, where processes share them out
+    Attributes:
+        keep: bool (Σ r,), layers in model order: the last mask.
+        frozen: Names of the layers that no longer train.
+        frozen_ranks: bool (Σ r,): the ranks of these.
+        all_active: True if the plans say ACTIVE everywhere (but in frozen layers), as between two masks.
+        changes: How often the states of ranks may have changed: while it stays the same, states that were read from the
+            device are up to date (where the allocator is not captured in a graph).
+        layers: The layers by name, with whole factors.
+        own: The same layers with the parameters that the optimizer trains: shards, where processes share them out.
+        ranks: The rank of every layer by name.
+        layout: Where the factors lie for the kernels.
+        kernels: What computes on the layers' device.
     """
 
-    def __init__(
-        self, layers: Mapping[str, GatedLayer], kernels: AllocationKernels, sharded: ShardedFactors | None = None
-    ) -> None:
-        self.layers = dict(layers)
-        self.own: Mapping[str, GatedLayer] = self.layers if sharded is None else sharded.own
-        self._sharded = sharded
-        self.ranks = {name: layer.lora_E.shape[0] for name, layer in self.own.items()}
-        self.layout = FactorLayout.of(
-            [(layer.lora_A.shape[0], layer.lora_A.shape[1], layer.lora_B.shape[0]) for layer in self.own.values()]
-        )
+    def __init__(self, layers: AdaptedLayers, kernels: AllocationKernels) -> None:
+        self._layers = layers
+        self.layers: Mapping[str, GatedLayer] = dict(layers.whole)
+        self.own = layers.own
+        self.ranks = layers.ranks
+        self.layout = FactorLayout.of([(r, k, n) for r, n, k in layers.shapes().values()])
         self.kernels = kernels
-        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=common_device(self.own))
+        self.keep = torch.ones(self.layout.total_rank, dtype=torch.bool, device=layers.device)
         self.frozen: tuple[str, ...] = ()
         self.frozen_ranks = torch.zeros_like(self.keep)
         self.changes = 0
@@ -52,20 +55,19 @@ class RankMasks:
     def device(self) -> torch.device:
         return self.keep.device
 
-    def to_(self, device: torch.device, kernels: AllocationKernels) -> None:
-        """Follow the layers to another device."""
+    def follow(self, device: torch.device, kernels: AllocationKernels) -> None:
+        """Compute on this device with these kernels from now on, since the layers have moved there."""
         self.keep = self.keep.to(device)
         self.frozen_ranks = self.frozen_ranks.to(device)
         self.kernels = kernels
 
     def gates(self) -> list[Tensor]:
         """lora_E of every layer."""
-        return factors_of(self.layers.values(), "lora_E")
+        return self._layers.factors("lora_E")
 
     def fresh_gates(self) -> list[Tensor]:
         """lora_E of every layer as it is now; collective where the factors are sharded over processes."""
-        if self._sharded is not None:
-            self._sharded.forget()
+        self._layers.forget()
         return self.gates()
 
     def plans(self) -> list[RankPlan]:
@@ -94,8 +96,7 @@ class RankMasks:
 
     def check_writable(self) -> None:
         """Raise RuntimeError where the layers' own gates cannot be written now: see `ShardedFactors`."""
-        if self._sharded is not None:
-            self._sharded.check_writable()
+        self._layers.check_writable()
 
     def write_masked(self, masked: RankState, mask_now: Tensor | None = None) -> None:
         """Gates outside the mask become zero and their ranks `masked`; see `AllocationKernels.apply` for mask_now."""
@@ -147,8 +148,7 @@ class RankMasks:
 
     def _written(self, masked: RankState | None) -> None:
         """States and gates of all layers are written; masked: None for all ranks ACTIVE."""
-        if self._sharded is not None:
-            self._sharded.store_gates()
+        self._layers.store_gates()
         if masked is not self._masked:
             self._masked = masked
             self.changes += 1
@@ -163,13 +163,3 @@ class RankMasks:
                 layer.rank_plan.update_(states)
                 with torch.no_grad():
                     layer.lora_E.mul_(keep.unsqueeze(1))
-
-
-def common_device(layers: Mapping[str, GatedLayer]) -> torch.device:
-    """The device of all layers; raises ValueError where they are on several."""
-    gates = factors_of(layers.values(), "lora_E")
-    devices = {gate.device: name for name, gate in zip(layers, gates, strict=True)}
-    if len(devices) > 1:
-        found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-        raise ValueError(f"layers: found {found}, expected all of them on one device")
-    return next(iter(devices))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from peftkernels.allocation.layers.gated import FACTORS
 from peftkernels.allocation.layers.sharding import local_part
-from peftkernels.allocation.run.state import check_state, unpack_state
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
+from peftkernels.allocation.run.parts import RunParts
+from peftkernels.allocation.run.state import check_state, pack_state, unpack_state
 
 
 @dataclass(frozen=True)
@@ -40,42 +39,40 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in (*self.state.values(), *self.parameters, *moments))
 
 
-def take_snapshot(allocator: BudgetAllocator) -> Snapshot:
+def take_snapshot(parts: RunParts, optimizer: Optimizer | None) -> Snapshot:
     """What `BudgetAllocator.snapshot` returns."""
-    parameters = trained_parameters(allocator)
-    optimizer = allocator.optimizer
+    parameters = trained_parameters(parts, optimizer)
     moments = None if optimizer is None else tuple(_copied(optimizer.state.get(p, {})) for p in parameters)
     copies = tuple(local_part(parameter).clone() for parameter in parameters)
-    return Snapshot(allocator.steps, allocator.state_dict(), copies, moments)
+    return Snapshot(parts.progress.steps, pack_state(parts), copies, moments)
 
 
 @torch.no_grad()
-def restore_snapshot(allocator: BudgetAllocator, token: Snapshot) -> None:
+def restore_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapshot) -> None:
     """What `BudgetAllocator.rollback` does. Everything is checked before the first change."""
-    parameters = check_snapshot(allocator, token)
-    allocator.masks.check_writable()
-    optimizer = allocator.optimizer
+    parameters = check_snapshot(parts, optimizer, token)
+    parts.masks.check_writable()
     if optimizer is not None and token.moments is not None:
         for parameter, moments in zip(parameters, token.moments, strict=False):
             _write_back(optimizer.state, parameter, moments)
     torch._foreach_copy_([local_part(own) for own in parameters], list(token.parameters[: len(parameters)]))
-    unpack_state(allocator, token.state)
+    unpack_state(parts, token.state)
 
 
-def check_snapshot(allocator: BudgetAllocator, token: Snapshot) -> list[Tensor]:
+def check_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapshot) -> list[Tensor]:
     """The parameters that a token of this allocator is about; raises TypeError or ValueError for any other token."""
     if not isinstance(token, Snapshot):
         raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
-    facts, _ = check_state(allocator, token.state)
+    facts, _ = check_state(parts, token.state)
     if facts["step"] != token.step:
         raise ValueError(f"token: found step {token.step} beside a state of step {facts['step']}, expected the same")
-    parameters = trained_parameters(allocator)
+    parameters = trained_parameters(parts, optimizer)
     # A token from before `attach`, or one used after `detach`, is about the factors alone.
     pairs = list(zip(parameters, token.parameters, strict=False))
-    factors = len(allocator.masks.layers) * len(FACTORS)
+    factors = len(parts.masks.layers) * len(FACTORS)
     if len(token.parameters) < factors:
         raise ValueError(f"token: found {len(token.parameters)} parameters, expected at least the {factors} factors")
-    attached = allocator.optimizer is not None and token.moments is not None
+    attached = optimizer is not None and token.moments is not None
     expected = "as the allocator's optimizer trains now"
     for index, (own, kept) in enumerate(pairs):
         if (shape := local_part(own).shape) != kept.shape:
@@ -87,11 +84,11 @@ def check_snapshot(allocator: BudgetAllocator, token: Snapshot) -> list[Tensor]:
     return parameters[: len(pairs) if attached else factors]
 
 
-def trained_parameters(allocator: BudgetAllocator) -> list[Tensor]:
+def trained_parameters(parts: RunParts, optimizer: Optimizer | None) -> list[Tensor]:
     """The adapters' factors, and after them what else the attached optimizer trains."""
-    factors: list[Tensor] = [getattr(layer, factor) for layer in allocator.masks.own.values() for factor in FACTORS]
+    factors: list[Tensor] = [getattr(layer, factor) for layer in parts.masks.own.values() for factor in FACTORS]
     known = {id(factor) for factor in factors}
-    groups = [] if allocator.optimizer is None else allocator.optimizer.param_groups
+    groups = [] if optimizer is None else optimizer.param_groups
     return factors + [p for group in groups for p in group["params"] if id(p) not in known]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,49 +14,51 @@ from peftkernels._module_names import names_without_wrappers
 from peftkernels._reading import check_flag, check_not_below_zero, check_object, check_whole, shown
 from peftkernels.allocation.run.decision import Decision
 from peftkernels.allocation.run.json_tensor import METADATA, decode, encode
+from peftkernels.allocation.run.parts import RunParts
 from peftkernels.allocation.run.state_checks import check_floats, check_settings, check_tensor, fact, part
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
 
 _FORMAT = 2
 _STRATEGY = "strategy."
 
 
-def pack_state(allocator: BudgetAllocator) -> dict[str, Tensor]:
+def pack_state(parts: RunParts) -> dict[str, Tensor]:
     """Copies of all tensors, contiguous and without shared memory, with everything else as JSON under "metadata"."""
-    decision = allocator.decision
+    progress = parts.progress
+    decision = progress.decision
     facts = {
-        **_identity(allocator),
-        "step": allocator.steps,
-        "nonfinite_steps": allocator.nonfinite_steps,
-        "undecided_steps": allocator.undecided_steps,
-        "informed": allocator.informed,
-        "skipped_steps": allocator.skipped_steps,
-        "rollbacks": allocator.rollbacks,
-        "released": allocator.released,
-        "all_active": allocator.all_active,
-        "frozen": list(allocator.frozen),
+        **_identity(parts),
+        "step": progress.steps,
+        "nonfinite_steps": progress.nonfinite_steps,
+        "undecided_steps": progress.undecided_steps,
+        "informed": bool(progress.informed),
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+        "released": progress.released,
+        "all_active": parts.all_active,
+        "frozen": list(parts.masks.frozen),
         "decision": None if decision is None else {"step": decision.step, "budget": decision.budget},
     }
-    tensors = {"keep": allocator.masks.keep, "losses": allocator.statistics.pending_losses}
+    tensors = {"keep": parts.masks.keep, "losses": parts.statistics.pending_losses}
     if decision is not None:
         tensors |= {"decision.scores": decision.scores, "decision.thresholds": decision.thresholds}
-    if not allocator.released:
+    if not parts.progress.released:
         # Afterwards nobody asks the strategy again, whatever it has kept.
-        tensors |= {_STRATEGY + name: tensor for name, tensor in allocator.strategy.tensors().items()}
+        tensors |= {_STRATEGY + name: tensor for name, tensor in parts.strategy.tensors().items()}
     owned = {name: own.detach().clone(memory_format=torch.contiguous_format) for name, own in tensors.items()}
     return {METADATA: encode(facts), **owned}
 
 
-def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """The JSON part and the tensors of a state that belongs to `allocator`, with its names of the layers. Raises
-    ValueError, without a change, for any other."""
+def check_state(parts: RunParts, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Return the JSON part and the tensors of a state of this allocator, with its own names of the layers.
+
+    Raises:
+        ValueError: For a state of another allocator.
+    """
     facts = decode(state)
     found = facts.get("format")
     if found != _FORMAT:
         raise ValueError(f"state: found format {shown(found)}, expected {_FORMAT} as given by state_dict()")
-    expected = _identity(allocator)
+    expected = _identity(parts)
     for name in ("settings", "ranks"):
         check_object(facts.get(name), fact(name))
     if facts.get("strategy") != expected["strategy"]:
@@ -65,47 +67,52 @@ def check_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> tupl
     check_settings(facts["settings"], expected["settings"], "an allocator")
     _check_layers(facts, expected)
     _check_facts(facts)
-    keep = allocator.masks.keep
+    keep = parts.masks.keep
     check_tensor(state, "keep", keep.shape, keep.dtype)
     check_floats(state, "losses", None)
     if facts["decision"] is not None:
         check_floats(state, "decision.scores", keep.shape)
-        shares = len(allocator.statistics.shares.shares)
+        shares = len(parts.statistics.shares.shares)
         check_floats(state, "decision.thresholds", torch.Size([shares]))
     if not facts["released"]:
-        _check_strategy(allocator, part(state, _STRATEGY))
+        _check_strategy(parts, part(state, _STRATEGY))
     return facts, state
 
 
-def unpack_state(allocator: BudgetAllocator, state: Mapping[str, Tensor]) -> None:
-    """Write a state into the allocator and the layers' rank plans. Raises ValueError, before any change, where it
-    belongs to another allocator; where writing fails or is interrupted, the allocator is what it was."""
-    facts, state = check_state(allocator, state)
-    allocator.masks.check_writable()
-    before = pack_state(allocator)
-    gates = [gate.detach().clone() for gate in allocator.masks.gates()]
+def unpack_state(parts: RunParts, state: Mapping[str, Tensor]) -> None:
+    """Write a state into the allocator and the layers' rank plans.
+
+    Where writing fails or is interrupted, the allocator is what it was.
+
+    Raises:
+        ValueError: Before any change, for a state of another allocator.
+    """
+    facts, state = check_state(parts, state)
+    parts.masks.check_writable()
+    before = pack_state(parts)
+    gates = [gate.detach().clone() for gate in parts.masks.gates()]
     try:
-        _write(allocator, facts, state)
+        _write(parts, facts, state)
     except BaseException:
-        _write(allocator, decode(before), before)
+        _write(parts, decode(before), before)
         with torch.no_grad():
-            torch._foreach_copy_(allocator.masks.gates(), gates)
+            torch._foreach_copy_(parts.masks.gates(), gates)
         raise
 
 
-def _write(allocator: BudgetAllocator, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    strategy, bus = allocator.strategy, allocator.statistics
+def _write(parts: RunParts, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    strategy, statistics = parts.strategy, parts.statistics
     if not facts["released"]:
-        if allocator.released:
-            strategy.begin(bus)
-        strategy.load(part(state, _STRATEGY), bus)
-    elif not allocator.released:
+        if parts.progress.released:
+            strategy.begin(statistics)
+        strategy.load(part(state, _STRATEGY), statistics)
+    elif not parts.progress.released:
         strategy.release()
     decision = None
     if facts["decision"] is not None:
         scores, thresholds = state["decision.scores"].clone(), state["decision.thresholds"].clone()
         decision = Decision(facts["decision"]["step"], facts["decision"]["budget"], scores, thresholds)
-    allocator.take_over(facts, state["keep"], decision, state["losses"])
+    parts.restore(facts, state["keep"], decision, state["losses"])
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
@@ -155,22 +162,22 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def _identity(allocator: BudgetAllocator) -> dict[str, Any]:
+def _identity(parts: RunParts) -> dict[str, Any]:
     """What must be the same in the allocator that a state is loaded into, as JSON gives it back."""
-    settings = {**asdict(allocator.settings), **allocator.strategy.facts()}
-    if allocator.settings.budget is None:
+    settings = {**asdict(parts.settings), **parts.strategy.facts()}
+    if parts.settings.budget is None:
         del settings["budget"]
     else:
         # The order of the groups says which of them has a layer that matches two.
         settings["budget"]["groups"] = list(settings["budget"]["groups"].items())
-    shares = allocator.statistics.shares
+    shares = parts.statistics.shares
     if shares.unit != "ranks":
-        settings["costs"] = dict(zip(allocator.statistics.names, shares.costs, strict=True))
+        settings["costs"] = dict(zip(parts.statistics.names, shares.costs, strict=True))
     identity = {
         "format": _FORMAT,
-        "strategy": allocator.strategy.name,
+        "strategy": parts.strategy.name,
         "settings": settings,
-        "ranks": allocator.masks.ranks,
+        "ranks": parts.masks.ranks,
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
@@ -190,10 +197,10 @@ def _check_layers(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None
         )
 
 
-def _check_strategy(allocator: BudgetAllocator, found: Mapping[str, Tensor]) -> None:
-    strategy = allocator.strategy
-    if allocator.released:
-        strategy.begin(allocator.statistics)
+def _check_strategy(parts: RunParts, found: Mapping[str, Tensor]) -> None:
+    strategy = parts.strategy
+    if parts.progress.released:
+        strategy.begin(parts.statistics)
     try:
         expected = strategy.tensors()
         for name, tensor in expected.items():
@@ -202,5 +209,5 @@ def _check_strategy(allocator: BudgetAllocator, found: Mapping[str, Tensor]) -> 
         if unknown:
             raise ValueError(f"state[{_STRATEGY + unknown[0]!r}]: found a tensor that the strategy does not know")
     finally:
-        if allocator.released:
+        if parts.progress.released:
             strategy.release()

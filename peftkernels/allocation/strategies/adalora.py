@@ -37,7 +37,7 @@ class AdaLora(Strategy):
     def update(self, bus: Statistics) -> None:
         assert self._averages is not None
         update = self._averages.update(bus.skip)
-        bus.finite, bus.missing = update.finite, update.missing
+        bus.report(update.finite, update.missing)
 
     def scores(self, bus: Statistics) -> Tensor:
         assert self._averages is not None

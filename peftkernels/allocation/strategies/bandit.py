@@ -102,8 +102,7 @@ class Bandit(GroupShares):
         state = self._state
         budget = bus.shares.budget(bus.step)
         loss = float(bus.loss)
-        finite = bus.gates_finite() if bus.finite is None else bus.finite
-        if budget >= self.full_cost or not math.isfinite(loss) or not finite:
+        if budget >= self.full_cost or not math.isfinite(loss) or not bus.finite:
             return
         state["losses"][0] += loss
         state["losses"][1] += 1

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,10 +17,20 @@ from peftkernels.allocation.budget.module_groups import projection_type
 from peftkernels.allocation.files import read_kind, write_json
 from peftkernels.allocation.layers.gated import GatedLayer
 
-if TYPE_CHECKING:
-    from peftkernels.allocation.run.engine import BudgetAllocator
-
 _KIND = "peftkernels rank pattern"
+
+
+class DecidedRanks(Protocol):
+    """What of an allocator a prior is made of."""
+
+    @property
+    def layers(self) -> Mapping[str, GatedLayer]:
+        """The layers by name."""
+        ...
+
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """Return for every layer which ranks the last decision kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,10 @@ class RankPrior:
     modules: tuple[PriorModule, ...]
 
     @classmethod
-    def of(cls, allocator: BudgetAllocator) -> RankPrior:
-        """What `allocator` has decided last."""
+    def of(cls, allocator: DecidedRanks) -> RankPrior:
+        """Take what an allocator has decided last."""
         kept = {name: sum(own) for name, own in allocator.rank_pattern().items()}
-        return cls.from_ranks(allocator.masks.layers, kept)
+        return cls.from_ranks(allocator.layers, kept)
 
     @classmethod
     def from_ranks(cls, layers: Mapping[str, GatedLayer], kept: Mapping[str, int]) -> RankPrior:

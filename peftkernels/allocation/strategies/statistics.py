@@ -1,78 +1,91 @@
-"""The statistics bus: what every strategy may look at, one number per rank, on the layers' device."""
+"""What every strategy may look at: one number per rank, on the layers' device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from peftkernels.allocation.budget.budgets import Shares
 from peftkernels.allocation.budget.selection import select_under_cost
-from peftkernels.allocation.layers.gated import FACTORS, GatedLayer
-from peftkernels.allocation.layers.sharding import ShardedFactors
-
-if TYPE_CHECKING:
-    from peftkernels.allocation.kernels import AllocationKernels
+from peftkernels.allocation.kernels import AllocationKernels
+from peftkernels.allocation.layers.adapted import AdaptedLayers
 
 
 class Statistics:
     """Per-rank statistics of all layers, computed when asked for and kept until the next optimizer step.
 
     Vectors are (Σ r,), layers in model order, float32 (float64 where a factor is float64), and stay on the layers'
-    device: no property synchronises with the host.
+    device: no property synchronises with the host. Where factors are sharded over processes, `layers` have whole ones,
+    gathered when they are looked at: strategies need not know.
 
-    names, ranks   layers by module path, and the rank of each
-    layers         the layers themselves
-    shares         the budget bound to the layers
-    costs          (Σ r,) what each rank costs in the budget's unit
-    module_index   (Σ r,) int64, the layer of each rank
-    loss           the mean of the losses given to the allocator for this step, 0-dim, detached; None without any
-    step           the optimizer step that is being made, from 1 on; 0 where a captured step cannot tell the host
-    skip           None, or a 0-dim bool tensor: True asks every statistic to stay as it is
-    finite         None, or a 0-dim bool tensor: whether the step's gradients were finite. A strategy that looks at more
-                   of them than the gates' sets it in `update`, as `smooth_` does; otherwise the gates' are judged
-
-    Where factors are sharded over processes, `layers` have whole ones, gathered when they are looked at: strategies
-    need not know.
+    Attributes:
+        names: The layers' module paths.
+        layers: The layers themselves.
+        ranks: The rank of each layer.
+        shares: The budget bound to the layers.
+        kernels: What computes on the layers' device.
+        loss: The mean of the losses given to the allocator for this step, 0-dim, detached; None without any.
+        step: The optimizer step that is being made, from 1 on; 0 where a captured step cannot tell the host.
+        skip: None, or a 0-dim bool tensor: True asks every statistic to stay as it is.
+        missing: Factors, by name, that were looked at in this step and have no gradient.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, GatedLayer],
-        kernels: AllocationKernels,
-        shares: Shares,
-        *,
-        exact: bool,
-        sharded: ShardedFactors | None = None,
-    ) -> None:
-        # Asking a whole factor for its dtype would gather it.
-        self._own: Mapping[str, GatedLayer] = layers if sharded is None else sharded.own
-        self.names = list(layers)
-        self.layers = list(layers.values())
-        self.ranks = [layer.lora_E.shape[0] for layer in self._own.values()]
+    def __init__(self, layers: AdaptedLayers, kernels: AllocationKernels, shares: Shares, *, exact: bool) -> None:
+        self._layers = layers
+        self.names = list(layers.whole)
+        self.layers = list(layers.whole.values())
+        self.ranks = list(layers.ranks.values())
         self.kernels = kernels
         self.shares = shares
         self.loss: Tensor | None = None
         self._losses: list[Tensor] = []
         self.step = 0
         self.skip: Tensor | None = None
-        self.finite: Tensor | None = None
         self.missing: tuple[str, ...] = ()
-        self.device_budgets: Tensor | None = None
+        self._finite: Tensor | None = None
+        self._budgets: Tensor | None = None
         self._exact = exact
         self._kept: dict[str, Tensor] = {}
         self._constants: dict[tuple[str, torch.device], Tensor] = {}
 
-    def begin_step(self, step: int = 0) -> None:
-        """Forget what was computed from the factors and gradients of the step before, and take the step's losses."""
-        self.step = step
+    def begin_step(self, step: int = 0, *, skip: Tensor | None = None, budgets: Tensor | None = None) -> None:
+        """Forget what was computed from the factors and gradients of the step before, and take the step's losses.
+
+        Args:
+            step: The optimizer step that is being made; 0 where the host does not know it.
+            skip: 0-dim bool tensor or None; True asks every statistic to stay as it is.
+            budgets: The budget of every share, (S,), on the device, where the step is captured; None where the host has
+                the schedule.
+        """
+        self.step, self.skip, self._budgets = step, skip, budgets
         self.forget()
-        self.finite = None
+        self._finite = None
         self.missing = ()
         self.loss = self.pending_losses.mean() if self._losses else None
         self._losses.clear()
+
+    def report(self, finite: Tensor, missing: Sequence[str] = ()) -> None:
+        """Say what was found in the gradients of this step; `Strategy.update` calls it, directly or by `smooth_`.
+
+        A strategy that looks at more gradients than the gates' reports them; otherwise the gates' are judged.
+
+        Args:
+            finite: 0-dim bool tensor, True if all gradients that were looked at are finite.
+            missing: Factors, by name, that have no gradient.
+        """
+        self._finite = finite if self._finite is None else self._finite & finite
+        self.missing = tuple(dict.fromkeys((*self.missing, *missing)))
+
+    @property
+    def finite(self) -> Tensor:
+        """0-dim bool, True if the gradients of this step are finite: those reported, or the gates' where none were."""
+        return self._once("finite gates", self._gates_finite) if self._finite is None else self._finite
+
+    def follow(self, kernels: AllocationKernels) -> None:
+        """Compute with these kernels from now on, since the layers have moved to another device."""
+        self.kernels = kernels
 
     def prepare(self) -> None:
         """Compute now what does not change, so that a captured step copies nothing to the device."""
@@ -83,7 +96,7 @@ class Statistics:
         self._kept.clear()
 
     def take_loss(self, loss: Tensor | float) -> None:
-        """A loss of the step that is being made; several count as their mean."""
+        """Take a loss of the step that is being made; several count as their mean."""
         if isinstance(loss, Tensor):
             value = loss.detach().to(device=self.device, dtype=torch.promote_types(loss.dtype, torch.float32))
         else:
@@ -97,33 +110,20 @@ class Statistics:
         """The losses given since the last step, (n,)."""
         return torch.stack(self._losses) if self._losses else torch.zeros(0, device=self.device)
 
-    @pending_losses.setter
-    def pending_losses(self, losses: Tensor) -> None:
+    def restore_losses(self, losses: Tensor) -> None:
+        """Take over the `pending_losses` of a saved run, and forget what was computed for this one."""
+        self.forget()
         self._losses = [loss.clone() for loss in losses.to(self.device).unbind()]
-
-    def gates_finite(self) -> Tensor:
-        """Whether every gradient of a gate is finite, 0-dim bool; those that are missing are."""
-        gradients = [layer.lora_E.grad for layer in self.layers if layer.lora_E.grad is not None]
-        if not gradients:
-            return torch.ones((), dtype=torch.bool, device=self.device)
-        return torch.isfinite(self._join(gradients)).all()
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._own.values())).lora_E.device
+        """The layers' device."""
+        return next(iter(self._layers.own.values())).lora_E.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dtype_of(self._own)
-
-    @staticmethod
-    def dtype_of(layers: Mapping[str, GatedLayer]) -> torch.dtype:
-        """The dtype of statistics over these layers: float32, or float64 where a factor is."""
-        dtype = torch.float32
-        for layer in layers.values():
-            for factor in FACTORS:
-                dtype = torch.promote_types(dtype, getattr(layer, factor).dtype)
-        return dtype
+        """The dtype of per-rank statistics: float32, or float64 where a factor is."""
+        return self._layers.dtype
 
     @property
     def total(self) -> int:
@@ -141,9 +141,8 @@ class Statistics:
 
         def join() -> Tensor:
             gradients = [layer.lora_E.grad for layer in self.layers]
-            self.missing = tuple(
-                f"{name}.lora_E" for name, grad in zip(self.names, gradients, strict=True) if grad is None
-            )
+            missing = [f"{name}.lora_E" for name, grad in zip(self.names, gradients, strict=True) if grad is None]
+            self.missing = tuple(dict.fromkeys((*self.missing, *missing)))
             pairs = zip(self.layers, gradients, strict=True)
             return self._join([torch.zeros_like(layer.lora_E) if grad is None else grad for layer, grad in pairs])
 
@@ -185,7 +184,7 @@ class Statistics:
     def smooth_(self, average: Tensor, value: Tensor, beta: float) -> None:
         """average ← beta·average + (1-beta)·value, in place, unless value is not finite somewhere or `skip` holds."""
         finite = torch.isfinite(value).all()
-        self.finite = finite if self.finite is None else self.finite & finite
+        self.report(finite)
         taken = finite if self.skip is None else finite & ~self.skip
         torch.where(taken, average * beta + value * (1 - beta), average, out=average)
 
@@ -208,8 +207,8 @@ class Statistics:
 
     def share_budget(self, share: int, step: int) -> float | Tensor:
         """What one of the shares may cost after `step`; on the device where the step is captured."""
-        if self.device_budgets is not None:
-            return self.device_budgets[share]
+        if self._budgets is not None:
+            return self._budgets[share]
         return self.shares.shares[share].schedule(step)[0]
 
     @property
@@ -226,6 +225,13 @@ class Statistics:
             self._constant(f"share {index}", lambda share=share: positions(share.members))  # type: ignore[misc]
             for index, share in enumerate(self.shares.shares)
         ]
+
+    def _gates_finite(self) -> Tensor:
+        """Return True (0-dim bool) if every gradient of a gate is finite; those that are missing are."""
+        gradients = [layer.lora_E.grad for layer in self.layers if layer.lora_E.grad is not None]
+        if not gradients:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        return torch.isfinite(self._join(gradients)).all()
 
     def _select(self, scores: Tensor, ranks: Tensor | None, share: int, step: int) -> tuple[Tensor, Tensor]:
         budget = self.share_budget(share, step)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from peftkernels.allocation.strategies.statistics import Statistics
+from peftkernels.allocation.strategies.statistics import Statistics
 
 
 class Strategy:
