@@ -18,7 +18,7 @@ _MOST_NAMED = 24
 
 
 def draw_budget(history: History, losses: tuple[Sequence[int], Sequence[float]], look: Look) -> Figure:
-    """Live ranks beside the budget, the threshold on a logarithmic axis, and the loss where it is known."""
+    """ACTIVE ranks beside the budget, the threshold on a logarithmic axis, and the loss where it is known."""
     log = history.log
     panels = 2 + bool(losses[0])
     figure = Figure(figsize=(_WIDTH, 0.5 + 2.5 * panels), layout="constrained")
@@ -92,7 +92,7 @@ def draw_churn(history: History, look: Look) -> Figure:
 
 
 def draw_together(histories: dict[str, History], look: Look) -> Figure:
-    """Live ranks of several runs over their steps, as shares of their ranks at the start."""
+    """ACTIVE ranks of several runs over their steps, as shares of their ranks at the start."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axis = figure.subplots()
     for index, (name, history) in enumerate(histories.items()):

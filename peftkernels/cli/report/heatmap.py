@@ -46,7 +46,7 @@ def _is_layer(part: str) -> bool:
 
 
 class RankHistory:
-    """Live ranks arranged by projection and layer.
+    """ACTIVE ranks arranged by projection and layer.
 
     Args:
         modules: names of the adapted modules.
@@ -84,7 +84,7 @@ class RankHistory:
         return np.stack([self.over_time(projection)[:, -1] for projection in self.projections])
 
     def totals(self) -> np.ndarray:
-        """Live ranks altogether after each step."""
+        """ACTIVE ranks altogether after each step."""
         return self.live.sum(1)
 
 

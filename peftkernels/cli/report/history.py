@@ -74,7 +74,7 @@ class History:
 
     @property
     def live_now(self) -> int:
-        """Live ranks at the end of the log."""
+        """ACTIVE ranks at the end of the log."""
         return int(self.live[-1].sum()) if len(self.live) else self.log.total_ranks
 
     @cached_property
@@ -89,7 +89,7 @@ class History:
         return sum(module.cost * module.rank for module in self.log.modules)
 
     def over_time(self) -> tuple[np.ndarray, tuple[float, float]]:
-        """Live ranks at evenly spaced steps (times × M, at most 1200 times), and the steps at the edges of the first
+        """ACTIVE ranks at evenly spaced steps (times × M, at most 1200 times), and the steps at the edges of the first
         and last; between decisions they stay, before the first all are live."""
         first, last = self.log.first_step + 1, max(self.log.last_step, self.log.first_step + 1)
         columns = min(MOST_COLUMNS, last - first + 1)
@@ -146,7 +146,7 @@ class History:
         return {"": first} if same else found
 
     def groups(self) -> dict[str, tuple[int, int]]:
-        """Live ranks and all ranks of each group."""
+        """ACTIVE ranks and all ranks of each group."""
         sums: dict[str, tuple[int, int]] = {}
         for row in self.rows:
             live, total = sums.get(row.group, (0, 0))

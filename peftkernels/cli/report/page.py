@@ -149,7 +149,7 @@ def _pictures(stem: str, history: History, losses: Any) -> list[Picture]:
             f"{stem}-live-ranks.png",
             f"Heatmap of the ACTIVE ranks of {len(log.modules)} matrices over {log.last_step} steps, by "
             f"{ranks.rows}{'' if ranks.rows == 'module' else ' and projection'}",
-            "Live ranks over time. Bright keeps all of its ranks, dark has lost them.",
+            "ACTIVE ranks over time. Bright keeps all of its ranks, dark has lost them.",
             *_both(lambda look: draw_heatmap(ranks, most, span)),
         ),
         Picture(
@@ -192,7 +192,7 @@ def _together(histories: Mapping[str, History], anchors: Mapping[str, str], coll
     picture = Picture(
         "together-live-ranks.png",
         f"Curves of the ACTIVE ranks of {len(names)} runs over their steps",
-        "Live ranks of all runs.",
+        "ACTIVE ranks of all runs.",
         *_both(lambda look: draw_together(dict(histories), look)),
     )
     accuracies = {name: collected.outcome(name).get("accuracy") for name in names}
