@@ -44,7 +44,7 @@ def extension_arguments(required: bool) -> dict[str, Any]:
 
     # The environment's ninja, which is on nobody's path when pip is called by its full name.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     cuda_sources = [*(ROOT / "csrc" / "cuda").glob("*.cu")]
     use_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(cuda_sources)
     extension = cpp_extension.CUDAExtension if use_cuda else cpp_extension.CppExtension

@@ -8,22 +8,21 @@
 #include <string>
 #include <vector>
 
-#include "cpu/allocation.h"
-#include "cpu/lora_linear.h"
-#include "cpu/memory.h"
-#include "cpu/pack_cache.h"
-#include "cpu/product.h"
-#include "direct_call.h"
+#include "cpu/allocation/operators.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/gemm/product.h"
+#include "cpu/packs/memory.h"
+#include "cpu/packs/pack_cache.h"
 #include "fork.h"
+#include "operators.h"
+#include "python_call.h"
 
 namespace py = pybind11;
 using namespace peftkernels;
 
 // The schemas are declared in peftkernels/ops/schemas.py and allocation.py, the first of which is imported first.
 TORCH_LIBRARY_IMPL(peftkernels, CPU, m) {
-  m.impl("lora_linear_fwd.cpu", cpu::lora_linear_forward);
-  m.impl("lora_linear_bwd.cpu", cpu::lora_linear_backward);
-  m.impl("lora_shrink.cpu", cpu::lora_shrink);
+  register_operators<cpu::backend>(m);
   m.impl("allocation_averages.cpu", cpu::update_averages);
   m.impl("allocation_scores.cpu", cpu::rank_scores);
   m.impl("allocation_mask.cpu", cpu::apply_mask);
@@ -98,11 +97,11 @@ std::optional<std::string> pack_refusal(const at::Tensor& weight) {
   return refusal == cpu::Refusal::Limit ? "limit" : "memory";
 }
 
-// The entry that `functional.py` tries first; the arguments are what `dispatch.py` says of this process.
+// The entry that `functional.lora_linear` tries first; the arguments are what `backends.registry` says of this process.
 py::object direct_call(
     const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan,
     const py::function& second_derivatives) {
-  set_direct_call(automatic, named, rank_plan.ptr(), second_derivatives.ptr());
+  set_direct_call(cpu::backend, automatic, named, rank_plan.ptr(), second_derivatives.ptr());
   return py::reinterpret_steal<py::object>(make_direct_call());
 }
 

@@ -142,7 +142,7 @@ def sharing_disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
 
 
 def direct_call(second_derivatives: Callable[..., list[Tensor | None]]) -> Callable[..., Tensor | None] | None:
-    """The C++ entry for plain calls on the C++ kernels (csrc/direct_call.h), or None where they cannot run.
+    """The C++ entry for plain calls on the C++ kernels (csrc/python_call.h), or None where they cannot run.
 
     It is told what `choose` answers for each dtype of x, and leaves to Python every call whose choice depends on more.
     """

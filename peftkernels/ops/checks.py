@@ -1,6 +1,6 @@
 """What the operators ask of their arguments: for the overloads that are written in Python, and for every fake.
 
-csrc/cpu/check_call.h says the same for the C++ kernels.
+csrc/check_call.h says the same for the C++ kernels.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_the_node_is_named(seed: int) -> None:
     call = make_call(seed)
     node = _apply(_leaves(call), call).grad_fn
     assert node is not None
-    assert node.name() == "torch::autograd::CppNode<peftkernels::cpu::LoraLinearBackward>"
+    assert node.name() == "torch::autograd::CppNode<peftkernels::LoraLinearBackward>"
 
 
 def test_only_asked_gradients_are_computed(seed: int) -> None:

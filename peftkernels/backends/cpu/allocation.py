@@ -1,4 +1,4 @@
-"""The allocation kernels in C++ (csrc/cpu/allocation*.cpp)."""
+"""The allocation kernels in C++ (csrc/cpu/allocation/)."""
 
 from __future__ import annotations
 
