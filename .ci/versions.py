@@ -1,8 +1,8 @@
 """The exact versions that were tested together, as a file of constraints for pip.
 
-    python .ci/versions.py write         print those of this environment, kept back by TORCH and HOLD (Makefile)
-    python .ci/versions.py check FILE    say so when the file is for another Python than this one
-    python .ci/versions.py triton FILE   print its line of Triton, unless this environment's torch asks for a release
+- `python .ci/versions.py write` prints those of this environment, kept back by TORCH and HOLD (Makefile).
+- `python .ci/versions.py check FILE` says so when the file is for another Python than this one.
+- `python .ci/versions.py triton FILE` prints its line of Triton, unless this environment's torch asks for a release.
 """
 
 from __future__ import annotations

@@ -34,13 +34,14 @@ LAST_LOSSES = 20
 class Point:
     """One training.
 
-    rank      at the start
-    target    average rank at the end under AdaLoRA's allocator; equal to `rank` for gated layers of fixed rank; None
-              for LoRA
-    lr        learning rate of the adapters at its peak
-    scale     what multiplies B·A or B·diag(E)·A
-    orth      weight of the orthogonality term
-    gate_lr   the gates' learning rate over `lr`
+    Attributes:
+        rank: at the start.
+        target: average rank at the end under AdaLoRA's allocator; equal to `rank` for gated layers of fixed rank; None
+            for LoRA.
+        lr: learning rate of the adapters at its peak.
+        scale: what multiplies B·A or B·diag(E)·A.
+        orth: weight of the orthogonality term.
+        gate_lr: the gates' learning rate over `lr`.
     """
 
     rank: int

@@ -51,20 +51,23 @@ MINILM_MODULES, LLAMA_MODULES = 36, 56
 class Case:
     """One measurement.
 
-    operator   LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; STRATEGIES:
-               one step by each strategy; TRAINING: one whole training step of `model`
-    direction  of a layer: FORWARD without gradients, or BACKWARD: forward, then ∂x and every adapter gradient; of the
-               allocator: "", or ORTHOGONALITY: the value of the orthogonality term and its gradient besides
-    K, N, M    inputs and outputs of the layer, rows of x; M is the tokens of a training step's batch
-    r          ranks of the adapter
-    masking    "": a LoRA layer, no gate. PROBE or DEAD: an AdaLoRA layer with a gate, of whose ranks `live` percent are
-               ACTIVE and the others in that state
-    dtype      a name of DTYPES
-    dropout    probability with which elements of the adapter's input are dropped
-    bias       whether the layer has one
-    modules    how many modules the allocator decides on, or have an adapter in the model
-    timing     CALLS: a call from start to end. On a GPU also GRAPH: the same calls replayed from a CUDA graph; and
-               ENQUEUE: the host's time to enqueue a call, whatever the device does with it
+    Attributes:
+        operator: LAYER: one linear layer with an adapter; ALLOCATOR: one step of AdaLoRA's rank allocation; STRATEGIES:
+            one step by each strategy; TRAINING: one whole training step of `model`.
+        direction: of a layer: FORWARD without gradients, or BACKWARD: forward, then ∂x and every adapter gradient; of
+            the allocator: "", or ORTHOGONALITY: the value of the orthogonality term and its gradient besides.
+        K: inputs of the layer.
+        N: outputs of the layer.
+        M: rows of x; the tokens of a training step's batch.
+        r: ranks of the adapter.
+        masking: "": a LoRA layer, no gate. PROBE or DEAD: an AdaLoRA layer with a gate, of whose ranks `live` percent
+            are ACTIVE and the others in that state.
+        dtype: a name of DTYPES.
+        dropout: probability with which elements of the adapter's input are dropped.
+        bias: True if the layer has one.
+        modules: how many modules the allocator decides on, or have an adapter in the model.
+        timing: CALLS: a call from start to end. On a GPU also GRAPH: the same calls replayed from a CUDA graph; and
+            ENQUEUE: the host's time to enqueue a call, whatever the device does with it.
     """
 
     operator: str = LAYER
@@ -103,7 +106,7 @@ class Case:
 
     @property
     def trains(self) -> bool:
-        """Whether a layer's case computes gradients."""
+        """True where a layer's case computes gradients."""
         return self.direction == BACKWARD
 
     @property
@@ -201,7 +204,8 @@ def all_cases() -> list[Case]:
 def select(patterns: Sequence[str]) -> list[Case]:
     """The cases that one of `patterns` names: a group, a glob over ids, or a part of an id. All of them without one.
 
-    Raises ValueError for a pattern that names no case.
+    Raises:
+        ValueError: a pattern names no case.
     """
     if not patterns:
         return all_cases()

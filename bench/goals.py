@@ -57,7 +57,7 @@ class Goal:
 
     @property
     def speedup(self) -> bool:
-        """Whether more is better."""
+        """True where more is better."""
         return self.measure == SPEEDUP
 
     def value(self, row: Row) -> float:
@@ -84,7 +84,7 @@ class Reached:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the goal is reached; None where not all of its cases were measured."""
+        """True if the goal is reached; None where not all of its cases were measured."""
         if self.value is None or self.cells < self.expected:
             return None
         return self.value >= self.goal.limit if self.goal.speedup else self.value <= self.goal.limit

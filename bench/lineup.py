@@ -46,9 +46,10 @@ NOWHERE, MIDDLE_WIDTHS, EVERYWHERE = "nowhere", "at the middle widths", "in ever
 class Extent:
     """Who takes part beside the usual contestants.
 
-    compiled  where peft under torch.compile does; compiling takes ten to forty seconds on two cores, once for each
-              layer and pass
-    large     whether eager LoRA and all of peft's layers do in large cases, too
+    Attributes:
+        compiled: where peft under torch.compile does; compiling takes ten to forty seconds on two cores, once for each
+            layer and pass.
+        large: True where eager LoRA and all of peft's layers do in large cases, too.
     """
 
     compiled: str = MIDDLE_WIDTHS
@@ -59,7 +60,7 @@ USUAL, BRIEF, FULL = Extent(), Extent(compiled=NOWHERE), Extent(compiled=EVERYWH
 
 
 def compiles(case: Case, extent: Extent = USUAL) -> bool:
-    """Whether peft under torch.compile takes part."""
+    """Return True if peft under torch.compile takes part."""
     if case.operator in (ALLOCATOR, STRATEGIES, TRAINING) or case.masking:
         return False
     usual = case.dtype == "fp32" and case.r == 16 and not case.dropout and case.bias

@@ -8,10 +8,10 @@ adapters, where the two drop other elements: speed and what was served alone, ov
 `--json` keeps all figures, by default as `bench/results/peft-backend-<machine>.json`, which `make report` makes the
 page about HF peft from. The file has:
 
-date, commit        when, and of what
-versions, machine   of the packages and of what they ran on
-threads             of torch
-rows                what `Row` holds, by its names, for every training
+- `date, commit`: when, and of what
+- `versions, machine`: of the packages and of what they ran on
+- `threads`: of torch
+- `rows`: what `Row` holds, by its names, for every training
 """
 
 from __future__ import annotations
@@ -63,16 +63,19 @@ Inputs = dict[str, Tensor]
 class Row:
     """One model under one kind of adapter, trained for ``steps``.
 
-    dropout               of the adapters; above 0 the two models' gradients and losses cannot be compared
-    gradient_error        the largest ‖found − stock‖/‖stock‖ over all parameters, in the first step; None with dropout
-    loss_distance         the largest difference of losses over all steps; None with dropout
-    stock_milliseconds    median over the counted steps, as is ``milliseconds``, the patched one's
-    speed                 median over these steps of stock's time by the patched one's, with quartiles
-    rounds, discarded     pairs of steps that count; those left out because other processes disturbed them
-    disturbed             most were disturbed: the times are not to be relied on
-    served, fell_back     adapter calls of the patched model on our kernels and on peft's code
-    allocation_served, allocation_fell_back
-                          the same of AdaLoRA's own work; None for the others
+    Attributes:
+        dropout: of the adapters; above 0 the two models' gradients and losses cannot be compared.
+        gradient_error: the largest ‖found − stock‖/‖stock‖ over all parameters, in the first step; None with dropout.
+        loss_distance: the largest difference of losses over all steps; None with dropout.
+        stock_milliseconds: median over the counted steps, as is ``milliseconds``, the patched one's.
+        speed: median over these steps of stock's time by the patched one's, with quartiles.
+        rounds: pairs of steps that count.
+        discarded: those left out because other processes disturbed them.
+        disturbed: most were disturbed: the times are not to be relied on.
+        served: adapter calls of the patched model on our kernels.
+        fell_back: those on peft's code.
+        allocation_served: steps of AdaLoRA's own work on our kernels; None for the others.
+        allocation_fell_back: those on peft's code; None for the others.
     """
 
     model: str

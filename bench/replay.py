@@ -85,7 +85,8 @@ def replay(
         histogram: prefix of the SVG files it draws, one for each case.
         compare: JSON of an earlier run; the table of both is printed.
 
-    Raises RuntimeError, with pytest's output, where that fails.
+    Raises:
+        RuntimeError: that failed; with pytest's output.
     """
     import pytest
 

@@ -34,12 +34,14 @@ class ResultsError(Exception):
 class Row:
     """Times are microseconds a call; ratios are of the same round, below 1 when faster; None where a figure cannot be.
 
-    ratio                 this contestant over the frozen layer or model
-    ours_ratio            peftkernels over this contestant
-    roofline_percent      the least time that operations and bytes need at this machine's measured peaks, over median_us
-    saved_bytes           kept for the backward pass beside the parameters
-    disturbed             most rounds were disturbed by other processes: not to be relied on
-    device                what it ran on: "cpu", or the name of a GPU; processor and threads are the host's
+    Attributes:
+        ratio: this contestant over the frozen layer or model.
+        ours_ratio: peftkernels over this contestant.
+        roofline_percent: the least time that operations and bytes need at this machine's measured peaks, over
+            median_us.
+        saved_bytes: kept for the backward pass beside the parameters.
+        disturbed: most rounds were disturbed by other processes: not to be relied on.
+        device: what it ran on: "cpu", or the name of a GPU; processor and threads are the host's.
 
     Columns with a default may be missing in a file: it was written before they were there.
     """

@@ -106,8 +106,8 @@ class Work:
 def work(case: Case, contestant: str) -> Work:
     """What a layer's contestant has to do; DEAD ranks are no work, PROBE ranks are only where the gate has a gradient.
 
-    forward  2·M·N·K + 2·M·r·(K + N) operations; x, W, bias, A, B and y
-    backward 2·M·N·K for ∂x and 4·M·r·(K + N) for H, ∂A, ∂B and the adapter's part of ∂x; G, W, x, A, B, ∂x, ∂A, ∂B
+    - forward: 2·M·N·K + 2·M·r·(K + N) operations; x, W, bias, A, B and y
+    - backward: 2·M·N·K for ∂x and 4·M·r·(K + N) for H, ∂A, ∂B and the adapter's part of ∂x; G, W, x, A, B, ∂x, ∂A, ∂B
     """
     m, n, k = case.M, case.N, case.K
     wide, narrow = (dtype.itemsize for dtype in data.dtypes(case))

@@ -87,7 +87,7 @@ class ProductBench:
 
     @property
     def recorded(self) -> bool:
-        """Whether calls are replayed from a graph."""
+        """True where calls are replayed from a graph."""
         return self.product.m <= GRAPH_ROWS
 
     def add(self, choice: Choice) -> None:
@@ -139,18 +139,18 @@ class ProductBench:
                 call(i)
 
     def _bare(self, i: int) -> Tensor:
-        given, weight = self._inputs[i % len(self._inputs)], self._weights[i % len(self._weights)]
-        return F.linear(given, weight) if self._forward else torch.mm(given, weight)
+        operand, weight = self._inputs[i % len(self._inputs)], self._weights[i % len(self._weights)]
+        return F.linear(operand, weight) if self._forward else torch.mm(operand, weight)
 
     def _call(self, i: int) -> Tensor:
-        given, weight = self._inputs[i % len(self._inputs)], self._weights[i % len(self._weights)]
+        operand, weight = self._inputs[i % len(self._inputs)], self._weights[i % len(self._weights)]
         forward, backward = self._operators
         shared = (None, None, None, None, SCALING, None, 0.0, None)
         if self._forward:
-            y: Tensor = forward(given, weight, self._lora_A, self._lora_B, None, *shared, False)[0]
+            y: Tensor = forward(operand, weight, self._lora_A, self._lora_B, None, *shared, False)[0]
             return y
         needs = [True, False, False, False, False, False]
-        grad_x: Tensor = backward(given, None, weight, self._lora_A, self._lora_B, None, None, *shared, needs)[0]
+        grad_x: Tensor = backward(operand, None, weight, self._lora_A, self._lora_B, None, None, *shared, needs)[0]
         return grad_x
 
     def _check(self, name: str, found: Tensor) -> None:
@@ -167,22 +167,23 @@ class ProductBench:
     def _right(self) -> tuple[Tensor, Tensor]:
         """In plain PyTorch, and exactly, in the rows that are compared."""
         operands = (self._inputs[0], self._weights[0], self._lora_A, self._lora_B)
-        given = operands[0][self._rows].double()
-        return self._formula(*operands)[self._rows], self._formula(given, *(each.double() for each in operands[1:]))
+        operand = operands[0][self._rows].double()
+        return self._formula(*operands)[self._rows], self._formula(operand, *(each.double() for each in operands[1:]))
 
-    def _formula(self, given: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def _formula(self, operand: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         if self._forward:
-            return F.linear(given, weight) + F.linear(F.linear(given, lora_A), lora_B) * SCALING
-        return given @ weight + (given @ lora_B) @ lora_A * SCALING
+            return F.linear(operand, weight) + F.linear(F.linear(operand, lora_A), lora_B) * SCALING
+        return operand @ weight + (operand @ lora_B) @ lora_A * SCALING
 
 
 @dataclass
 class Tuned:
     """What a run found.
 
-    wrong     what computed something else, or broke after it had computed the right thing
-    broken    candidates that could not run at all, by name, with the reason
-    left_out  products that time was too short for
+    Attributes:
+        wrong: what computed something else, or broke after it had computed the right thing.
+        broken: candidates that could not run at all, by name, with the reason.
+        left_out: products that time was too short for.
     """
 
     entries: list[Entry] = field(default_factory=list)

@@ -1,10 +1,9 @@
 """What survives a kill: every file is written beside its place, flushed to the disk, and moved there in one step.
 
-arguments.json     what the demo was started with; ``--resume`` refuses others
-training.pt        the training in progress
-runs/<name>.pt     a finished training: final weights, masks, loss curve, accuracy
-runs/<name>/decisions.jsonl
-                   what was decided about ranks, where something was
+- `arguments.json`: what the demo was started with; ``--resume`` refuses others
+- `training.pt`: the training in progress
+- `runs/<name>.pt`: a finished training: final weights, masks, loss curve, accuracy
+- `runs/<name>/decisions.jsonl`: what was decided about ranks, where something was
 """
 
 from __future__ import annotations

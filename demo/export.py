@@ -37,8 +37,10 @@ MOST_DIFFERENCE = 1e-4
 class Export:
     """One saved adapter.
 
-    difference, largest_logit   greatest difference between the trained model's logits and those of HF peft with the
-                                files loaded onto a fresh encoder, and greatest logit; None where peft is not installed
+    Attributes:
+        difference: greatest difference between the trained model's logits and those of HF peft with the files loaded
+            onto a fresh encoder; None where peft is not installed.
+        largest_logit: greatest logit; None where peft is not installed.
     """
 
     run: str
@@ -48,7 +50,7 @@ class Export:
 
     @property
     def holds(self) -> bool:
-        """Whether peft computes the same, as far as it could be asked."""
+        """True if peft computes the same, or is not installed."""
         if self.difference is None or self.largest_logit is None:
             return True
         return self.difference <= MOST_DIFFERENCE * self.largest_logit

@@ -25,10 +25,12 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class Prepared:
     """The demo's inputs.
 
-    directory, model_name   where the encoder was loaded from, and what adapters name as their base model
-    named                   share of the texts that contain their label as a word
-    order                   indices of the training texts in each step's batch
-    arguments               what decides the bits of the result; a resumed training must agree in all of it
+    Attributes:
+        directory: where the encoder was loaded from.
+        model_name: what adapters name as their base model.
+        named: share of the texts that contain their label as a word.
+        order: indices of the training texts in each step's batch.
+        arguments: what decides the bits of the result; a resumed training must agree in all of it.
     """
 
     directory: Path

@@ -21,14 +21,18 @@ TITLES = {
 class Recipe:
     """Hyperparameters of all runs.
 
-    steps                   optimizer steps of each training
-    lora_rank, lora_alpha   fixed-rank adapters; scaling lora_alpha / lora_rank
-    init_rank, target_rank  AdaLoRA's ranks per matrix at the start and, on average, at the end
-    adalora_alpha           AdaLoRA's scaling is adalora_alpha / init_rank
-    tinit, tfinal           AdaLoRA's steps before the budget starts to fall and after it has reached its target
-    delta_t                 steps between two allocations
-    lora_learning_rate, adalora_learning_rate
-                            of the adapters; gated ones need more, see docs/learning-rate-and-scale.md
+    Attributes:
+        steps: optimizer steps of each training.
+        lora_rank: of fixed-rank adapters.
+        lora_alpha: their scaling is lora_alpha / lora_rank.
+        init_rank: AdaLoRA's ranks per matrix at the start.
+        target_rank: AdaLoRA's ranks per matrix at the end, on average.
+        adalora_alpha: AdaLoRA's scaling is adalora_alpha / init_rank.
+        tinit: AdaLoRA's steps before the budget starts to fall.
+        tfinal: AdaLoRA's steps after it has reached its target.
+        delta_t: steps between two allocations.
+        lora_learning_rate: of plain factors.
+        adalora_learning_rate: of gated ones, which need more: docs/learning-rate-and-scale.md.
     """
 
     steps: int

@@ -23,8 +23,10 @@ MOST_DIFFERENCE = 1e-3
 class RunFigures:
     """One row of the table; None where a figure does not apply.
 
-    live_ranks, total_ranks    over all adapted matrices, at the end of the training
-    saved_bytes                kept for backward by one forward pass on the largest batch of the training
+    Attributes:
+        live_ranks: ACTIVE ranks of all adapted matrices at the end of the training.
+        total_ranks: all their ranks.
+        saved_bytes: kept for backward by one forward pass on the largest batch of the training.
     """
 
     name: str
@@ -43,9 +45,11 @@ class RunFigures:
 class Agreement:
     """peftkernels beside peft from the same start.
 
-    loss_difference         largest relative difference of cross-entropy and differentiated loss over the first steps
-    steps                   how many steps that is
-    same_masks, all_masks   ranks whose final state (kept, masked) is the same, of how many
+    Attributes:
+        loss_difference: largest relative difference of cross-entropy and differentiated loss over the first steps.
+        steps: how many steps that is.
+        same_masks: ranks whose final state (kept, masked) is the same.
+        all_masks: of how many.
     """
 
     ours: str
@@ -57,7 +61,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the losses agree within 1e-3; false when one is not finite."""
+        """True if the losses agree within 1e-3; False when one is not finite."""
         return self.loss_difference <= MOST_DIFFERENCE
 
 
@@ -168,7 +172,7 @@ def accuracy_note(test_documents: int, labels: int, named: float) -> str:
 
 
 def agreement_note(agreement: Agreement) -> str:
-    """Whether the two libraries trained alike."""
+    """What to say of how alike the two libraries trained."""
     verdict = "agree" if agreement.holds else "DO NOT AGREE"
     masks = ""
     if agreement.ours == "adalora":

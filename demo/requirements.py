@@ -17,5 +17,5 @@ def missing_packages(options: Options) -> list[str]:
 
 
 def has_peft() -> bool:
-    """Whether HF peft, the demo's peer, is installed."""
+    """Return True if HF peft, the demo's peer, is installed."""
     return importlib.util.find_spec("peft") is not None

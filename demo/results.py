@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Whether the losses agree with peft's and peft computes the same with the saved adapters."""
+        """True if the losses agree with peft's and peft computes the same with the saved adapters."""
         return all(a.holds for a in self.agreements) and all(e.holds for e in self.exports)
 
 

@@ -21,9 +21,10 @@ from peftkernels.nn import AdaLoRALinear, LoRALinear
 class Start:
     """What all runs start from.
 
-    base       frozen encoder with the seeded head; runs take copies that share the frozen weights
-    adaptable  names of the encoder's linear modules that get an adapter
-    seed       seeds the adapters' initial values, which HF peft's runs copy
+    Attributes:
+        base: frozen encoder with the seeded head; runs take copies that share the frozen weights.
+        adaptable: names of the encoder's linear modules that get an adapter.
+        seed: seeds the adapters' initial values, which HF peft's runs copy.
     """
 
     base: TextClassifier
@@ -35,7 +36,8 @@ class Start:
 class Run:
     """One training. ``step`` does all that a training step costs; ``state_dict`` holds all that continues it.
 
-    gated  whether the adapters have gates, and AdaLoRA's learning rate
+    Attributes:
+        gated: True where the adapters have gates, and AdaLoRA's learning rate.
     """
 
     gated = False

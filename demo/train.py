@@ -24,10 +24,12 @@ EVALUATION_BATCH = 64
 class Record:
     """What one training leaves behind.
 
-    losses, total_losses  cross-entropy, and what was differentiated, of each step
-    live_ranks            per step: ACTIVE ranks of each adapted module, in the order of ``modules``
-    milliseconds          wall time of each step in the training loop, undisturbed or not
-    halfway               the run's whole state after half of the steps, where its step time is measured
+    Attributes:
+        losses: cross-entropy of each step.
+        total_losses: what was differentiated, of each step.
+        live_ranks: per step: ACTIVE ranks of each adapted module, in the order of ``modules``.
+        milliseconds: wall time of each step in the training loop, undisturbed or not.
+        halfway: the run's whole state after half of the steps, where its step time is measured.
     """
 
     name: str

@@ -125,7 +125,7 @@ def full() -> dict[str, tuple[Case, ...]]:
 
 
 def compiles(case: Case) -> bool:
-    """Whether peft under torch.compile takes part: where it has been compiled, more rows cost no second compilation."""
+    """Return True if peft under torch.compile takes part: once it is compiled, more rows cost no second compilation."""
     if case.operator == ALLOCATOR:
         return False
     usual = case.dtype == "bf16" and not case.masking and not case.dropout and not case.timing and case.r == RANK
@@ -136,8 +136,8 @@ def contestants(case: Case, *, peft: bool = True, compiled: bool = False) -> tup
     """Names of everyone in the case, the bare library product first and ours last; an allocator has peft's beside it.
 
     Args:
-        peft: whether HF peft is there.
-        compiled: whether torch.compile may be called for cases that `compiles` names.
+        peft: HF peft is there.
+        compiled: torch.compile may be called for cases that `compiles` names.
     """
     if case.operator == ALLOCATOR:
         return lineup.PEFT_ALLOCATOR, lineup.OURS

@@ -153,7 +153,7 @@ def find(name: str) -> Device:
 
 
 def answers(device: Device) -> bool:
-    """Whether the device still computes: after a fault of a kernel it refuses everything."""
+    """Return True if the device still computes: after a fault of a kernel it refuses everything."""
     try:
         torch.ones(1, device=device.place).add_(1)
         device.synchronize()

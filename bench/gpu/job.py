@@ -31,9 +31,10 @@ ENQUEUED_CALLS = 32
 class Found:
     """What a run found.
 
-    failed    ids of cases whose results were wrong, or whose code broke, with the reason
-    left_out  what was not measured, with the reason
-    served    by id, which implementation computed ours and which way its products went
+    Attributes:
+        failed: ids of cases whose results were wrong, or whose code broke, with the reason.
+        left_out: what was not measured, with the reason.
+        served: by id, which implementation computed ours and which way its products went.
     """
 
     measured: list[Measured] = field(default_factory=list)

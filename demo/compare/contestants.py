@@ -29,8 +29,9 @@ ALL = "all"
 class Earlier:
     """What trainings before have found, for those contestants that start from it.
 
-    ranks      ACTIVE ranks by module at the end of an earlier training
-    candidate  what a search over budgets chose
+    Attributes:
+        ranks: ACTIVE ranks by module at the end of an earlier training.
+        candidate: what a search over budgets chose.
     """
 
     ranks: Mapping[str, int] | None = None
@@ -41,13 +42,14 @@ class Earlier:
 class Contestant:
     """One way to spend a budget of ranks.
 
-    build        the training at its first step; the start's recipe has the contestant's setting
-    budgeted     whether its budget falls during the training, so that delta_t means something to it
-    chooses      whether it looks at the training to decide where ranks are: what the comparison is about
-    unit         what is equal at the end: "ranks", or "parameters" of the ACTIVE ranks where costs are the point
-    learns_from  the contestant whose best training of the tuning it takes the final ranks of
-    search       the search that tunes it, in place of the grid
-    freezes      whether it may take whole modules out of the training
+    Attributes:
+        build: the training at its first step; the start's recipe has the contestant's setting.
+        budgeted: True if its budget falls during the training, so that delta_t means something to it.
+        chooses: True if it looks at the training to decide where ranks are: what the comparison is about.
+        unit: what is equal at the end: "ranks", or "parameters" of the ACTIVE ranks where costs are the point.
+        learns_from: the contestant whose best training of the tuning it takes the final ranks of.
+        search: the search that tunes it, in place of the grid.
+        freezes: True if it may take whole modules out of the training.
     """
 
     name: str

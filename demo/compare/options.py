@@ -21,11 +21,12 @@ DEFAULT_OUT = Path("peftkernels-comparison")
 class ComparisonOptions:
     """As ``python -m demo --help`` describes them.
 
-    allocators  names from the command line, "all" among them allowed
-    demo        the options that a comparison shares with the demo; ``seed`` is the first of the seeds
-    seeds       how many seeds the comparison uses
-    jobs        trainings side by side
-    threads     processor threads of each
+    Attributes:
+        allocators: names from the command line, "all" among them allowed.
+        demo: the options that a comparison shares with the demo; ``seed`` is the first of the seeds.
+        seeds: how many seeds the comparison uses.
+        jobs: trainings side by side.
+        threads: processor threads of each.
     """
 
     allocators: tuple[str, ...]

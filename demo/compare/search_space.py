@@ -17,8 +17,9 @@ PHASES = {"tinit": (0.0, 0.3), "tfinal": (0.1, 0.5)}
 class OuterSearch:
     """A search that tunes a contestant: the sampler of `BudgetSearch`, and whether few ACTIVE ranks count too.
 
-    for_few  False: highest validation accuracy at the comparison's target. True: also the target is searched, with few
-             parameters in ACTIVE ranks as the second objective, and there is a front of best trade-offs
+    Attributes:
+        for_few: False: highest validation accuracy at the comparison's target. True: also the target is searched, with
+            few parameters in ACTIVE ranks as the second objective, and there is a front of best trade-offs.
     """
 
     sampler: str

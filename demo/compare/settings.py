@@ -18,12 +18,13 @@ VALIDATION, TEST = "validation", "test"
 class Setting:
     """What tuning, search and the sensitivity grid vary.
 
-    learning_rate  of the adapters
-    scale          lora_alpha over the rank at the start: what the low-rank product is multiplied with
-    target_rank    ranks per adapted matrix at the end, on average; of fixed-rank adapters, of each
-    delta_t        steps between two allocations
-    candidate      where a search chose the setting: all that it chose, the schedule and the groups' shares too
-    prior          the key of the training whose final ranks this one starts from
+    Attributes:
+        learning_rate: of the adapters.
+        scale: lora_alpha over the rank at the start: what the low-rank product is multiplied with.
+        target_rank: ranks per adapted matrix at the end, on average; of fixed-rank adapters, of each.
+        delta_t: steps between two allocations.
+        candidate: where a search chose the setting: all that it chose, the schedule and the groups' shares too.
+        prior: the key of the training whose final ranks this one starts from.
     """
 
     learning_rate: float
@@ -60,7 +61,8 @@ class Setting:
 class Trial:
     """One training: whose, from which seed, with which setting, and which texts its accuracy is measured on.
 
-    held_out  TEST: the test texts. VALIDATION: texts taken out of the training texts, never the test texts
+    Attributes:
+        held_out: TEST: the test texts. VALIDATION: texts taken out of the training texts, never the test texts.
     """
 
     contestant: str
@@ -91,19 +93,21 @@ class Trial:
 class Design:
     """What is compared, decided before anything is trained.
 
-    initial_rank               ranks per adapted matrix at the start of a falling budget
-    target_rank, delta_t       what strategies are compared at
-    learning_rates, scales     the grid that every contestant is tuned on: wide enough for plain factors, which start at
-                               zero and learn at 0.001 to 0.003, and for gated ones, products of three small factors,
-                               which need more
-    tuning_seeds               not used by the comparison itself
-    search_trials              how many settings each search tries: two generations of NSGA-II's
-    search_batch               how many of them it chooses at a time, so that the number of jobs does not change what it
-                               chooses
-    target_ranks, delta_ts     sensitivity: each is varied while the other stays
-    sensitivity_seeds          how many of the comparison's seeds it uses, from the first on
-    loss_level                 convergence: this share of ln(labels), what guessing costs
-    orthogonality_weight       of every contestant with gates
+    Attributes:
+        initial_rank: ranks per adapted matrix at the start of a falling budget.
+        target_rank: ranks that strategies are compared at.
+        delta_t: steps between two allocations that they are compared at.
+        learning_rates: the grid that every contestant is tuned on: wide enough for plain factors, which start at zero
+            and learn at 0.001 to 0.003, and for gated ones, products of three small factors, which need more.
+        scales: the same of scales.
+        tuning_seeds: not used by the comparison itself.
+        search_trials: how many settings each search tries: two generations of NSGA-II's.
+        search_batch: how many of them it chooses at a time, so that the number of jobs does not change what it chooses.
+        target_ranks: sensitivity: varied while `delta_t` stays.
+        delta_ts: sensitivity: varied while `target_rank` stays.
+        sensitivity_seeds: how many of the comparison's seeds it uses, from the first on.
+        loss_level: convergence: this share of ln(labels), what guessing costs.
+        orthogonality_weight: of every contestant with gates.
     """
 
     initial_rank: int = 6

@@ -24,12 +24,12 @@ class Interval:
 
     @property
     def above_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """True if the whole interval is."""
         return self.low is not None and self.low > 0
 
     @property
     def below_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """True if the whole interval is."""
         return self.high is not None and self.high < 0
 
 

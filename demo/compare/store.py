@@ -1,9 +1,9 @@
 """What a comparison keeps: one small file for each training, so that one that was killed goes on where it was.
 
-arguments.json      what decides the bits of every training; ``--resume`` refuses others
-runs/<trial>.json   a finished training
-timing.json         step times of all contestants
-comparison.json     the outcome
+- `arguments.json`: what decides the bits of every training; ``--resume`` refuses others
+- `runs/<trial>.json`: a finished training
+- `timing.json`: step times of all contestants
+- `comparison.json`: the outcome
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_contestants_are_verified(bench: parts.Parts, monkeypatch: pytest.Monkey
     assert failures.refused == {f"specialised {tile}": "RuntimeError: no such warps"}
 
 
-def test_launches_are_kept_apart(bench: parts.Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_run_without_overlap_where_that_is_named(bench: parts.Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(launch, "INTERPRETED", False)
 
@@ -76,7 +76,7 @@ def test_launches_are_kept_apart(bench: parts.Parts, monkeypatch: pytest.MonkeyP
         return (torch.zeros(()),)
 
     monkeypatch.setattr(parts.torch.ops.peftkernels, "lora_linear_fwd", SimpleNamespace(triton=forward))
-    for end in ("", parts.APART):
+    for end in ("", parts.WITHOUT_OVERLAP):
         bench._build(f"tail tma-64x128x64-4w-4s{end}")(0)
     assert seen == [(True, "tail:tma-64x128x64-4w-4s"), (False, "tail:tma-64x128x64-4w-4s")]
     assert launch.overlaps(torch.device("cpu"))
@@ -140,7 +140,7 @@ def _made_up() -> dict[str, Any]:
 
     ratios = {
         "plain tma-128x256x64-8w-3s": 1.25, "specialised tma-128x128x64-4w-4s": 1.0, "shrink": 0.05,
-        "shrink, library": 0.06, "tail tma-128x256x64-8w-3s": 1.02, "tail tma-128x256x64-8w-3s, apart": 1.05,
+        "shrink, library": 0.06, "tail tma-128x256x64-8w-3s": 1.02, "tail tma-128x256x64-8w-3s, without overlap": 1.05,
         "single tma-128x256x64-8w-3s": 1.01, parts.AFTER: 1.09, parts.FIRST: 1.08,
     }  # fmt: skip
     product = {"direction": "forward", "dtype": "bfloat16", "m": 8192, "n": 4096, "k": 4096}

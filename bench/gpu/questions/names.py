@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PLAIN, SPECIALISED, APART = "plain", "specialised", ", apart"
+PLAIN, SPECIALISED, WITHOUT_OVERLAP = "plain", "specialised", ", without overlap"
 SHRINK, LIBRARY_SHRINK = "shrink", "shrink, library"
 AFTER, FIRST = "library, S·Bᵀ after", "library, S·Bᵀ first"
 FROZEN = "frozen"

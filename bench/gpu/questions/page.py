@@ -8,7 +8,6 @@ from typing import Any
 from ...page_tables import markdown
 from .names import (
     AFTER,
-    APART,
     FIRST,
     FROZEN,
     KINDS,
@@ -17,6 +16,7 @@ from .names import (
     PLAIN,
     SHRINK,
     SPECIALISED,
+    WITHOUT_OVERLAP,
     training,
 )
 
@@ -81,20 +81,20 @@ def _median(ratios: Ratios, name: str | None) -> str:
     return "–" if name is None or name not in ratios else f"{ratios[name]['median']:.3f}"
 
 
-def _of_kind(ratios: Ratios, kind: str, apart: bool = False) -> str | None:
-    """The one contestant of a kind, its launches overlapping or apart; None where it could not run."""
-    return next((n for n in ratios if n.startswith(f"{kind} ") and n.endswith(APART) == apart), None)
+def _of_kind(ratios: Ratios, kind: str, overlap: bool = True) -> str | None:
+    """The one contestant of a kind, its launches overlapping or not; None where it could not run."""
+    return next((n for n in ratios if n.startswith(f"{kind} ") and n.endswith(WITHOUT_OVERLAP) != overlap), None)
 
 
 def _composed(products: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for each in products:
         ratios: Ratios = each["ratios"]
-        tail, apart = _of_kind(ratios, "tail"), _of_kind(ratios, "tail", apart=True)
+        tail, serial = _of_kind(ratios, "tail"), _of_kind(ratios, "tail", overlap=False)
         hidden = "–"
-        if tail is not None and apart is not None:
-            hidden = f"{each['bare_us'] * (ratios[apart]['median'] - ratios[tail]['median']):+.1f}"
-        names = (SHRINK, LIBRARY_SHRINK, tail, apart)
+        if tail is not None and serial is not None:
+            hidden = f"{each['bare_us'] * (ratios[serial]['median'] - ratios[tail]['median']):+.1f}"
+        names = (SHRINK, LIBRARY_SHRINK, tail, serial)
         single = _median(ratios, _of_kind(ratios, "single"))
         libraries = [_median(ratios, name) for name in (AFTER, FIRST)]
         measured = [f"{each['bare_us']:.0f}", *(_median(ratios, name) for name in names), hidden, single, *libraries]
@@ -102,7 +102,7 @@ def _composed(products: Sequence[Mapping[str, Any]]) -> list[str]:
     if not lines:
         return []
     header = [
-        "K×N", "M", "library, µs", "shrink", "shrink by the library", "tail", "tail, apart", "hidden, µs", "single",
+        "K×N", "M", "library, µs", "shrink", "shrink by the library", "tail", "tail, without overlap", "hidden, µs", "single",
         "S·Bᵀ after", "S·Bᵀ first",
     ]  # fmt: skip
     title = "*The forward pass and its parts, r = 16: time over the bare library product's*"

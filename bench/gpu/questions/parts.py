@@ -1,14 +1,14 @@
 """The parts of one frozen product, and the ways to put them together, each beside the bare library product.
 
-plain TILE              our GEMM by itself: the tail's kernel with no rank to add
-specialised TILE        the same with a warp that only loads; see `specialised`
-shrink                  x·Aᵀ by our kernels
-shrink, library         x·Aᵀ by the library
-tail TILE               the shrink, then the GEMM with its tail, whose launches overlap
-tail TILE, apart        the same without overlap
-single TILE             both in one launch
-library, S·Bᵀ after     the library's product, then `addmm_` of S·Bᵀ onto it; S is there
-library, S·Bᵀ first     S·Bᵀ, then the library's product onto it; S is there
+- `plain TILE`: our GEMM by itself: the tail's kernel with no rank to add
+- `specialised TILE`: the same with a warp that only loads; see `specialised`
+- `shrink`: x·Aᵀ by our kernels
+- `shrink, library`: x·Aᵀ by the library
+- `tail TILE`: the shrink, then the GEMM with its tail, whose launches overlap
+- `tail TILE, without overlap`: the same, one launch after the other
+- `single TILE`: both in one launch
+- `library, S·Bᵀ after`: the library's product, then `addmm_` of S·Bᵀ onto it; S is there
+- `library, S·Bᵀ first`: S·Bᵀ, then the library's product onto it; S is there
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..device import Cuda, Device
 from ..layer import copies, normal
 from ..verify import poisoned_allocations, sampled_rows
 from . import specialised
-from .names import AFTER, APART, FIRST, LIBRARY_SHRINK, PLAIN, SHRINK, SPECIALISED
+from .names import AFTER, FIRST, LIBRARY_SHRINK, PLAIN, SHRINK, SPECIALISED, WITHOUT_OVERLAP
 
 BARE = "F.linear"
 BRIEF, LONG = Effort(0.0, 3, 1.0), Effort(0.3, 7, 2.0)
@@ -49,9 +49,10 @@ Call = Callable[[int], Tensor]
 class Found:
     """What was measured of a product.
 
-    bare    seconds of the bare library product, median
-    ratios  every contestant's time over the bare product's in the same round
-    rounds  that count
+    Attributes:
+        bare: seconds of the bare library product, median.
+        ratios: every contestant's time over the bare product's in the same round.
+        rounds: that count.
     """
 
     product: Product
@@ -131,17 +132,17 @@ class Parts:
         return self._inputs[i % len(self._inputs)], self._weights[i % len(self._weights)]
 
     def _bare(self, i: int) -> Tensor:
-        given, weight = self._operands(i)
-        return F.linear(given, weight) if self._forward else torch.mm(given, weight)
+        operand, weight = self._operands(i)
+        return F.linear(operand, weight) if self._forward else torch.mm(operand, weight)
 
     def _build(self, name: str) -> Call:
-        kind, _, tile = name.removesuffix(APART).partition(" ")
+        kind, _, tile = name.removesuffix(WITHOUT_OVERLAP).partition(" ")
         if kind == PLAIN:
             return self._plain(tiles.tile(tile))
         if kind == SPECIALISED:
             return self._specialised(tiles.tile(tile))
         if kind in (TAIL, SINGLE):
-            return self._fused(Choice(kind, tile), name.endswith(APART))
+            return self._fused(Choice(kind, tile), overlap=not name.endswith(WITHOUT_OVERLAP))
         return {
             SHRINK: self._shrink,
             LIBRARY_SHRINK: lambda i: F.linear(self._operands(i)[0], self._lora_A),
@@ -158,9 +159,9 @@ class Parts:
         right = left.new_zeros((self._columns, 16) if self._forward else (16, self._columns))
 
         def call(i: int) -> Tensor:
-            given, weight = self._operands(i)
-            out = given.new_empty((m, self._columns))
-            product(given, weight, out, None, left, right, None, self._nothing, 1.0, 16)
+            operand, weight = self._operands(i)
+            out = operand.new_empty((m, self._columns))
+            product(operand, weight, out, None, left, right, None, self._nothing, 1.0, 16)
             return out
 
         return call
@@ -172,12 +173,12 @@ class Parts:
             raise RuntimeError(reason)
         return lambda i: specialised.product(tile, *self._operands(i))
 
-    def _fused(self, choice: Choice, apart: bool) -> Call:
+    def _fused(self, choice: Choice, overlap: bool) -> Call:
         forward = torch.ops.peftkernels.lora_linear_fwd.triton
         rest = (None, None, None, None, None, SCALING, None, 0.0, None, False)
 
         def call(i: int) -> Tensor:
-            with routes.forced(choice), launch.apart() if apart else nullcontext():
+            with routes.forced(choice), nullcontext() if overlap else launch.apart():
                 y: Tensor = forward(*self._operands(i), self._lora_A, self._lora_B, *rest)[0]
             return y
 
@@ -188,15 +189,15 @@ class Parts:
         return shrink
 
     def _after(self, i: int) -> Tensor:
-        given, weight = self._operands(i)
-        return F.linear(given, weight).addmm_(self._shrinks[i % len(self._shrinks)], self._lora_B.T, alpha=SCALING)
+        operand, weight = self._operands(i)
+        return F.linear(operand, weight).addmm_(self._shrinks[i % len(self._shrinks)], self._lora_B.T, alpha=SCALING)
 
     def _first(self, i: int) -> Tensor:
-        given, weight = self._operands(i)
+        operand, weight = self._operands(i)
         # The factors' product needs its scaling too: alpha of an `addmm` onto nothing.
         share = self._shrinks[i % len(self._shrinks)]
         out = torch.addmm(share.new_empty(()), share, self._lora_B.T, beta=0, alpha=SCALING)
-        return out.addmm_(given, weight.T)
+        return out.addmm_(operand, weight.T)
 
     def _check(self, name: str, found: Tensor) -> None:
         """By the rule of `bench/verify.py`, in float64, in a sample of the rows of large products."""
@@ -209,13 +210,13 @@ class Parts:
         exact = self._formula(name, operands[0][self._rows].double(), *(each.double() for each in operands[1:]))
         check(case, name, {"y": found[self._rows]}, {"y": self._formula(name, *operands)[self._rows]}, {"y": exact})
 
-    def _formula(self, name: str, given: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def _formula(self, name: str, operand: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         if name in (SHRINK, LIBRARY_SHRINK):
-            return F.linear(given, lora_A)
-        frozen = F.linear(given, weight) if self._forward else given @ weight
+            return F.linear(operand, lora_A)
+        frozen = F.linear(operand, weight) if self._forward else operand @ weight
         if name.startswith((PLAIN, SPECIALISED)):
             return frozen
-        return frozen + F.linear(F.linear(given, lora_A), lora_B) * SCALING
+        return frozen + F.linear(F.linear(operand, lora_A), lora_B) * SCALING
 
 
 def products(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], dtype: str) -> list[Product]:
@@ -238,7 +239,7 @@ def plain_contestants(product: Product, capability: tuple[int, int]) -> list[str
 
 def composed_contestants(tile: str) -> list[str]:
     """The forward pass put together from its parts, with the GEMM on this tile."""
-    fused = [f"{TAIL} {tile}", f"{TAIL} {tile}{APART}", f"{SINGLE} {tile}"]
+    fused = [f"{TAIL} {tile}", f"{TAIL} {tile}{WITHOUT_OVERLAP}", f"{SINGLE} {tile}"]
     return [SHRINK, LIBRARY_SHRINK, *fused, AFTER, FIRST]
 
 

@@ -1,8 +1,8 @@
 """Training steps of a Llama made from a configuration: what HF peft's adapters and ours take, launch and wait for.
 
-frozen                     forward and backward pass of the model without adapters, the gradient reaching its embeddings
-LoRA, AdaLoRA, peft        stock peft, factors in float32 on a bfloat16 model: its default
-LoRA, AdaLoRA, ours        the same models after `apply_to_peft`
+- `frozen`: forward and backward pass of the model without adapters, the gradient reaching its embeddings
+- `LoRA, AdaLoRA, peft`: stock peft, factors in float32 on a bfloat16 model: its default
+- `LoRA, AdaLoRA, ours`: the same models after `apply_to_peft`
 
 Adapters of equal size: rank 16, of which AdaLoRA takes some away at every step. Steps are whole ones, with optimizer
 and allocation.
@@ -62,10 +62,11 @@ SMOKE_SHAPES = (Shape(64, 96, 2, 4, 16, 64),)
 class Profile:
     """What one step did.
 
-    launches      kernels, and copies and fills by the device
-    waits         times that the host waited for the device
-    microseconds  that the device was busy
-    operators     that torch dispatched
+    Attributes:
+        launches: kernels, and copies and fills by the device.
+        waits: times that the host waited for the device.
+        microseconds: that the device was busy.
+        operators: that torch dispatched.
     """
 
     launches: int

@@ -24,9 +24,10 @@ class ReportError(Exception):
 class Collected:
     """What was found.
 
-    logs        by name of the run; the log of the directory itself is named after the directory
-    arguments   what the demo was started with, empty where it did not say
-    results     the demo's results.json, empty where there is none (yet)
+    Attributes:
+        logs: by name of the run; the log of the directory itself is named after the directory.
+        arguments: what the demo was started with, empty where it did not say.
+        results: the demo's results.json, empty where there is none (yet).
     """
 
     directory: Path

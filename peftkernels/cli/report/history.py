@@ -20,14 +20,17 @@ MOST_COLUMNS = 1200
 class ModuleRow:
     """One layer at the end of the log.
 
-    kept, rank       ACTIVE ranks, and those at the start
-    score            sum of its rank scores; None where there are none, or it is not finite
-    nearest          least distance of one of its scores from the threshold; None where there is no finite threshold
-    revived          how often one of its ranks came back after having been masked
-    changed          the step of the last decision that changed one of its ranks; None where none did
-    frozen           the step at which it was frozen, None where it was not
-    threshold        at or below which its scores were masked; None before the first decision and where nothing was
-    scores, keeps    of each rank, and whether it stayed; empty where no scores were logged
+    Attributes:
+        kept: ACTIVE ranks.
+        rank: ranks at the start.
+        score: sum of its rank scores; None where there are none, or it is not finite.
+        nearest: least distance of one of its scores from the threshold; None where there is no finite threshold.
+        revived: how often one of its ranks came back after having been masked.
+        changed: the step of the last decision that changed one of its ranks; None where none did.
+        frozen: the step at which it was frozen, None where it was not.
+        threshold: at or below which its scores were masked; None before the first decision and where nothing was.
+        scores: of each rank; empty where none were logged.
+        keeps: True for each rank that stayed; empty where no scores were logged.
 
     Scores and what follows from them are those of the last decision whose scores were logged, `History.scored`.
     """
