@@ -130,8 +130,8 @@ def test_a_module_without_a_place_is_found(plant: Any) -> None:
 
 def test_backends_know_of_each_other_through_the_registry_alone(plant: Any) -> None:
     files = {"peftkernels/backends/registry.py": "from peftkernels.backends.cpu import linear\n"}
-    files["peftkernels/backends/cpu/linear.py"] = "from peftkernels.backends.cpu import packs\n"
-    files["peftkernels/backends/cpu/packs.py"] = ""
+    files["peftkernels/backends/cpu/linear.py"] = "from peftkernels.backends import backend\nfrom . import packs\n"
+    files["peftkernels/backends/cpu/packs.py"] = files["peftkernels/backends/backend.py"] = ""
     assert plant(files) == []
     files["peftkernels/backends/triton/linear.py"] = "from peftkernels.backends.cpu.packs import keep\n"
     (found,) = plant(files)
@@ -157,15 +157,23 @@ def test_a_circle_of_folders_is_found_where_none_of_their_modules_lies_on_one(pl
     assert "a circle: peftkernels.allocation.budget → peftkernels.allocation.run" in found
 
 
-def test_includes_go_downwards_without_circles(plant: Any) -> None:
-    assert any(
-        "csrc/call.h must not use csrc/cpu/pack.h" in found
-        for found in plant({"csrc/call.h": '#include "cpu/pack.h"\n', "csrc/cpu/pack.h": ""})
-    )
-    (found,) = plant({"csrc/call.h": "", "csrc/cpu/pack.h": '#include "../cuda/memory.h"\n', "csrc/cuda/memory.h": ""})
-    assert found.startswith("csrc/cpu/pack.h:1: csrc/cpu/pack.h must not use csrc/cuda/memory.h")
-    (found,) = plant({"csrc/cpu/pack.h": '#  include "gemm.h"\n', "csrc/cpu/gemm.h": '\n#include "cpu/pack.h"\n'})
-    assert "a circle: csrc/cpu/gemm.h → csrc/cpu/pack.h → csrc/cpu/gemm.h" in found
+@pytest.mark.parametrize(
+    ("file", "include", "target"),
+    [
+        ("csrc/call.h", "cpu/cpu_backend.h", "csrc/cpu/cpu_backend.h"),
+        ("csrc/cpu/cpu_backend.h", "../cuda/memory.h", "csrc/cuda/memory.h"),
+        ("csrc/cpu/gemm/rows.h", "../packs/pack.h", "csrc/cpu/packs/pack.h"),
+        ("csrc/cpu/linear/forward.cpp", "cpu/allocation/mask.h", "csrc/cpu/allocation/mask.h"),
+    ],
+)
+def test_an_include_upwards_is_found(plant: Any, file: str, include: str, target: str) -> None:
+    (found,) = plant({file: f'\n#  include "{include}"\n', target: "#pragma once\n"})
+    assert found == f"{file}:2: {file} must not use {target}, which is not below it"
+
+
+def test_a_circle_of_headers_is_found(plant: Any) -> None:
+    (found,) = plant({"csrc/cpu/packs/a.h": '#include "b.h"\n', "csrc/cpu/packs/b.h": '#include "cpu/packs/a.h"\n'})
+    assert "a circle: csrc/cpu/packs/a.h → csrc/cpu/packs/b.h → csrc/cpu/packs/a.h" in found
 
 
 @pytest.mark.parametrize(
