@@ -102,8 +102,8 @@ def _composed(products: Sequence[Mapping[str, Any]]) -> list[str]:
     if not lines:
         return []
     header = [
-        "K×N", "M", "library, µs", "shrink", "shrink by the library", "tail", "tail, without overlap", "hidden, µs", "single",
-        "S·Bᵀ after", "S·Bᵀ first",
+        "K×N", "M", "library, µs", "shrink", "shrink by the library", "tail", "tail, without overlap", "hidden, µs",
+        "single", "S·Bᵀ after", "S·Bᵀ first",
     ]  # fmt: skip
     title = "*The forward pass and its parts, r = 16: time over the bare library product's*"
     return [title, markdown(header, lines, left=1)]
