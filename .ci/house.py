@@ -3,7 +3,7 @@
     python .ci/house.py [FOLDER]    the repository's folder, this one by default
 
 Arguments   No function but a few named ones takes more than eight of the operator's arguments, and no class but the
-            records of peftkernels/ops/call.py has more than eight of them as fields.
+            records of peftkernels/ops/call.py has more than eight of them as fields. The same holds for C++.
 Direction   Imports and includes go downwards in the tables below, deferred ones and those for type checkers as well.
 Circles     There is none, of modules or of folders, whatever kind of import closes it.
 Docstrings  They are in Google's form, which tools parse: "name: text" under Args: or Attributes: and not in two
@@ -13,6 +13,7 @@ Docstrings  They are in Google's form, which tools parse: "name: text" under Arg
 from __future__ import annotations
 
 import ast
+import posixpath
 import re
 import sys
 from collections import defaultdict
@@ -122,6 +123,12 @@ def sources(root: Path) -> dict[str, ast.Module]:
     return {file.relative_to(root).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in inside}
 
 
+def compiled_sources(root: Path) -> dict[str, str]:
+    """The text of every C++ and CUDA file by path, without comments that go to the end of a line."""
+    files = (file for file in sorted((root / "csrc").rglob("*")) if file.suffix in (".h", ".cpp", ".cu", ".cuh"))
+    return {file.relative_to(root).as_posix(): re.sub("//.*", "", file.read_text(encoding="utf-8")) for file in files}
+
+
 # --- arguments ---
 
 
@@ -143,6 +150,15 @@ def arguments(trees: dict[str, ast.Module]) -> Iterator[Finding]:
                 for target in node.targets:
                     taken = [(name.id, None) for name in ast.walk(target) if isinstance(name, ast.Name)]
                     yield from _too_many(file, node.lineno, "an assignment", taken)
+
+
+def compiled_arguments(texts: dict[str, str]) -> Iterator[Finding]:
+    """Parameters, or what a call is given, that spell the operator's arguments out in C++; the records name fields."""
+    for file, text in texts.items():
+        for listed in re.finditer(r"\(([^()]*)\)", text):
+            names = [re.findall(r"\w+", part)[-1:] for part in listed[1].split(",")]
+            line = text.count("\n", 0, listed.start()) + 1
+            yield from _too_many(file, line, "a list", [(name, None) for found in names for name in found])
 
 
 def _is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -218,20 +234,15 @@ def _nearest(name: str, modules: set[str]) -> str | None:
     return name
 
 
-def includes(root: Path) -> list[Edge]:
+def includes(texts: dict[str, str]) -> list[Edge]:
     """Every include of one of our headers: it lies beside the file, or is named from csrc/ on."""
-    base = root / "csrc"
     edges = []
-    for file in sorted(base.rglob("*.*")):
-        if file.suffix not in (".h", ".cpp", ".cu", ".cuh"):
-            continue
-        source = file.relative_to(root).as_posix()
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for source, text in texts.items():
+        for number, line in enumerate(text.splitlines(), 1):
             found = re.match(r'\s*#\s*include\s*"([^"]+)"', line)
             if found:
-                places = ((folder / found[1]).resolve() for folder in (file.parent, base))
-                header = next((place for place in places if place.is_file()), base / found[1])
-                edges.append(Edge(source, header.relative_to(root.resolve()).as_posix(), source, number))
+                places = (posixpath.normpath(f"{folder}/{found[1]}") for folder in (posixpath.dirname(source), "csrc"))
+                edges += [Edge(source, header, source, number) for header in places if header in texts][:1]
     return edges
 
 
@@ -334,9 +345,11 @@ def findings(root: Path) -> list[Finding]:
     """What breaks a rule, in the order of files and lines."""
     trees = sources(root)
     edges = imports(trees)
-    headers = includes(root)
+    texts = compiled_sources(root)
+    headers = includes(texts)
     found = {
         *arguments(trees),
+        *compiled_arguments(texts),
         *direction(edges, LAYERS, "."),
         *backends(edges),
         *circles(edges, "."),

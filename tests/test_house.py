@@ -88,6 +88,13 @@ def test_the_same_list_under_other_names_is_found_by_its_tensors(plant: Any) -> 
     assert plant({"bench/layer.py": f"def f({named.rpartition(',')[0]}, t9: list[Tensor]): ...\n"}) == []
 
 
+def test_a_long_list_is_found_in_cpp(plant: Any) -> None:
+    parameters = ",\n    ".join(f"const Tensor& {name}" for name in NINE.split(", "))
+    (found,) = plant({"csrc/cpu/linear/forward.h": f"// f({NINE})\nvoid f({parameters});\n"})
+    assert found == f"csrc/cpu/linear/forward.h:2: a list takes 9 of the operator's arguments: {NINE}"
+    assert plant({"csrc/cpu/linear/forward.h": "void f(const Tensor& x, const Adapter& adapter, Tensor shrink);"}) == []
+
+
 def test_eight_are_allowed_and_the_exceptions_belong_to_their_places(plant: Any) -> None:
     assert plant({"peftkernels/ops/schemas.py": f"def f({NINE.rpartition(',')[0]}, other, another): ...\n"}) == []
     assert len(plant({"peftkernels/nn/layer.py": f"def lora_linear({NINE}): ...\n"})) == 1
