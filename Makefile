@@ -16,11 +16,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := $(BIN)/python -m pytest $(ARGS)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What a change is most likely to break. A file belongs here while its tests take a few seconds.
-QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py \
+QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py test_repository.py \
     $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py gradcheck.py pack_cache.py rank_plan.py) \
     $(addprefix allocation/test_, adalora.py rank_budgets.py selection_and_plans.py) \
     $(addprefix integrations/test_, peft_backend.py quantised.py) nn \
-    $(addprefix cli/test_, doctor.py main.py) $(addprefix demo/test_, checkpoint.py demo_report.py))
+    $(addprefix cli/test_, doctor.py main.py timing.py) $(addprefix demo/test_, checkpoint.py demo_report.py))
 
 .PHONY: help install check test upgrade demo lint house bench docs report attacks sanitize wheel smoke hub clean
 
