@@ -44,30 +44,45 @@ Gradients run_backward(const Backward& call) {
 
 // The arguments of a backward pass between the passes: its tensors in autograd's care, its numbers beside them.
 
-void save(AutogradContext* context, const Backward& call) {
-  variable_list tensors;
-  std::vector<at::IValue> numbers;
-  tensors.reserve(std::tuple_size_v<decltype(Backward::arguments(call))>);
-  numbers.reserve(3);
-  const auto put = [&](const auto& argument) {
+using Fields = decltype(Backward::arguments(std::declval<Backward&>()));
+
+template <typename Field>
+constexpr bool is_tensor = std::is_same_v<Field, at::Tensor> || std::is_same_v<Field, OptionalTensor>;
+
+template <typename... All>
+constexpr size_t count_tensors(const std::tuple<All&...>* /*fields*/) {
+  return (size_t{is_tensor<All>} + ...);
+}
+
+constexpr size_t kTensors = count_tensors(static_cast<const Fields*>(nullptr));
+constexpr size_t kNumbers = std::tuple_size_v<Fields> - kTensors;
+
+void save(AutogradContext* context, Backward call) {
+  variable_list tensors(kTensors);
+  std::array<at::IValue, kNumbers> numbers;
+  size_t tensor = 0, number = 0;
+  const auto put = [&](auto& argument) {
     using Argument = std::decay_t<decltype(argument)>;
     if constexpr (std::is_same_v<Argument, at::Tensor>) {
-      tensors.push_back(argument);
+      tensors[tensor++] = std::move(argument);
     } else if constexpr (std::is_same_v<Argument, OptionalTensor>) {
-      tensors.push_back(argument.value_or(at::Tensor()));
+      if (auto& place = tensors[tensor++]; argument) {
+        place = *std::move(argument);
+      }
     } else if constexpr (std::is_same_v<Argument, double>) {
-      numbers.emplace_back(argument);
+      numbers[number++] = argument;
     } else {
       int64_t needs = 0;
       for (size_t place = 0; place < kDifferentiable; ++place) {
         needs |= int64_t{argument[place]} << place;
       }
-      numbers.emplace_back(needs);
+      numbers[number++] = needs;
     }
   };
-  std::apply([&put](const auto&... arguments) { (put(arguments), ...); }, Backward::arguments(call));
+  std::apply([&put](auto&... arguments) { (put(arguments), ...); }, Backward::arguments(call));
   context->save_for_backward(std::move(tensors));
-  context->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
+  context->saved_data["numbers"] =
+      std::apply([](auto&... each) { return c10::ivalue::Tuple::create(std::move(each)...); }, numbers);
 }
 
 Backward saved(AutogradContext* context) {
@@ -188,7 +203,7 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
     } else if (x.requires_grad()) {
       context->saved_data["x_left_out"] = true;
     }
-    save(context, pass);
+    save(context, std::move(pass));
     return y;
   }
 
@@ -216,7 +231,7 @@ struct LoraLinearBackward : torch::autograd::Function<LoraLinearBackward> {
   }
 };
 
-at::Tensor lora_linear(Forward call, const Backend& backend) {
+at::Tensor lora_linear(Forward& call, const Backend& backend) {
   const auto requires_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   const auto& adapter = call.adapter;
   const bool saves_shrink = adapter.B.requires_grad() || requires_grad(adapter.gate);
@@ -224,7 +239,8 @@ at::Tensor lora_linear(Forward call, const Backend& backend) {
       saves_shrink || call.x.requires_grad() || adapter.A.requires_grad() || requires_grad(call.bias);
   if (differentiable && at::GradMode::is_enabled()) {
     call.save_shrink = saves_shrink;
-    return LoraLinearBackward::apply(call.x, adapter.A, adapter.B, call.bias, adapter.gate, call, backend);
+    return LoraLinearBackward::apply(
+        call.x, adapter.A, adapter.B, call.bias, adapter.gate, std::as_const(call), backend);
   }
   return run_forward(call, backend).y;
 }

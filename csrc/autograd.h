@@ -14,8 +14,8 @@ namespace peftkernels {
 
 // y of a call that was checked and whose tensors are plain. Where anybody watches operators it goes through the
 // dispatcher, so that profilers and modes see them. Where gradients are recorded, it saves and computes what the Python
-// function `LoraLinearFunction` does.
-at::Tensor lora_linear(Forward call, const Backend& backend);
+// function `LoraLinearFunction` does, and sets the call's `save_shrink`.
+at::Tensor lora_linear(Forward& call, const Backend& backend);
 
 // The tensors by which gradients may be differentiated again: grad_y, x, weight, lora_A, lora_B and gate; undefined where
 // there is none.

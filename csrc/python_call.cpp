@@ -188,8 +188,9 @@ PyObject* direct_call(PyObject* /*self*/, PyObject* const* arguments, Py_ssize_t
   }
   at::Tensor y;
   {
+    // The record outlives this: to let go of a tensor that is Python's too takes Python's lock.
     const py::gil_scoped_release released;
-    y = lora_linear(std::move(call), *served.backend);
+    y = lora_linear(call, *served.backend);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

@@ -1,4 +1,5 @@
 // lora_linear_bwd.cpu: one pass over rows of G, then sums over all rows.
+#include <ATen/DimVector.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 
@@ -34,7 +35,7 @@ Gradients lora_linear_backward(const Backward& call) {
 
   at::Tensor grad_x;
   if (needs[kX]) {
-    auto shape = call.grad_y.sizes().vec();
+    at::DimVector shape(call.grad_y.sizes());
     shape.back() = K;
     grad_x = at::empty(shape, call.grad_y.options());
   }

@@ -1,5 +1,6 @@
 // lora_linear_fwd.cpu: one pass over the packed frozen weight; bias and low-rank product join each output tile while its
 // sums are in registers, the latter as a last, short piece of the depth.
+#include <ATen/DimVector.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -239,7 +240,7 @@ Outputs lora_linear_forward(const Forward& call) {
   const auto dropout = dropout_of(adapter);
 
   Outputs outputs;
-  auto shape = call.x.sizes().vec();
+  at::DimVector shape(call.x.sizes());
   shape.back() = call.weight.N();
   outputs.y = at::empty(shape, call.x.options());
   if (call.saves_shrink()) {

@@ -1,8 +1,9 @@
 // What a call's plan, gate, scaling and dropout come to.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include <cstdint>
-#include <vector>
 
 #include "call.h"
 #include "dropout.h"
@@ -12,9 +13,11 @@ namespace peftkernels::cpu {
 // The ranks of a call in the order kernels walk them: `index` holds the ACTIVE ranks and, when asked for, the PROBE
 // ranks behind them; `factor` is scaling · gate of each ACTIVE rank.
 struct LiveRanks {
-  std::vector<int64_t> index;
+  static constexpr unsigned kFew = 32; // ranks that need no memory of their own
+
+  c10::SmallVector<int64_t, kFew> index;
   int64_t active = 0;
-  std::vector<float> factor;
+  c10::SmallVector<float, kFew> factor;
   float scaling = 1.0f;
   bool in_place = true; // index[i] == i
   bool plain = true; // every factor is 1
