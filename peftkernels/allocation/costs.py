@@ -20,7 +20,7 @@ from peftkernels.nn import AdaLoRALinear
 from peftkernels.ops.rank_plan import RankState
 
 # A layer's own rank may be so low that what one rank adds is lost in the clock's noise.
-LIVE_RANKS = (16, 64)
+ACTIVE_RANKS = (16, 64)
 # One turn lasts at least so long, so that the clock's steps do not count.
 TURN_SECONDS = 2e-3
 ATTEMPTS = 3
@@ -51,17 +51,28 @@ _measured: dict[Shape, float] = {}
 def measured_costs(
     model: nn.Module | Mapping[str, Any], *, rows: int = 512, repeats: int = 21, fresh: bool = False
 ) -> dict[str, float]:
-    """Microseconds that one live rank adds to forward and backward of each gated layer, by name, on this machine.
+    """Measure the microseconds that one more ACTIVE rank adds to forward and backward of each gated layer.
 
-    For each different shape (N, K) a layer of rank 64 is timed with all ranks live and with 16 (the others DEAD), in
+    For each different shape (N, K) a layer of rank 64 is timed with all ranks ACTIVE and with 16 (the others DEAD), in
     turns that alternate; the cost is the median over `repeats` rounds of the difference within a round, over 48. What
     was measured for a shape, rows, device and number of threads is kept for the process; `fresh` measures again.
 
-    rows  rows of x, the tokens of a batch. Raises TypeError or ValueError naming the argument.
-
     Where noise hides the difference after three attempts of growing length, the shape takes the cost by parameter of
-    the others, with a warning; RuntimeError where there is no other. Give the same costs to a run that is resumed:
-    `save_costs`, `load_costs`.
+    the others, with a warning. Give the same costs to a run that is resumed: `save_costs`, `load_costs`.
+
+    Args:
+        model: A module with AdaLoRALinear layers, or a mapping of names to such layers.
+        rows: Rows of x, the tokens of a batch.
+        repeats: Rounds.
+        fresh: True measures shapes again that were measured before.
+
+    Returns:
+        The costs by layer name.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
+        RuntimeError: Where noise hides the cost of every shape.
     """
     for name, value in (("rows", rows), ("repeats", repeats)):
         if not isinstance(value, int) or isinstance(value, bool):
@@ -77,10 +88,20 @@ def measured_costs(
 
 
 def byte_costs(model: nn.Module | Mapping[str, Any], *, copies: int = 1) -> dict[str, float]:
-    """Bytes of one rank of each gated layer, by name: copies · (N + K + 1) · bytes of a factor's number.
+    """Return the bytes of one rank of each gated layer: copies · (N + K + 1) · bytes of a factor's number.
 
-    copies: 1 for the adapter that is saved and served; 4 where it is fine-tuned on with Adam at the ranks that are kept
-    (numbers, gradients and two moments). Masks alone free no memory: shapes stay as they are while ranks are chosen.
+    Masks alone free no memory: shapes stay as they are while ranks are chosen.
+
+    Args:
+        model: A module with AdaLoRALinear layers, or a mapping of names to such layers.
+        copies: 1 for the adapter that is saved and served; 4 where it is fine-tuned on with Adam at the ranks that are
+            kept (numbers, gradients and two moments).
+
+    Returns:
+        The costs by layer name.
+
+    Raises:
+        ValueError: Naming the argument.
     """
     if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
         raise ValueError(f"copies: found {copies!r}, expected an int of at least 1")
@@ -96,7 +117,11 @@ def save_costs(costs: Mapping[str, float], path: str | os.PathLike[str]) -> None
 
 
 def load_costs(path: str | os.PathLike[str]) -> dict[str, float]:
-    """The costs that `save_costs` wrote, to the bit. Raises ValueError for another file."""
+    """Read the costs that `save_costs` wrote, to the bit.
+
+    Raises:
+        ValueError: For another file.
+    """
     where = f"{os.fspath(path)}: costs"
     costs = check_object(read_kind(path, _KIND).get("costs"), where)
     for name, cost in costs.items():
@@ -113,16 +138,23 @@ def cost_per_rank(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds that a live rank adds: median over rounds of (time of run(high) - time of run(low)) / (high - low).
+    """Return the seconds that a rank adds: median over rounds of (time of run(high) - time of run(low)) / (high - low).
 
-    `run(live)` runs once with so many ranks live. A turn repeats it for a few milliseconds, the two take turns, and who
-    comes first changes from round to round, so that a machine that becomes slower or faster cancels out.
+    A turn repeats `run` for a few milliseconds, the two take turns, and which comes first changes from round to round,
+    so that a machine that becomes slower or faster cancels out.
+
+    Args:
+        run: Called with a number of ranks: runs once with so many ACTIVE.
+        low: The lower number of ranks.
+        high: The higher one.
+        repeats: Rounds.
+        clock: Gives seconds.
     """
 
-    def turn(live: int, calls: int) -> float:
+    def turn(active: int, calls: int) -> float:
         begin = clock()
         for _ in range(calls):
-            run(live)
+            run(active)
         return (clock() - begin) / calls
 
     turn(high, 1)
@@ -137,8 +169,18 @@ def cost_per_rank(
 
 
 def guarded(costs: Mapping[Shape, float], known: Mapping[Shape, float]) -> dict[Shape, float]:
-    """Costs with those that are not above 0, where noise was larger than what was measured, replaced by the median
-    cost by parameter of the other shapes. Raises RuntimeError where there are none."""
+    """Replace costs that are not above 0, which noise hides, by the median cost by parameter of the other shapes.
+
+    Args:
+        costs: What was measured now.
+        known: What was measured before, for other shapes.
+
+    Returns:
+        A cost for each shape in `costs`.
+
+    Raises:
+        RuntimeError: Where no cost is above 0.
+    """
     good = {shape: cost for shape, cost in {**known, **costs}.items() if cost > 0}
     bad = [shape for shape in costs if shape not in good]
     if not bad:
@@ -166,7 +208,7 @@ def _shape(layer: GatedLayer, rows: int) -> Shape:
 def _measure(shape: Shape, repeats: int) -> float:
     """Microseconds; not above 0 where noise hides them in all attempts."""
     run, seconds = _runner(shape), 0.0
-    low, high = LIVE_RANKS
+    low, high = ACTIVE_RANKS
     for attempt in range(ATTEMPTS):
         seconds = cost_per_rank(run, low=low, high=high, repeats=repeats * 2**attempt)
         if seconds > 0:
@@ -176,7 +218,7 @@ def _measure(shape: Shape, repeats: int) -> float:
 
 def _runner(shape: Shape) -> Callable[[int], None]:
     device = torch.device(shape.device)
-    # Drawn apart from the default generators: measuring does not change the run that follows.
+    # Drawn from a generator of its own: measuring does not change the run that follows.
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, dtype: torch.dtype = shape.weight) -> torch.Tensor:
@@ -184,7 +226,7 @@ def _runner(shape: Shape) -> Callable[[int], None]:
 
     linear = nn.Linear(shape.k, shape.n, bias=False, device="meta", dtype=shape.weight).to_empty(device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        layer = AdaLoRALinear.from_linear(linear, LIVE_RANKS[1])
+        layer = AdaLoRALinear.from_linear(linear, ACTIVE_RANKS[1])
     with torch.no_grad():
         linear.weight.copy_(draw(shape.n, shape.k))
         layer.lora_E.fill_(0.5)
@@ -193,19 +235,19 @@ def _runner(shape: Shape) -> Callable[[int], None]:
     x = draw(shape.rows, shape.k).requires_grad_()
     gradient = draw(shape.rows, shape.n)
     states = {
-        live: torch.tensor(
-            [int(RankState.ACTIVE)] * live + [int(RankState.DEAD)] * (LIVE_RANKS[1] - live), dtype=torch.uint8
+        active: torch.tensor(
+            [int(RankState.ACTIVE)] * active + [int(RankState.DEAD)] * (ACTIVE_RANKS[1] - active), dtype=torch.uint8
         ).to(device)
-        for live in LIVE_RANKS
+        for active in ACTIVE_RANKS
     }
     inputs = (x, layer.lora_A, layer.lora_B, layer.lora_E)
     current = 0
 
-    def run(live: int) -> None:
+    def run(active: int) -> None:
         nonlocal current
-        if live != current:
-            layer.rank_plan.update_(states[live])
-            current = live
+        if active != current:
+            layer.rank_plan.update_(states[active])
+            current = active
         torch.autograd.grad(layer(x), inputs, gradient)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)

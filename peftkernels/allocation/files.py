@@ -18,7 +18,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_kind(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The mapping that `write_json` wrote; `kind` is what its key "kind" must say. Raises ValueError for others."""
+    """Read the mapping that `write_json` wrote, whose key "kind" must say `kind`.
+
+    Raises:
+        ValueError: For another file.
+    """
     value = check_object(read_json(Path(path)), os.fspath(path))
     if value.get("kind") != kind:
         raise ValueError(f"{os.fspath(path)}: found {shown(value.get('kind'))}, expected {kind!r}")

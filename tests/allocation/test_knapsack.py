@@ -23,7 +23,7 @@ class Given(Strategy):
     def __init__(self, scores: Tensor) -> None:
         self._scores = scores
 
-    def scores(self, bus: Statistics) -> Tensor:
+    def scores(self, statistics: Statistics) -> Tensor:
         return self._scores
 
 

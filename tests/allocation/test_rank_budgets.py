@@ -305,8 +305,8 @@ class _Fixed(Strategy):
     def __init__(self, scores: list[float]) -> None:
         self.given = scores
 
-    def scores(self, bus: Any) -> Tensor:
-        return torch.tensor(self.given, dtype=bus.dtype)
+    def scores(self, statistics: Any) -> Tensor:
+        return torch.tensor(self.given, dtype=statistics.dtype)
 
 
 def _shares_of(layers: dict[str, Any], allocator: BudgetAllocator, steps: int) -> dict[str, int]:

@@ -303,12 +303,12 @@ class _Storm(Strategy):
 
     name = "storm"
 
-    def begin(self, bus: Any) -> None:
-        self._order = torch.arange(bus.total, dtype=bus.dtype)
+    def begin(self, statistics: Any) -> None:
+        self._order = torch.arange(statistics.total, dtype=statistics.dtype)
         self.storm = False
         self.turned = 1
 
-    def scores(self, bus: Any) -> Tensor:
+    def scores(self, statistics: Any) -> Tensor:
         self.turned = -self.turned if self.storm else 1
         return self._order * self.turned
 

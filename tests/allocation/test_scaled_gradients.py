@@ -91,8 +91,8 @@ def test_scores_that_are_not_numbers_are_warned_about() -> None:
     class Broken(Strategy):
         name = "broken"
 
-        def scores(self, bus: Any) -> Tensor:
-            return torch.full((bus.total,), math.nan)
+        def scores(self, statistics: Any) -> Tensor:
+            return torch.full((statistics.total,), math.nan)
 
     layers = adapter_layers((8, 9))
     allocator = BudgetAllocator(layers, Broken(), total_step=9, target_r=2)

@@ -43,10 +43,10 @@ class Given(Strategy):
     name = "given"
     capturable = True
 
-    def begin(self, bus: object) -> None:
+    def begin(self, statistics: object) -> None:
         self.values = torch.zeros(18)
 
-    def scores(self, bus: object) -> Tensor:
+    def scores(self, statistics: object) -> Tensor:
         return self.values
 
 

@@ -19,10 +19,14 @@ REST = "rest"
 class Group:
     """Layers with a budget of their own.
 
-    modules  shell patterns over module paths, such as "*.attention.*"; a layer belongs to the first group that has it
-    total    what the group may cost at the end, in the unit of the budget it is part of
+    Attributes:
+        modules: Shell patterns over module paths, such as "*.attention.*"; a layer belongs to the first group that has
+            it.
+        total: What the group may cost at the end, in the unit of the budget it is part of.
 
-    Raises TypeError or ValueError naming the argument.
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     modules: str | Sequence[str]
@@ -37,23 +41,27 @@ class Group:
         object.__setattr__(self, "total", _plain(self.total))
 
     def has(self, name: str) -> bool:
-        """Whether a module path matches one of the patterns."""
+        """Return True if a module path matches one of the patterns."""
         return any(fnmatchcase(name, pattern) for pattern in self.modules)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the live ranks of a model may cost at the end of the decreasing phase.
-
-    total   for all layers that are in no group; None where every layer is in one
-    unit    "ranks": live ranks. "parameters": a rank of a layer (N, K) costs N + K + 1. "microseconds": what a live
-            rank adds to forward and backward on this machine, by the costs given to the allocator
-            (`peftkernels.allocation.costs.measured_costs`). "bytes": what it takes in the adapter that is saved, by
-            costs given likewise (`peftkernels.allocation.costs.byte_costs`)
-    groups  by name, the layers with budgets of their own
+    """What the kept ranks of a model may cost at the end of the decreasing phase.
 
     The budget at the start is what all ranks together cost; in between it falls along `CubicSchedule`.
-    Raises TypeError or ValueError naming the argument.
+
+    Attributes:
+        total: For all layers that are in no group; None where every layer is in one.
+        unit: "ranks" counts them. "parameters": a rank of a layer (N, K) costs N + K + 1. "microseconds": what a rank
+            that is not DEAD adds to forward and backward on this machine, by the costs given to the allocator
+            (`peftkernels.allocation.costs.measured_costs`). "bytes": what it takes in the adapter that is saved, by
+            costs given likewise (`peftkernels.allocation.costs.byte_costs`).
+        groups: By name, the layers with budgets of their own.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     total: float | None = None
@@ -70,7 +78,7 @@ class Budget:
             object.__setattr__(self, "total", _plain(self.total))
         if not isinstance(self.groups, Mapping):
             raise TypeError(f"groups: found {type(self.groups).__name__}, expected a mapping of names to Groups")
-        # A copy of their own kind: what is given may change later, or be of a kind that is not saved.
+        # A copy in a plain dict: the argument may change later, or be of a kind that is not saved.
         object.__setattr__(self, "groups", dict(self.groups))
         for name, group in self.groups.items():
             if not isinstance(name, str):
@@ -83,7 +91,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Share:
-    """One budget over some of the layers: positions in model order, cost of a rank of each layer, and the schedule."""
+    """One budget over some of the layers.
+
+    Attributes:
+        name: The group's name, or "rest".
+        members: The layers' positions in model order.
+        schedule: How the budget falls.
+    """
 
     name: str
     members: tuple[int, ...]
@@ -94,8 +108,10 @@ class Share:
 class Shares:
     """A budget bound to layers.
 
-    costs   what one rank of each layer costs in `unit`, in model order
-    shares  one per group that has layers, and one for the rest
+    Attributes:
+        unit: What the budget is counted in.
+        costs: What one rank of each layer costs in `unit`, in model order.
+        shares: One per group that has layers, and one for the rest.
     """
 
     unit: str
@@ -104,19 +120,19 @@ class Shares:
 
     @property
     def uniform(self) -> bool:
-        """Whether every rank costs one, so that costs need not be looked at."""
+        """True if every rank costs one, so that costs need not be looked at."""
         return all(cost == 1 for cost in self.costs)
 
     def prices(self, share: int) -> list[float]:
-        """The different costs of a rank in one of the shares."""
+        """Return the different costs of a rank in one of the shares."""
         return sorted({self.costs[member] for member in self.shares[share].members})
 
     def budget(self, step: int) -> float:
-        """The budget of all shares together after optimizer step `step`."""
+        """Return the budget of all shares together after optimizer step `step`."""
         return sum(share.schedule(step)[0] for share in self.shares)
 
     def due(self, step: int) -> bool:
-        """Whether ranks are masked after optimizer step `step`; the same for all shares."""
+        """Return True if ranks are masked after optimizer step `step`; the same for all shares."""
         return self.shares[0].schedule(step)[1]
 
 
@@ -129,12 +145,22 @@ def share_out(
     deltaT: int,
     costs: Mapping[str, float] | None = None,
 ) -> Shares:
-    """Bind `budget` to layers, given as (r, N, K) by name.
+    """Bind a budget to layers.
 
-    costs: what one rank costs by layer, for a budget in microseconds or bytes. Ranks and parameters are counted in
-    whole numbers, and a fraction of a total is lost. Raises ValueError for a group without layers or with a pattern
-    that matches none, a layer in no group where `budget.total` is None, a total that leaves nothing to prune or does
-    not reach for one rank, and costs that are missing or not positive.
+    Ranks and parameters are counted in whole numbers, and a fraction of a total is lost.
+
+    Args:
+        budget: The budget.
+        layers: (r, N, K) by name.
+        tinit: Steps before the first mask.
+        last_allocation: The step after which the ranks no longer change.
+        deltaT: Steps between two masks.
+        costs: What one rank costs by layer, for a budget in microseconds or bytes.
+
+    Raises:
+        ValueError: For a group without layers or with a pattern that matches none, a layer in no group where
+            `budget.total` is None, a total that leaves nothing to prune or does not reach for one rank, and costs that
+            are missing or not positive.
     """
     per_rank = _costs(budget.unit, layers, costs)
     members: dict[str, list[int]] = {name: [] for name in budget.groups}

@@ -13,13 +13,16 @@ STRETCHES = 4
 def group_modules(
     names: Sequence[str], groups: Mapping[str, str | Sequence[str]] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Positions in `names` by group, every module in one of at least two.
+    """Return positions in `names` by group, every module in one of at least two.
 
-    groups  shell patterns by name of the group; a module belongs to the first that has it. None: by projection type,
-            the last part of a module path that is no number ("q_proj", "dense"); where all are of one type, up to four
-            stretches of consecutive modules ("modules 0-8", …)
+    Args:
+        names: Module paths.
+        groups: Shell patterns by name of the group; a module belongs to the first that has it. None: by projection
+            type, the last part of a module path that is no number ("q_proj", "dense"); where all are of one type, up to
+            four stretches of consecutive modules ("modules 0-8", …).
 
-    Raises ValueError for a module in no group, a group without modules, and where there are not two groups.
+    Raises:
+        ValueError: For a module in no group, a group without modules, and where there are not two groups.
     """
     if groups is not None:
         rules = {label: Group(patterns, 1) for label, patterns in groups.items()}
@@ -44,6 +47,6 @@ def group_modules(
 
 
 def projection_type(name: str) -> str:
-    """The last part of a module path that is no number; the whole path where all are."""
+    """Return the last part of a module path that is no number; the whole path where all are."""
     parts = [part for part in name.split(".") if not part.isdecimal()]
     return parts[-1] if parts else name

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 class CubicSchedule:
     """The budget, over all layers that share it, after optimizer step t = 1, 2, … (AdaLoRA, arXiv 2303.10512, eq. 12).
 
-        t <= tinit                  initial_budget, no mask
-        t >  last_allocation        final_budget, mask
-        else  μ = 1 - (t - tinit)/(last_allocation - tinit),  b = int((b0 - bT)·μ³ + bT),  mask where t mod deltaT == 0
+        t <= tinit:            b = b0, no mask
+        t > last_allocation:   b = bT, mask
+        else:                  b = int((b0 - bT)·μ³ + bT) with μ = 1 - (t - tinit)/(last_allocation - tinit),
+                               mask where t mod deltaT == 0
 
-    with b0 = initial_budget, bT = final_budget and last_allocation = total_step - tfinal. All arithmetic is in
-    float64, in this order, so that `int` rounds down as it does in HF peft. `whole=False` leaves out `int`, for
-    budgets that are not counted but measured.
+    All arithmetic is in float64, in this order, so that `int` rounds down as it does in HF peft.
+
+    Attributes:
+        initial_budget: b0.
+        final_budget: bT.
+        tinit: Steps before the first mask.
+        last_allocation: total_step - tfinal.
+        deltaT: Steps between two masks.
+        whole: False leaves out `int`, for budgets that are not counted but measured.
     """
 
     initial_budget: float
@@ -26,7 +33,7 @@ class CubicSchedule:
     whole: bool = True
 
     def __call__(self, step: int) -> tuple[float, bool]:
-        """The budget after `step` and whether the schedule asks for a mask there."""
+        """Return the budget after `step`, and True if the schedule asks for a mask there."""
         if step <= self.tinit:
             return self.initial_budget, False
         if step > self.last_allocation:

@@ -11,9 +11,7 @@ from torch import Tensor
 def select_under_cost(
     scores: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor, *, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """`select_ranks` for ranks that cost different amounts: scores (b0,), costs (b0,) float64 above 0, budget a cost.
-
-    prices: the different values in `costs`, which the host knows and does not read back.
+    """Choose the ranks that a budget keeps where they cost different amounts; `select_ranks` is for equal ones.
 
     The threshold is the lowest score at which, masking from the lowest score upwards, what remains costs no more than
     the budget; ranks at or below it go, ties included. `exact=True` breaks ties: in the order of falling score, earlier
@@ -23,6 +21,16 @@ def select_under_cost(
     (1e-12 of it), and never less than what a lower budget keeps.
 
     Ranks at -inf never stay and ranks at +inf always do, whatever they cost; the others get what these leave.
+
+    Args:
+        scores: (b0,), one per rank.
+        costs: (b0,) float64, above 0.
+        prices: The different values in `costs`, which the host knows and does not read back.
+        budget: What the kept ranks may cost.
+        exact: True breaks ties.
+
+    Returns:
+        The ranks to keep, bool (b0,), and the threshold, 0-dim.
     """
     costs, budget = set_apart(scores, costs, budget)
     everything = scores.new_full((1,), -torch.inf)
@@ -40,11 +48,14 @@ def select_under_cost(
 
 
 def set_apart(scores: Tensor, costs: Tensor, budget: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Costs and a budget by which ranks at -inf are not to be had, at any price, and those at +inf are free, since the
-    budget, 0-dim and not below 0, no longer has what they cost.
+    """Take ranks at -inf and +inf out of the market.
 
     Scores are so where a rank cannot change sides, as in layers that were frozen. Were the costs left as they are, what
     the budget has left over could buy dropped ranks, or others after kept ones that are dearer than the whole of it.
+
+    Returns:
+        Costs by which ranks at -inf are not to be had, at any price, and those at +inf are free, and the budget without
+        what these cost, 0-dim, not below 0.
     """
     held = scores == torch.inf
     left = (budget - torch.where(held, costs, 0.0).sum()).clamp_min(0)
@@ -52,11 +63,19 @@ def set_apart(scores: Tensor, costs: Tensor, budget: float | Tensor) -> tuple[Te
 
 
 def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget: float | Tensor) -> Tensor:
-    """Which items a budget buys when they are taken in `order`: all up to the first that is too dear, then, price after
-    price from the dearest down, those that still fit, in the same order. Without synchronising with the host.
+    """Choose what a budget buys when items are taken in `order`, without synchronising with the host.
 
-    order: int64 (n,), a permutation, in which items that are free come first. costs: (n,), infinite for items that are
-    not to be had. prices: the different costs of the others. Returns bool (n,), by item.
+    All up to the first that is too dear, then, price after price from the dearest down, those that still fit, in the
+    same order.
+
+    Args:
+        order: int64 (n,), a permutation, in which items that are free come first.
+        costs: (n,), infinite for items that are not to be had.
+        prices: The different costs of the others.
+        budget: What the items may cost together.
+
+    Returns:
+        bool (n,), by item.
     """
     limit = _with_margin(budget)
     ordered = costs[order]
@@ -72,5 +91,5 @@ def fill_in_order(order: Tensor, costs: Tensor, prices: Sequence[float], budget:
 
 
 def _with_margin(budget: float | Tensor) -> float | Tensor:
-    """A budget to compare sums of costs with, which are rounded."""
+    """Return a budget to compare sums of costs with, which are rounded."""
     return budget * (1 + 1e-12)

@@ -45,12 +45,12 @@ class EagerKernels:
         importance, scratch = self._working_memory(sensitivity)
         if importance.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=sensitivity.device)
-        given = [
+        dense = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
         torch._foreach_copy_(layout.views(importance), list(parameters))
-        torch._foreach_copy_(layout.views(scratch), given)
+        torch._foreach_copy_(layout.views(scratch), dense)
         importance.mul_(scratch).abs_()
         finite = torch.isfinite(importance.amax())
         taken = finite if skip is None else finite & ~skip
@@ -130,9 +130,14 @@ class EagerKernels:
 
 
 def smooth(average: Tensor, value: Tensor, beta: float, scratch: Tensor, taken: Tensor | None) -> None:
-    """average ← β·average + (1-β)·value in place, two products and a sum, each rounded.
+    """Do average ← β·average + (1-β)·value in place, two products and a sum, each rounded.
 
-    taken: None, or a 0-dim bool tensor that says on the device whether the average changes.
+    Args:
+        average: The average.
+        value: What it takes in.
+        beta: β.
+        scratch: Working memory of the same shape.
+        taken: None, or a 0-dim bool tensor on the device; False leaves the average as it is.
     """
     # lerp and add with alpha would fuse them and change the last bit.
     torch.mul(value, 1 - beta, out=scratch)
@@ -156,7 +161,7 @@ def _members_by_shape(factors: Sequence[Tensor], n: int) -> list[list[int]]:
 def _term(
     stacked: Tensor, is_A: bool, kept: Tensor | None, share: float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """‖M‖_F of every factor in the stack and, where asked for, the stack's gradient times `share`."""
+    """Return ‖M‖_F of every factor in the stack and, where needed, the stack's gradient times `share`."""
     if kept is not None:
         stacked = stacked * (kept.unsqueeze(2) if is_A else kept.unsqueeze(1))
     # [n, r, r], transposed for B so that both kinds read as M·factor or factor·M below

@@ -11,10 +11,13 @@ from peftkernels.ops.rank_plan import RankPlan, RankState
 
 
 def update_plans(plans: Sequence[RankPlan], states: Tensor) -> None:
-    """`plan.update_(state)` for every plan, in place and without synchronising with the host.
+    """Call `plan.update_(state)` for every plan, in place and without synchronising with the host.
 
-    states: uint8 (Σ r,), the plans' states one after the other, on their device. Plans of equal rank are handled
-    together.
+    Plans of equal rank are handled together.
+
+    Args:
+        plans: The plans.
+        states: uint8 (Σ r,), the plans' states one after the other, on their device.
     """
     ranks = [plan.state.numel() for plan in plans]
     per_plan = states.split(ranks)
@@ -35,7 +38,9 @@ def update_plans(plans: Sequence[RankPlan], states: Tensor) -> None:
 def zero_gates(gates: Sequence[Tensor], keep: Tensor) -> None:
     """Set to zero, in place, every gate whose rank is not kept; the others keep their bits.
 
-    gates: tensors of any shapes and float dtypes with Σ numel elements; keep: bool (Σ numel,) on their device.
+    Args:
+        gates: Tensors of any shapes and float dtypes.
+        keep: bool (Σ numel,) on their device.
     """
     with torch.no_grad():
         flat = torch.cat([gate.reshape(-1) for gate in gates]).masked_fill_(~keep, 0.0)

@@ -7,13 +7,20 @@ from torch import Tensor
 
 
 def select_ranks(scores: Tensor, budget: int | Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """The ranks to keep (bool, the shape of `scores`) and the threshold (0-dim), both on the device of `scores`.
+    """Choose the ranks that a budget keeps.
 
-    scores: (b0,) float, one per rank. With b0 - budget ranks to mask, the threshold is the (b0 - budget)-th smallest
+    With b0 - budget ranks to mask, the threshold is the (b0 - budget)-th smallest
     score and rank i is kept where not (scores_i <= threshold): ties at the threshold all go, so fewer than `budget`
     ranks may stay. `exact=True` keeps `budget` ranks: among ties at the threshold those that come first stay, and the
-    threshold is the highest score that was masked. A budget of b0 or more keeps all (threshold -inf). budget: an int of
-    at least 0, or a 0-dim int tensor on the device of `scores`, which the host does not read.
+    threshold is the highest score that was masked. A budget of b0 or more keeps all (threshold -inf).
+
+    Args:
+        scores: (b0,) float, one per rank.
+        budget: An int of at least 0, or a 0-dim int tensor on the device of `scores`, which the host does not read.
+        exact: True breaks ties.
+
+    Returns:
+        The ranks to keep, bool (b0,), and the threshold, 0-dim, both on the device of `scores`.
     """
     if isinstance(budget, Tensor):
         return _select_on_device(scores, budget, exact)

@@ -39,7 +39,11 @@ class AdaptedLayers:
 
     @property
     def device(self) -> torch.device:
-        """The device of all layers. Raises ValueError where they are on several."""
+        """The device of all layers.
+
+        Raises:
+            ValueError: Where they are on several.
+        """
         gates = factors_of(self.own.values(), "lora_E")
         devices = {gate.device: name for name, gate in zip(self.own, gates, strict=True)}
         if len(devices) > 1:

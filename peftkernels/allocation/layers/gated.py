@@ -17,10 +17,11 @@ FACTORS = ("lora_A", "lora_B", "lora_E")
 class GatedLayer(Protocol):
     """A layer with an adapter whose ranks can be masked.
 
-    lora_A    (r, K)   parameter
-    lora_B    (N, r)   parameter
-    lora_E    (r, 1)   parameter, the gate of each rank
-    rank_plan          the states of the ranks; `rank_plan.update_` style writes must reach the layer's own tensors
+    Attributes:
+        lora_A: Parameter (r, K).
+        lora_B: Parameter (N, r).
+        lora_E: Parameter (r, 1), the gate of each rank.
+        rank_plan: The states of the ranks, over the layer's own tensors: writes such as `rank_plan.update_` reach it.
     """
 
     @property
@@ -37,9 +38,10 @@ class GatedLayer(Protocol):
 
 
 def factors_of(layers: Iterable[GatedLayer], *names: str) -> list[Tensor]:
-    """These factors of every layer, layer by layer, as they are now.
+    """Return these factors of every layer, layer by layer, as they are now.
 
-    What getattr gives; but a module's own looks into one dictionary after the other, which takes several times as long.
+    It gives what getattr does; but a module's own looks into one dictionary after the other, which takes several times
+    as long.
     """
     found = []
     for layer in layers:
@@ -51,10 +53,11 @@ def factors_of(layers: Iterable[GatedLayer], *names: str) -> list[Tensor]:
 
 
 def find_gated_layers(source: nn.Module | Mapping[str, Any]) -> dict[str, GatedLayer]:
-    """The gated layers of a model by module path, or the given layers by the given names, checked.
+    """Return the gated layers of a model by module path, or the given layers by the given names, checked.
 
-    Raises TypeError for anything but a module or a mapping of names to gated layers, and ValueError where there is no
-    gated layer, where one is given twice or where its factors disagree in rank.
+    Raises:
+        TypeError: For anything but a module or a mapping of names to gated layers.
+        ValueError: Where there is no gated layer, where one is given twice or where its factors disagree in rank.
     """
     if isinstance(source, nn.Module):
         layers: dict[str, Any] = {name: module for name, module in named_modules(source) if _is_gated(module)}

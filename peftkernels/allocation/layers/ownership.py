@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Both sides weakly: a layer or an allocator that nobody holds any more is no part of it.
+# Both sides weakly: a layer or an allocator that is no longer referred to is no part of it.
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

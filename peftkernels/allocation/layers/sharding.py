@@ -55,7 +55,7 @@ class OwnLayer:
         return self._remembered[factor]
 
     def gathered(self) -> bool:
-        """Whether FSDP has put whole factors in the place of shards at present."""
+        """Return True if FSDP has put whole factors in the place of shards at present."""
         return any(getattr(self._module, factor) is not self.parameter(factor) for factor in FACTORS)
 
 
@@ -92,11 +92,12 @@ class WholeLayer:
 class ShardedFactors:
     """The factors of layers and their gradients, gathered from all processes when they are looked at.
 
-    own     the layers with the parameters that the optimizer trains
-    layers  the layers with whole factors
-
     What was gathered is kept until `forget`. Every process must look at the same factors in the same order, which holds
     where all run the same allocator; A, B and E of all layers take one collective each.
+
+    Attributes:
+        own: The layers with the parameters that the optimizer trains.
+        layers: The layers with whole factors.
     """
 
     def __init__(self, modules: Mapping[str, GatedLayer]) -> None:
@@ -171,9 +172,10 @@ class ShardedFactors:
 
 
 def find_shards(layers: Mapping[str, GatedLayer]) -> ShardedFactors | None:
-    """What gathers the layers' factors where any is sharded, else None.
+    """Return what gathers the layers' factors where any is sharded, else None.
 
-    Raises ValueError, naming the factor, where one is sharded in another way than `fully_shard` does it.
+    Raises:
+        ValueError: Naming the factor, where one is sharded in another way than `fully_shard` does it.
     """
     sharded = any(is_sharded(getattr(layer, factor)) for layer in layers.values() for factor in FACTORS)
     return ShardedFactors(layers) if sharded else None
@@ -198,7 +200,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor; does not import what makes them, which takes longer than the package itself."""
+    """Return True if `tensor` is a DTensor; does not import what makes them, which takes longer than the package."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

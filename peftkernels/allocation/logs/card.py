@@ -28,15 +28,16 @@ def adapter_card(
     versions: Mapping[str, str | None],
     results: Mapping[str, str | float] | None = None,
 ) -> str:
-    """Markdown with the YAML front matter of HF model cards (library_name, base_model, tags).
+    """Write Markdown with the YAML front matter of HF model cards (library_name, base_model, tags).
 
-    run               the decision log, or the facts an observer is told at the start; None where ranks were fixed
-    config            adapter_config.json's content
-    seeds             by what they seed
-    data_fingerprint  tells the training texts from others
-    pattern           for every module, which ranks were kept
-    versions          of the packages it was made with; None for one that is not installed
-    results           figures to show, by name
+    Args:
+        run: The decision log, or the facts an observer is told at the start; None where ranks were fixed.
+        config: The content of adapter_config.json.
+        seeds: The seeds by what they seed.
+        data_fingerprint: Changes with the training texts.
+        pattern: For every module, which ranks were kept.
+        versions: The versions of the packages it was made with; None for one that is not installed.
+        results: Figures to show, by name.
     """
     kind = {"ADALORA": "AdaLoRA", "LORA": "LoRA"}.get(str(config.get("peft_type")), str(config.get("peft_type")))
     base = str(config.get("base_model_name_or_path") or "")
@@ -78,9 +79,10 @@ def adapter_card(
 
 
 def write_card(directory: Path, card: str) -> bool:
-    """Write README.md into `directory`, unless one is there that somebody else wrote or changed; says whether it did.
+    """Write README.md into `directory`, unless one is there that is not this package's or was changed since.
 
-    A card of this package that was not changed since is replaced.
+    Returns:
+        True if it was written.
     """
     path = directory / CARD_NAME
     if path.exists() and not _is_own(path):

@@ -21,18 +21,21 @@ class DecisionLog:
 
     `Observer` says what each field holds; infinite numbers are the strings "inf" and "-inf". `read_log` reads it.
 
-    path   where to write; its directory is made. A log that is there already is continued when a run resumed at step s
-           logs something: what lies after s is dropped, so that the file ends as that of a run never interrupted, to
-           the byte. A run that starts at step 0 thus starts its log anew, unless it loads a saved state first.
-    every  log the scores of a decision only when at least so many steps have passed since the last ones logged; scores
-           are most of a log. Masks, budget and threshold are always logged.
-
     Each decision is handed to the system in one write. A kill in the middle of it leaves a torn end, which readers pass
     over and the next start cuts off. Call `sync` before saving a checkpoint, so that a machine that loses power does
     not keep the checkpoint and lose the log before it.
 
-    `on_start` raises LogError (a ValueError), with the file left as it is, where the file is no decision log or one of
-    a run with other facts.
+    Args:
+        path: Where to write; its directory is made. A log that is there already is continued when a run resumed at step
+            s logs something: what lies after s is dropped, so that the file ends as that of a run never interrupted, to
+            the byte. A run that starts at step 0 thus starts its log anew, unless it loads a saved state first.
+        every: Log the scores of a decision only when at least so many steps have passed since the last ones logged;
+            scores are most of a log. Masks, budget and threshold are always logged.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise. `on_start` raises LogError, a ValueError, with the file left as it is, where that is no
+            decision log or one of a run with other facts.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int = 1) -> None:

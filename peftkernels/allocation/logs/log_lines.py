@@ -28,10 +28,15 @@ class LogError(ValueError):
 class Entry:
     """One thing that was logged: the start, a decision (one line for each module), or an event.
 
-    first       number of its first line, from 1
-    timeline    rollbacks so far, this one included where it is one
-    reached     the step that the run had then reached: `step`, or the one a rollback returned to
-    begin, end  its bytes in the file
+    Attributes:
+        event: What it is: "start", "ranks" or an event's kind.
+        step: The optimizer step.
+        lines: What the lines say.
+        first: Number of its first line, from 1.
+        timeline: Rollbacks so far, this one included where it is one.
+        reached: The step that the run had then reached: `step`, or the one a rollback returned to.
+        begin: Where its bytes begin in the file.
+        end: Where they end.
     """
 
     event: str
@@ -50,7 +55,11 @@ def encode(content: Mapping[str, Any]) -> bytes:
 
 
 def number(value: Any) -> float:
-    """A number as `encode` wrote it. Raises ValueError for anything else."""
+    """Return a number as `encode` wrote it.
+
+    Raises:
+        ValueError: For anything else.
+    """
     if not (is_number(value) or value in ("nan", "inf", "-inf")):
         raise ValueError(f"found {shown(value)}, expected a number")
     return float(value)
@@ -69,10 +78,17 @@ def _writable(value: Any) -> Any:
 
 
 def scan(path: Path) -> tuple[list[Entry], bool]:
-    """What the log holds, in order, and whether it was cut short.
+    """Read what a log holds.
 
     A last line without its line end, and a last decision that lacks modules, are what a kill leaves: they are not part
-    of the entries. Raises LogError for anything else that is not a log's, OSError where the file cannot be read.
+    of the entries.
+
+    Returns:
+        The entries, in order, and True if the log was cut short.
+
+    Raises:
+        LogError: For anything else that is not a log's.
+        OSError: Where the file cannot be read.
     """
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
@@ -110,7 +126,11 @@ def scan(path: Path) -> tuple[list[Entry], bool]:
 
 
 def read_start(path: Path) -> dict[str, Any] | None:
-    """The first line of a log; None where it is missing or torn. Raises LogError for a file that is no log."""
+    """Return the first line of a log; None where it is missing or torn.
+
+    Raises:
+        LogError: For a file that is no log.
+    """
     with path.open("rb") as file:
         raw = file.readline()
     if not raw.endswith(b"\n"):

@@ -22,7 +22,16 @@ _OWN_FIELDS = ("event", "step")
 
 @dataclass(frozen=True)
 class LoggedModule:
-    """One layer; `rank` is its initial rank, `cost` what one of its ranks takes of the budget."""
+    """One layer.
+
+    Attributes:
+        name: Its module path.
+        rank: Its initial rank.
+        in_features: K, where the log says it.
+        out_features: N, likewise.
+        group: The group whose budget it shares.
+        cost: What one of its ranks takes of the budget.
+    """
 
     name: str
     rank: int
@@ -36,11 +45,14 @@ class LoggedModule:
 class LoggedDecision:
     """Ranks chosen after optimizer step `step`.
 
-    thresholds    (M,) float64, of each module; -inf where nothing was masked
-    scores, kept  (Σ rank,) float64 and bool, modules one after the other in the order of the log; scores that were not
-                  logged are NaN
-    scored        whether they were logged
-    undone        whether a later rollback took the decision back
+    Attributes:
+        step: The optimizer step.
+        budget: In the budget's unit, over all modules.
+        thresholds: (M,) float64, of each module; -inf where nothing was masked.
+        scores: (Σ rank,) float64, modules one after the other in the order of the log; NaN where they were not logged.
+        kept: (Σ rank,) bool, likewise: which ranks stay.
+        scored: True if scores were logged.
+        undone: True if a later rollback took the decision back.
     """
 
     step: int
@@ -54,7 +66,14 @@ class LoggedDecision:
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """Something else that happened at optimizer step `step`: `Observer.on_event`."""
+    """Something else that happened at optimizer step `step`, as `Observer.on_event` says.
+
+    Attributes:
+        step: The optimizer step.
+        kind: What it was.
+        details: More of it, by name.
+        undone: True if a later rollback took it back.
+    """
 
     step: int
     kind: str
@@ -66,9 +85,13 @@ class LoggedEvent:
 class RunLog:
     """A decision log, in the order of the file.
 
-    facts      what the allocator said at the start: `Observer.on_start`; `facts["step"]` is where the log begins
-    torn       whether the file ends in the middle of something, which is left out
-    decisions  all of them, those that a rollback took back included
+    Attributes:
+        path: The file.
+        facts: What the allocator said at the start: `Observer.on_start`; `facts["step"]` is where the log begins.
+        modules: The layers.
+        decisions: All of them, those that a rollback took back included.
+        events: What else was logged.
+        torn: True if the file ends in the middle of something, which is left out.
     """
 
     path: Path
@@ -161,10 +184,11 @@ class RunLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> RunLog:
-    """The log at `path`, also while it is being written: a torn end is left out (`RunLog.torn`).
+    """Read a log, also while it is being written: a torn end is left out (`RunLog.torn`). Needs numpy.
 
-    Raises LogError (a ValueError) naming file and line for what is no decision log, and OSError where the file cannot
-    be read. Needs numpy.
+    Raises:
+        LogError: For what is no decision log; a ValueError that names file and line.
+        OSError: Where the file cannot be read.
     """
     path = Path(path)
     entries, torn = scan(path)
@@ -187,7 +211,7 @@ def read_log(path: str | os.PathLike[str]) -> RunLog:
 
 
 def _undone(entries: Sequence[Entry]) -> list[bool]:
-    """For each entry, whether a rollback after it returned to a step before it; rollbacks themselves stand."""
+    """Return for each entry True if a rollback after it returned to a step before it; rollbacks themselves stand."""
     earliest: float = float("inf")
     undone = []
     for entry in reversed(entries):

@@ -9,23 +9,24 @@ from typing import Any
 
 
 class TensorBoardScalars:
-    """An observer that writes scalars to a SummaryWriter of yours, at the step of each decision:
+    """An observer that writes scalars to a SummaryWriter of yours, at the step of each decision.
 
-        allocation/live            ranks kept, and allocation/live/<group> where there are several groups
-        allocation/budget          in the unit of the budget
-        allocation/threshold       left out where nothing was masked; threshold/<group> where there are several
-        allocation/churn           ranks masked or brought back since the decision before
-        allocation/revived         ranks brought back; like churn left out at the first decision of a resumed run
-
-    and allocation/skipped, allocation/rollbacks: how often that happened since the writer was given.
+    - allocation/live: ranks kept, and allocation/live/<group> where there are several groups
+    - allocation/budget: in the unit of the budget
+    - allocation/threshold: left out where nothing was masked; threshold/<group> where there are several
+    - allocation/churn: ranks masked or brought back since the decision before
+    - allocation/revived: ranks brought back; like churn left out at the first decision of a resumed run
+    - allocation/skipped, allocation/rollbacks: how often that happened since the writer was given
 
         from torch.utils.tensorboard import SummaryWriter       # pip install 'peftkernels[tensorboard]'
-        allocator.observers.append(TensorBoardScalars(SummaryWriter("runs/one")))
+        allocator.add_observer(TensorBoardScalars(SummaryWriter("runs/one")))
 
-    writer  anything with add_scalar(tag, value, step); it stays yours to flush and close
-    prefix  what all tags begin with
+    Args:
+        writer: Anything with add_scalar(tag, value, step); it stays yours to flush and close.
+        prefix: What all tags begin with.
 
-    Raises TypeError for a writer without add_scalar.
+    Raises:
+        TypeError: For a writer without add_scalar.
     """
 
     def __init__(self, writer: Any, prefix: str = "allocation") -> None:

@@ -40,7 +40,14 @@ class NoiseScale:
     `value` and `accumulation` synchronise with the device.
 
     Steps with one micro-batch, with unequal ones, or with gradients that are not finite are left out.
-    Raises TypeError or ValueError naming the argument.
+
+    Args:
+        model: A module with AdaLoRALinear layers, or a mapping of names to such layers.
+        beta: Smoothing of both estimates, between 0 and 1.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Any], beta: float = 0.95) -> None:
@@ -59,8 +66,9 @@ class NoiseScale:
     def micro_batch(self, rows: int, scale: float = 1.0) -> None:
         """Take in the gradients of a micro-batch, after its `backward()`.
 
-        rows   what the loss was a mean over, samples or tokens: the noise scale is counted in the same
-        scale  what the loss was multiplied by before `backward()`, such as 1/count, or a loss scale
+        Args:
+            rows: What the loss was a mean over, samples or tokens: the noise scale is counted in the same.
+            scale: What the loss was multiplied by before `backward()`, such as 1/count, or a loss scale.
         """
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise ValueError(f"rows: found {rows!r}, expected an int of at least 1")
@@ -81,7 +89,7 @@ class NoiseScale:
         self._rows.append(rows)
 
     def __call__(self, allocator: BudgetAllocator | None = None) -> None:
-        """An optimizer step was made of the micro-batches since the last one."""
+        """Take note that an optimizer step was made of the micro-batches since the last one."""
         count, even = len(self._rows), len(set(self._rows)) == 1
         if count:
             self._last_rows = self._rows[0]
@@ -105,10 +113,17 @@ class NoiseScale:
         return max(0.0, noise) / gradient if gradient > 0 else math.inf
 
     def accumulation(self, most: int, least: int = 2) -> int:
-        """Micro-batches whose rows together come nearest to the noise scale, from `least` to `most`.
+        """Return the number of micro-batches whose rows together come nearest to the noise scale.
 
-        With one micro-batch a step nothing can be estimated: `least=1` stops the estimate where it proposes one.
-        `least` before the first estimate. Raises ValueError unless 1 <= least <= most.
+        It is `least` before the first estimate. With one micro-batch a step nothing can be estimated: `least=1` stops
+        the estimate where it proposes one.
+
+        Args:
+            most: The highest number to return.
+            least: The lowest one.
+
+        Raises:
+            ValueError: Unless 1 <= least <= most.
         """
         if not 1 <= least <= most:
             raise ValueError(f"least, most: found {least} and {most}, expected 1 <= least <= most")
@@ -118,11 +133,15 @@ class NoiseScale:
         return most if math.isinf(value) else min(most, max(least, round(value / self._last_rows)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs, taken between two steps."""
+        """Return what a resumed run needs, taken between two steps."""
         return {"means": self._means.clone(), "rows": torch.tensor(self._last_rows)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, for anything else.
+        """
         check_names(state, ("means", "rows"))
         means = check_finite(check_tensor(state, "means", self._means.shape, self._means.dtype), "means")
         rows = check_not_negative(check_tensor(state, "rows", torch.Size(()), torch.int64), "rows")

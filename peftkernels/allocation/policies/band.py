@@ -48,7 +48,7 @@ class Band:
         self.mean += weight * difference
 
     def state(self) -> dict[str, Any]:
-        """What was learned, as JSON values."""
+        """Return what was learned, as JSON values."""
         return {"count": self.count, "mean": self.mean, "variance": self.variance}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -57,7 +57,11 @@ class Band:
 
     @staticmethod
     def check(state: Any, where: str) -> None:
-        """Raises ValueError, with `where` in front, unless `load` can take the state over."""
+        """Check that `load` can take a state over.
+
+        Raises:
+            ValueError: With `where` in front, where it cannot.
+        """
         check_names(state, ("count", "mean", "variance"), where)
         check_whole(state["count"], f"{where}.count")
         check_number(state["mean"], f"{where}.mean")

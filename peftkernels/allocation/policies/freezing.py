@@ -21,20 +21,29 @@ class LayerFreezing:
     v_k is the running mean of |∂e| of module k (`ModuleGradientAverage`, smoothing beta) and its peak is the highest
     v_k so far, after `start` steps. Module k is ready when v_k < below · peak_k has held in `patience` steps in a row.
 
-        "any"     ready modules are frozen wherever they are: their factors' gradients and optimizer steps are saved
-        "prefix"  modules are frozen in the order of the model, each only after all those before it: nothing before the
-                  first module that trains then requires a gradient, and the backward pass ends there. It is the order
-                  of freezing known as layer-wise (Brock et al., FreezeOut, arXiv 1706.04983, by a fixed schedule;
-                  Liu et al., AutoFreeze, arXiv 2102.01386, by gradients' change). Modules are named in the order in
-                  which the model has them: give the allocator layers in the order in which data flow through them
+    - "any": ready modules are frozen wherever they are: their factors' gradients and optimizer steps are saved
+    - "prefix": modules are frozen in the order of the model, each only after all those before it: nothing before the
+      first module that trains then requires a gradient, and the backward pass ends there. It is the order of freezing
+      known as layer-wise (Brock et al., FreezeOut, arXiv 1706.04983, by a fixed schedule; Liu et al., AutoFreeze, arXiv
+      2102.01386, by gradients' change). Modules are named in the order in which the model has them: give the allocator
+      layers in the order in which data flow through them
 
-    keep       False: a frozen module's ranks are DEAD, contribute nothing and cost nothing. True: those that are kept
-               stay with what they have learned. A module that is ready because it has converged, rather than because
-               it is of no use, wants True
-    at_least   how many modules, the last ones, are never frozen
+    Reads one number for each module from the device after every step. `state_dict` and `load_state_dict` are for a
+    resume to the bit; what is frozen is in the allocator's state.
 
-    Reads one number for each module from the device after every step. Raises ValueError naming the argument.
-    `state_dict` and `load_state_dict` are for a resume to the bit; what is frozen is in the allocator's state.
+    Args:
+        below: The part of its peak below which a module's gradients must stay.
+        patience: Steps in a row in which they must.
+        start: Steps before the first peak.
+        mode: "any" or "prefix".
+        keep: False makes a frozen module's ranks DEAD: they contribute nothing and cost nothing. True keeps those of
+            the last mask, with what they have learned: for modules that are ready because they have converged, rather
+            than because they are of no use.
+        at_least: How many modules, the last ones, are never frozen.
+        beta: Smoothing of the gradients' mean, between 0 and 1.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class LayerFreezing:
         self._low_steps: list[int] = []
 
     def __call__(self, allocator: BudgetAllocator) -> None:
-        """Called after every step of the allocator."""
+        """Take in a step that the allocator has made; the allocator calls it."""
         self._average.update(allocator)
         names = allocator.statistics.names
         if not self._peaks:
@@ -82,12 +91,16 @@ class LayerFreezing:
                 break
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, to be saved beside the allocator's state."""
+        """Return what a resumed run needs, to be saved beside the allocator's state."""
         return {"average": self._average.state_dict(), "peaks": list(self._peaks), "low_steps": list(self._low_steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else; the next step does
-        where it was saved for another number of modules."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, for anything else; the next step raises it where the state was saved for
+                another number of modules.
+        """
         check_names(state, ("average", "peaks", "low_steps"))
         average = ModuleGradientAverage(self._average.beta)
         with within("state: average"):

@@ -1,4 +1,4 @@
-"""Learning rates that follow the allocation: per module by its gates' gradients, and by the rank that is live."""
+"""Learning rates that follow the allocation: per module by its gates' gradients, and by the ranks that are kept."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ from peftkernels.allocation.run.state_checks import check_names, within
 
 
 def module_groups(model: nn.Module | Mapping[str, Any], **options: Any) -> list[dict[str, Any]]:
-    """One parameter group for an optimizer by gated layer: its lora_A, lora_B and lora_E, its name as "module", and
-    `options` such as lr. Layers without ranks are left out."""
+    """Return one parameter group for an optimizer by gated layer that has ranks.
+
+    Args:
+        model: A module with AdaLoRALinear layers, or a mapping of names to such layers.
+        **options: Options of every group, such as lr.
+
+    Returns:
+        Groups with lora_A, lora_B and lora_E of a layer as "params", and its name as "module".
+    """
     return [
         {"params": [getattr(layer, factor) for factor in FACTORS], "module": name, **options}
         for name, layer in find_gated_layers(model).items()
@@ -35,9 +42,15 @@ class LearningRateMultipliers:
     Between steps `lr` is what the user and the schedulers made it: schedulers that compute a rate anew and those that
     multiply the last one work as ever, and saved optimizers hold the rate without the multiplier.
 
-    A subclass gives `multipliers(allocator)`, called after every `every`-th step; on an accelerator reading them
-    synchronises with the device, which is what `every` is for. `attach` comes after the allocator's; the factors of
-    each module must be in one parameter group, or several, of their own (`module_groups` makes them).
+    A subclass gives `multipliers(allocator)`. `attach` comes after the allocator's; the factors of each module must be
+    in one parameter group, or several, of their own (`module_groups` makes them).
+
+    Args:
+        every: How many steps lie between two calls of `multipliers`; on an accelerator reading them synchronises with
+            the device.
+
+    Raises:
+        ValueError: Naming the argument.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -49,7 +62,7 @@ class LearningRateMultipliers:
         self._names: list[str] | None = None
 
     def multipliers(self, allocator: BudgetAllocator) -> dict[str, float] | None:
-        """The multiplier of each module by name after a step; None to leave them as they are."""
+        """Return the multiplier of each module by name after a step; None to leave them as they are."""
         raise NotImplementedError
 
     @property
@@ -60,8 +73,10 @@ class LearningRateMultipliers:
     def attach(self, allocator: BudgetAllocator) -> None:
         """Act on the optimizer of `allocator` from now on.
 
-        Raises RuntimeError where the allocator is attached to none, ValueError where a parameter group has the factors
-        of several modules, or of a module and other parameters, or where a state was loaded that names other modules.
+        Raises:
+            RuntimeError: Where the allocator is attached to none.
+            ValueError: Where a parameter group has the factors of several modules, or of a module and other parameters,
+                or where a state was loaded that names other modules.
         """
         optimizer = allocator.optimizer
         if optimizer is None:
@@ -89,19 +104,23 @@ class LearningRateMultipliers:
         allocator.add_callback(self)
 
     def __call__(self, allocator: BudgetAllocator) -> None:
-        """Called after every step of the allocator."""
+        """Take in a step that the allocator has made; the allocator calls it."""
         if allocator.steps % self.every == 0:
             found = self.multipliers(allocator)
             if found is not None:
                 self._current = found
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, to be saved beside the allocator's state."""
+        """Return what a resumed run needs, to be saved beside the allocator's state."""
         return {"multipliers": self.current}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else, and for modules
-        that the allocator does not have; a policy that is attached later asks that when it is."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, for anything else, and for modules that the allocator does not have; a policy
+                that is attached later checks those when it is.
+        """
         # A subclass may have more than these.
         check_names(state, self.state_dict())
         multipliers = state["multipliers"]
@@ -150,9 +169,17 @@ class LearningRatePriorities(LearningRateMultipliers):
     with v_k the running mean of |∂e| of module k (`ModuleGradientAverage`, smoothing beta), frozen ones left out.
     Adam's steps do not depend on a gradient's size, so that under it every module moves as fast as any other, whatever
     it has to gain; the multiplier gives that back. It is this package's own rule, not a published one: compare it with
-    the plain run. It moves the emphasis only, since the mean rate, and so the user's, stays.
+    the run without it. It moves the emphasis only, since the mean rate, and so the user's, stays.
 
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        beta: Smoothing of the gradients' mean, between 0 and 1.
+        lowest: The lowest multiplier, from 0 to below 1.
+        highest: The highest one, above 1.
+        every: As for `LearningRateMultipliers`.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     def __init__(self, beta: float = 0.9, lowest: float = 0.5, highest: float = 2.0, every: int = 1) -> None:
@@ -194,20 +221,27 @@ class LearningRatePriorities(LearningRateMultipliers):
 
 
 class LearningRateScale(LearningRateMultipliers):
-    """Raises a module's learning rate as its ranks fall: m_k = min((r_k / live_k)^power, highest).
+    """Raises a module's learning rate as its ranks fall: m_k = min((r_k / kept_k)^power, highest).
 
-    r_k is the module's initial rank and live_k how many ranks the last mask kept; a module without any keeps m_k = 1.
+    r_k is the module's initial rank and kept_k how many ranks the last mask kept; a module without any keeps m_k = 1.
     The layer's scale s does not change with pruning (rescaling the forward pass would move the outputs at every mask;
     AdaLoRA does not do it), so with fewer ranks the same learning rate moves the weight less. For gates with
     orthonormal factors, which is what the orthogonality term asks for, a step Δe changes the weight by
 
-        ‖ΔW‖_F = s·‖Δe‖ = s·η·√live     for steps of size η by gate, as Adam takes them
+        ‖ΔW‖_F = s·‖Δe‖ = s·η·√kept     for steps of size η by gate, as Adam takes them
 
-    so √(r/live), power = 1/2, keeps the length of the step in the weight. It is the √r of rsLoRA (Kalajdzievski,
+    so √(r/kept), power = 1/2, keeps the length of the step in the weight. It is the √r of rsLoRA (Kalajdzievski,
     arXiv 2312.03732), which finds that an adapter learns alike at all ranks with a scale of alpha/√r; here the step
-    takes it over, since the scale stays. For plain SGD, whose steps carry the gradient's size, power 1/2 is too much.
+    takes it over, since the scale stays. For SGD, whose steps carry the gradient's size, power 1/2 is too much.
 
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        power: Above 0, at most 1.
+        highest: The highest multiplier, at least 1.
+        every: As for `LearningRateMultipliers`.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     def __init__(self, power: float = 0.5, highest: float = 4.0, every: int = 1) -> None:
@@ -223,10 +257,10 @@ class LearningRateScale(LearningRateMultipliers):
         kept = {name: sum(own) for name, own in allocator.masks.pattern().items()}
         ranks = allocator.masks.ranks
         return {
-            name: min((ranks[name] / live) ** self.power, self.highest)
-            if live and name not in allocator.frozen
+            name: min((ranks[name] / count) ** self.power, self.highest)
+            if count and name not in allocator.frozen
             else 1.0
-            for name, live in kept.items()
+            for name, count in kept.items()
         }
 
 
@@ -242,8 +276,15 @@ def _with_own_names(multipliers: Mapping[str, float], own: Sequence[str]) -> dic
 
 
 def bounded_mean_one(values: list[float], lowest: float, highest: float) -> list[float]:
-    """clip(c·values, lowest, highest) with the c that makes their mean 1; lowest < 1 < highest, values at least 0, one
-    above 0. Where so few are above 0 that no c does, those are highest and the others take an equal rest."""
+    """Return clip(c·values, lowest, highest) with the c that makes their mean 1.
+
+    Where so few values are above 0 that no c does, those are highest and the others take an equal rest.
+
+    Args:
+        values: At least 0, one above 0.
+        lowest: Below 1.
+        highest: Above 1.
+    """
     given = torch.tensor(values, dtype=torch.float64)
     positive = given > 0
     most = torch.where(positive, highest, lowest)

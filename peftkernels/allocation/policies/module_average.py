@@ -1,4 +1,4 @@
-"""How much every module still wants to change: a running mean of its gates' gradients."""
+"""How much the loss still depends on every module: a running mean of its gates' gradients."""
 
 from __future__ import annotations
 
@@ -27,38 +27,49 @@ class ModuleGradientAverage:
         self._weight: Tensor | None = None
 
     def update(self, allocator: BudgetAllocator) -> None:
-        """Take in the gradients of the step that the allocator has just made. Raises ValueError where the averages are
-        those of another number of modules."""
-        bus, keep = allocator.statistics, allocator.masks.keep
+        """Take in the gradients of the step that the allocator has just made.
+
+        Raises:
+            ValueError: Where the averages are those of another number of modules.
+        """
+        statistics, keep = allocator.statistics, allocator.masks.keep
         if self._sums is None or self._weight is None:
-            self._sums = torch.zeros(len(bus.names), dtype=torch.float64, device=bus.device)
-            self._weight = torch.zeros((), dtype=torch.float64, device=bus.device)
-        if len(self._sums) != len(bus.names):
-            raise ValueError(f"state: found averages of {len(self._sums)} modules, expected {len(bus.names)}")
-        self._sums, self._weight = self._sums.to(bus.device), self._weight.to(bus.device)
-        sizes = torch.where(keep, bus.gate_gradients.abs(), 0.0).double()
+            self._sums = torch.zeros(len(statistics.names), dtype=torch.float64, device=statistics.device)
+            self._weight = torch.zeros((), dtype=torch.float64, device=statistics.device)
+        if len(self._sums) != len(statistics.names):
+            raise ValueError(f"state: found averages of {len(self._sums)} modules, expected {len(statistics.names)}")
+        self._sums, self._weight = self._sums.to(statistics.device), self._weight.to(statistics.device)
+        sizes = torch.where(keep, statistics.gate_gradients.abs(), 0.0).double()
         empty = torch.zeros_like(self._sums)
-        counts = empty.index_add(0, bus.module_index, keep.double()).clamp(min=1.0)
-        means = empty.index_add(0, bus.module_index, sizes) / counts
+        counts = empty.index_add(0, statistics.module_index, keep.double()).clamp(min=1.0)
+        means = empty.index_add(0, statistics.module_index, sizes) / counts
         finite = torch.isfinite(means).all()
         self._sums = torch.where(finite, self.beta * self._sums + (1 - self.beta) * means, self._sums)
         self._weight = torch.where(finite, self.beta * self._weight + (1 - self.beta), self._weight)
 
     @property
     def value(self) -> Tensor:
-        """The averages (n,), zero before the first step. Raises RuntimeError before `update`."""
+        """The averages (n,), zero before the first step.
+
+        Raises:
+            RuntimeError: Before `update`.
+        """
         if self._sums is None or self._weight is None:
             raise RuntimeError("the average has not seen a step yet")
         return self._sums / self._weight.clamp(min=torch.finfo(torch.float64).tiny)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the averages; empty before the first step."""
+        """Return copies of the averages; empty before the first step."""
         if self._sums is None or self._weight is None:
             return {}
         return {"sums": self._sums.clone(), "weight": self._weight.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for anything else."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, for anything else.
+        """
         if isinstance(state, Mapping) and not state:
             self._sums = self._weight = None
             return
@@ -74,5 +85,5 @@ class ModuleGradientAverage:
 
     @property
     def modules(self) -> int | None:
-        """How many modules it is about; None before the first step."""
+        """The number of modules; None before the first step."""
         return None if self._sums is None else len(self._sums)

@@ -38,19 +38,6 @@ class RollbackPolicy:
     the ranks kept. Each has a `Band` of its own. A loss that is not finite rolls back at once; otherwise `patience`
     numbers in a row must be above the band. Numbers above it are not learned from, and no snapshot is taken meanwhile.
 
-    Arguments:
-        snapshots             where to go back to. The policy calls it: do not add it as a callback too
-        loss_width            the loss's band, in deviations above the mean; None does not watch the loss
-        loss_slack            the least distance of the limit from the mean, as a part of the mean
-        churn_width           the churn's band, likewise; None does not watch it
-        churn_slack           the least distance of the limit from the mean churn
-        beta                  smoothing of mean and deviation, between 0 and 1
-        warmup                numbers from which a band is learned first
-        patience              numbers in a row above a band that roll back
-        limit                 the most rollbacks; after them an alarm is told and warned about
-        learning_rate_factor  what every learning rate of the optimizer is multiplied with at a rollback. A scheduler
-                              that computes rates from the start, such as LambdaLR, writes over it
-
     The run returns to the newest snapshot taken two steps or more before the first number above the band, since the
     harm may have been done by the step before; where there is none, one step before. If an alarm comes again before
     the run has passed the step of the last one, that snapshot is given up for an older one. What was learned by the
@@ -58,7 +45,24 @@ class RollbackPolicy:
 
     Observers are told a "rollback" with the reason in words, or an "alarm" where there was no way back; `explain` has
     them all. Reading loss and churn synchronises with the device. In a parallel run every process must observe the
-    same loss, that is, its mean over the processes. Raises TypeError or ValueError naming the argument.
+    same loss, that is, its mean over the processes.
+
+    Args:
+        snapshots: Where to go back to. The policy calls it: do not add it as a callback too.
+        loss_width: The loss's band, in deviations above the mean; None does not watch the loss.
+        loss_slack: The least distance of the limit from the mean, as a part of the mean.
+        churn_width: The churn's band, likewise; None does not watch it.
+        churn_slack: The least distance of the limit from the mean churn.
+        beta: Smoothing of mean and deviation, between 0 and 1.
+        warmup: Numbers from which a band is learned first.
+        patience: Numbers in a row above a band that roll back.
+        limit: The most rollbacks; after them an alarm is told and warned about.
+        learning_rate_factor: What every learning rate of the optimizer is multiplied with at a rollback. A scheduler
+            that computes rates from the start, such as LambdaLR, writes over it.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class RollbackPolicy:
         # What the bands had learned at each snapshot.
         self._learned: dict[int, dict[str, Any]] = {}
         self._events: list[dict[str, Any]] = []
-        # Whether the last alarm found no way back; nothing is said again until the run is in its bands.
+        # True if the last alarm found no way back; nothing is said again until the run is in its bands.
         self._alarmed = False
         self._decided: int | None = None
         self._keep = snapshots.allocator.masks.keep.clone()
@@ -127,11 +131,11 @@ class RollbackPolicy:
         return sum(event["to"] is not None for event in self._events)
 
     def explain(self) -> str:
-        """Every alarm in words, one a line."""
+        """Return every alarm in words, one a line."""
         return "\n".join(f"step {event['step']}: {event['why']}" for event in self._events)
 
     def __call__(self, allocator: BudgetAllocator) -> None:
-        """Look at the step just made; the allocator calls it."""
+        """Take in a step that the allocator has made; the allocator calls it."""
         if allocator is not self.snapshots.allocator:
             raise ValueError("allocator: found another one than the snapshots are of")
         step = allocator.steps
@@ -220,7 +224,7 @@ class RollbackPolicy:
         return [kept for kept in self.snapshots.steps if kept < step and kept in self._learned]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The policy's state with its snapshots: tensors by name, which safetensors and torch.save can write."""
+        """Return the policy's state with its snapshots: tensors by name, which safetensors and torch.save can write."""
         facts = {
             "settings": self._settings,
             "bands": {name: band.state() for name, band in self._bands.items()},
@@ -234,8 +238,12 @@ class RollbackPolicy:
         return {METADATA: encode(facts), _KEEP: self._keep.clone(), **snapshots}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, for a state of other settings, of
-        snapshots that do not belong to the allocator, or with anything missing or wrong."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, for a state of other settings, of snapshots that do not belong to the
+                allocator, or with anything missing or wrong.
+        """
         facts = decode(state)
         check_names(facts, _FACTS, FACTS)
         check_settings(check_object(facts["settings"], fact("settings")), self._settings, "a policy")

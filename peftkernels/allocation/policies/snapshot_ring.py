@@ -25,13 +25,18 @@ class Snapshots:
         ...
         snapshots.to(snapshots.steps[-1])
 
-    every  steps between two snapshots; the first is taken after the first step that is seen
-    last   how many are kept
-
     A snapshot holds what `BudgetAllocator.snapshot` says. With AdamW and AdaLoRA's averages that is five times the
     trained parameters, on their device; `nbytes` has the sum. Attach the allocator to its optimizer first, or moments
     are not in the snapshots. `state_dict` has the snapshots too, so that a resumed run can go back behind the resume.
-    Raises TypeError or ValueError naming the argument.
+
+    Args:
+        allocator: The allocator of the run.
+        every: Steps between two snapshots; the first is taken after the first step that is seen.
+        last: How many are kept.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     def __init__(self, allocator: BudgetAllocator, *, every: int, last: int) -> None:
@@ -63,7 +68,15 @@ class Snapshots:
         return sum(token.nbytes for token in self._kept)
 
     def to(self, step: int, why: str = "asked for") -> None:
-        """Roll back to a kept step; later snapshots are dropped. Raises ValueError where the step is not kept."""
+        """Roll back to a kept step; later snapshots are dropped.
+
+        Args:
+            step: One of `steps`.
+            why: The reason that observers are told.
+
+        Raises:
+            ValueError: Where the step is not kept.
+        """
         token = next((token for token in self._kept if token.step == step), None)
         if token is None:
             raise ValueError(f"step: found {step}, expected one of the kept steps {self.steps}")
@@ -75,9 +88,10 @@ class Snapshots:
         self._kept = [token for token in self._kept if token.step != step]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All snapshots as tensors by name, which safetensors and torch.save can write.
+        """Return all snapshots as tensors by name, which safetensors and torch.save can write.
 
-        Raises TypeError, naming it, where an optimizer keeps something that is neither a tensor nor a JSON value.
+        Raises:
+            TypeError: Naming it, where an optimizer keeps something that is neither a tensor nor a JSON value.
         """
         facts = []
         tensors: dict[str, Tensor] = {}
@@ -88,8 +102,12 @@ class Snapshots:
         return {METADATA: encode({"every": self.every, "last": self.last, "snapshots": facts}), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError, before any change, where it belongs to other settings,
-        layers or parameters, or where anything is missing or wrong."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: Before any change, where it belongs to other settings, layers or parameters, or where anything
+                is missing or wrong.
+        """
         self.keep(self.read(state))
 
     def keep(self, tokens: list[Snapshot]) -> None:
@@ -97,7 +115,7 @@ class Snapshots:
         self._kept = tokens
 
     def read(self, state: Mapping[str, Tensor]) -> list[Snapshot]:
-        """The snapshots of a state, as `load_state_dict` takes them over; changes nothing."""
+        """Return the snapshots of a state, as `load_state_dict` takes them over; changes nothing."""
         facts = decode(state)
         check_names(facts, ("every", "last", "snapshots"), FACTS)
         for name in ("every", "last"):
@@ -119,7 +137,12 @@ class Snapshots:
 
 
 def check_count(name: str, value: Any, lowest: int = 1) -> None:
-    """Raises TypeError or ValueError unless `value` is an int of at least `lowest`."""
+    """Check that `value` is an int of at least `lowest`.
+
+    Raises:
+        TypeError: Naming the argument, where it is no int.
+        ValueError: Where it is a lower one.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: found {value!r} ({type(value).__name__}), expected an int")
     if value < lowest:
@@ -151,7 +174,7 @@ def _parts(token: Snapshot) -> dict[str, Tensor]:
 
 
 def _token(place: int, facts: Any, own: Mapping[str, Any]) -> Snapshot:
-    """The snapshot of which a state says `facts` and has the tensors `own`. Raises ValueError where they disagree."""
+    """Make the snapshot of which a state says `facts` and has the tensors `own`, or raise ValueError."""
     where = fact(f"snapshots[{place}]")
     check_names(facts, ("step", "parameters", "moments"), where)
     step = check_whole(facts["step"], f"{where}.step")
@@ -189,7 +212,7 @@ def _tensor(own: Mapping[str, Any], place: int, name: str) -> Tensor:
 
 
 def _check_tensors(allocator: BudgetAllocator, token: Snapshot) -> None:
-    """Raises ValueError unless parameters and moments can be written into what the allocator's optimizer has now."""
+    """Raise ValueError unless parameters and moments can be written into what the allocator's optimizer has now."""
     parts, optimizer = _parts(token), allocator.optimizer
     trained = trained_parameters(allocator.parts, optimizer)
     for index, (parameter, _) in enumerate(zip(trained, token.parameters, strict=False)):

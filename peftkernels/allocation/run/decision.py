@@ -10,8 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """A choice of ranks at a step: scores (Σ r,) and thresholds (S,), one per share of the budget, stay on their device
-    until somebody asks."""
+    """A choice of ranks at a step. Scores and thresholds stay on their device until they are read.
+
+    Attributes:
+        step: The optimizer step.
+        budget: What the schedule allowed, over all layers.
+        scores: (Σ r,), one per rank.
+        thresholds: (S,), one per share of the budget.
+    """
 
     step: int
     budget: float
@@ -19,4 +25,5 @@ class Decision:
     thresholds: Tensor
 
     def to(self, device: torch.device) -> Decision:
+        """Return the decision on another device."""
         return Decision(self.step, self.budget, self.scores.to(device), self.thresholds.to(device))

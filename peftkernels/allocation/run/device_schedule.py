@@ -13,10 +13,11 @@ from peftkernels.allocation.run.settings import AllocatorSettings
 class DeviceSchedule:
     """The step count and what follows from it, on the device: nothing here is read by the host.
 
-    step     0-dim int64, optimizer steps so far
-    skipped  0-dim int64, steps that a GradScaler kept from the optimizer
-
     Budgets are looked up in a table made from the host's schedule, so that they are the same to the last rank.
+
+    Attributes:
+        step: 0-dim int64, optimizer steps so far.
+        skipped: 0-dim int64, steps that a GradScaler kept from the optimizer.
     """
 
     def __init__(self, settings: AllocatorSettings, shares: Shares, device: torch.device) -> None:
@@ -43,25 +44,25 @@ class DeviceSchedule:
         self.skipped += skipped
 
     def budgets(self) -> Tensor:
-        """The budget of every share, (S,)."""
+        """Return the budget of every share, (S,)."""
         return self._budgets.index_select(0, self._row()).reshape(-1)
 
     def skips_update(self, overflow: Tensor | None) -> Tensor:
-        """Whether the statistics stay as they are: from the last allocation on, and in a skipped step; 0-dim bool."""
+        """Return True if statistics stay as they are: from the last allocation on, and in a skipped step."""
         settled = self.step >= self._last
         return settled if overflow is None else settled | (overflow.reshape(()) != 0)
 
     def decides(self, overflow: Tensor | None) -> Tensor:
-        """Whether ranks are chosen in this step; 0-dim bool."""
+        """Return True (0-dim bool) if ranks are chosen in this step."""
         due = self._deciding.index_select(0, self._row()).reshape(())
         return due if overflow is None else due & (overflow.reshape(()) == 0)
 
     def masks(self) -> Tensor:
-        """Whether masked ranks are masked in this step, by a decision of it or of the last allocation; 0-dim bool."""
+        """Return True (0-dim bool) if masked ranks are masked in this step, by its decision or the last allocation."""
         return self._deciding.index_select(0, self._row()).reshape(()) | (self.step > self._last)
 
     def remember(self, before: Decision | None, deciding: Tensor, scores: Tensor, thresholds: Tensor) -> Decision:
-        """The last decision, in tensors that keep their places; its step is `decided_at`."""
+        """Return the last decision, in tensors that keep their places."""
         if before is None:
             before = Decision(0, 0, torch.zeros_like(scores), torch.zeros_like(thresholds))
         torch.where(deciding, scores, before.scores, out=before.scores)
@@ -70,7 +71,7 @@ class DeviceSchedule:
         return before
 
     def decision(self, kept: Decision | None, shares: Shares) -> Decision | None:
-        """`kept` with its step and budget, read from the device; None before the first decision."""
+        """Return `kept` with its step and budget, read from the device; None before the first decision."""
         step = int(self._decided_at)
         return None if kept is None or step == 0 else Decision(step, shares.budget(step), kept.scores, kept.thresholds)
 

@@ -14,7 +14,7 @@ from peftkernels.allocation.run.settings import AllocatorSettings
 
 
 def explain_decision(parts: RunParts) -> AllocationReport:
-    """What `BudgetAllocator.explain` returns; reads the last decision from the device."""
+    """Return what `BudgetAllocator.explain` does; reads the last decision from the device."""
     settings, statistics, progress = parts.settings, parts.statistics, parts.progress
     decision, step = progress.decision, progress.steps
     scores: list[float] = []
@@ -48,7 +48,7 @@ def explain_decision(parts: RunParts) -> AllocationReport:
 
 
 def run_facts(parts: RunParts) -> dict[str, Any]:
-    """What `Observer.on_start` is told."""
+    """Return what `Observer.on_start` is told."""
     statistics = parts.statistics
     group_of = {member: share.name for share in statistics.shares.shares for member in share.members}
     return {

@@ -1,4 +1,4 @@
-"""Running an allocator after every optimizer step, and noticing when nobody runs it."""
+"""Running an allocator after every optimizer step, and noticing when it is not run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ def run_after_step(
     layers: Mapping[str, GatedLayer],
     frozen: Collection[str] = (),
 ) -> tuple[RemovableHandle, Optimizer]:
-    """Call `run(optimizer)` after every `optimizer.step()` until the returned handle is removed; the optimizer returned
-    is the one that steps.
+    """Call `run(optimizer)` after every `optimizer.step()` until the returned handle is removed.
 
     A wrapper that never initialised itself as an Optimizer and keeps the one that steps in `.optimizer`, as
-    accelerate's does, is looked through: a hook on the wrapper would never run. Raises TypeError for anything but an
-    optimizer, and ValueError where it does not train every adapter factor of the layers, naming those it misses; those
-    of frozen layers may be missing.
+    accelerate's does, is looked through: a hook on the wrapper would never run.
+
+    Args:
+        optimizer: What trains the layers.
+        run: What is called.
+        layers: Layers whose adapter factors it must train.
+        frozen: Names of layers whose factors may be missing.
+
+    Returns:
+        The handle, and the optimizer that steps.
+
+    Raises:
+        TypeError: For anything but an optimizer.
+        ValueError: Where it does not train every adapter factor of the layers; names those it misses.
     """
     inner: Any = optimizer
     while isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" not in vars(inner):
@@ -52,7 +62,7 @@ def run_after_step(
 
 
 def found_overflow(optimizer: Optimizer) -> Tensor | None:
-    """What a GradScaler found in the gradients of the step being made, not zero for an overflow; None without a scaler.
+    """Return what a GradScaler found in this step's gradients, not zero for an overflow; None without a scaler.
 
     With most optimizers a scaler does not call `step` after an overflow. Fused ones are called all the same and leave
     the parameters alone; the scaler tells them so through this attribute, for the time of the call.
@@ -78,7 +88,7 @@ class IdleWatch:
         self._movements = 0
 
     def idle(self) -> bool:
-        """Look again; True once the gates have moved between two looks for the third time since `reset`."""
+        """Look again; returns True once the gates have moved between two looks for the third time since `reset`."""
         versions = self._read()
         if versions != self._versions:
             self._versions = versions
@@ -86,7 +96,7 @@ class IdleWatch:
         return self._movements >= 3
 
     def warning(self, attached: bool) -> str:
-        """What to say when `idle`."""
+        """Return what to say when `idle`."""
         if attached:
             return (
                 "the gates lora_E are being trained but the optimizer the allocator is attached to is not stepped: "

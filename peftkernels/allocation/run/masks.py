@@ -53,6 +53,7 @@ class RankMasks:
 
     @property
     def device(self) -> torch.device:
+        """Where the mask is."""
         return self.keep.device
 
     def follow(self, device: torch.device, kernels: AllocationKernels) -> None:
@@ -62,29 +63,29 @@ class RankMasks:
         self.kernels = kernels
 
     def gates(self) -> list[Tensor]:
-        """lora_E of every layer."""
+        """Return lora_E of every layer."""
         return self._layers.factors("lora_E")
 
     def fresh_gates(self) -> list[Tensor]:
-        """lora_E of every layer as it is now; collective where the factors are sharded over processes."""
+        """Return lora_E of every layer as it is now; collective where the factors are sharded over processes."""
         self._layers.forget()
         return self.gates()
 
     def plans(self) -> list[RankPlan]:
-        """The rank plan of every layer, over the layer's own tensors."""
+        """Return the rank plan of every layer, over the layer's own tensors."""
         return [layer.rank_plan for layer in self.layers.values()]
 
     def pattern(self) -> dict[str, list[bool]]:
-        """The last mask by layer, read from the device once."""
+        """Return the last mask by layer, read from the device once."""
         parts = self.keep.cpu().split(list(self.ranks.values()))
         return {name: part.tolist() for name, part in zip(self.ranks, parts, strict=True)}
 
     def hold(self, scores: Tensor, held: Tensor) -> Tensor:
-        """The scores with ranks that are held, bool (Σ r,), where they cannot change sides."""
+        """Return the scores with ranks that are held, bool (Σ r,), where they cannot change sides."""
         return torch.where(held, torch.where(self.keep, torch.inf, -torch.inf).to(scores.dtype), scores)
 
     def take(self, keep: Tensor) -> None:
-        """The ranks that a decision keeps."""
+        """Take over the ranks that a decision keeps."""
         self.keep.copy_(keep)
         self.changes += 1
 
@@ -136,14 +137,14 @@ class RankMasks:
         self.changes += 1
 
     def living(self, *, dead: bool) -> tuple[Tensor, ...]:
-        """For each layer which of its ranks are not DEAD, bool (r,); dead: whether every masked rank is."""
+        """Return for each layer which of its ranks are not DEAD, bool (r,); with `dead` every masked rank is."""
         if dead:
             return self.by_layer()
         parts = zip(self.ranks, self.by_layer(), strict=True)
         return tuple(keep if name in self.frozen else torch.ones_like(keep) for name, keep in parts)
 
     def by_layer(self) -> tuple[Tensor, ...]:
-        """The mask of each layer, bool (r,)."""
+        """Return the mask of each layer, bool (r,)."""
         return self.keep.split(list(self.ranks.values()))
 
     def _written(self, masked: RankState | None) -> None:

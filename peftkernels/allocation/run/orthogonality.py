@@ -21,15 +21,25 @@ def orthogonality(
     keep: Sequence[Tensor] | None = None,
     impl: str | AllocationKernels = "auto",
 ) -> Tensor:
-    """w/(2n) · Σ over the n adapters of ‖A·Aᵀ - I‖_F + ‖Bᵀ·B - I‖_F, a 0-dim tensor (arXiv 2303.10512, eq. 4, with HF
-    peft's norms that are not squared and its mean over the 2n factors).
+    """Return AdaLoRA's orthogonality term, a 0-dim tensor.
 
-    lora_A: n tensors (r, K), lora_B: n tensors (N, r); shapes may differ between adapters. keep: n bool tensors (r,),
-    or None; where given, only the rows of A and columns of B that are kept take part, and I is the identity on them.
-    The gradient is 2·M·A/‖M‖_F with M = A·Aᵀ - I, for B 2·B·M/‖M‖_F, and 0 where ‖M‖_F = 0. Sums are in
-    the factors' dtype, in float32 for lower precisions, and autocast does not change that; the gradient comes in each
-    factor's own dtype. Differentiating twice raises. impl: which kernels compute it, see `kernels_for`, or an object
-    that it gave, which keeps tables and working memory from one call to the next.
+        w/(2n) · Σ over the n adapters of ‖A·Aᵀ - I‖_F + ‖Bᵀ·B - I‖_F
+
+    The gradient is 2·M·A/‖M‖_F with M = A·Aᵀ - I, for B 2·B·M/‖M‖_F, and 0 where ‖M‖_F = 0. Sums are in the factors'
+    dtype, in float32 for lower precisions, and autocast does not change that; the gradient comes in each factor's own
+    dtype. Differentiating twice raises.
+
+    Args:
+        lora_A: n tensors (r, K); shapes may differ between adapters.
+        lora_B: n tensors (N, r).
+        weight: w.
+        keep: n bool tensors (r,), or None; where given, only the rows of A and columns of B that are kept take part,
+            and I is the identity on them.
+        impl: Which kernels compute it, see `kernels_for`, or an object that it gave, which keeps tables and working
+            memory from one call to the next.
+
+    Source: Zhang et al., arXiv 2303.10512, eq. 4, with HF peft's norms that are not squared and its mean over the 2n
+    factors.
     """
     if weight == 0:
         return torch.zeros((), device=lora_A[0].device)

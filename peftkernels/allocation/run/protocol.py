@@ -68,15 +68,15 @@ class Allocator(Protocol):
         ...
 
     def observe(self, loss: Tensor | float) -> None:
-        """The loss of the step that is being made, before `optimizer.step()`."""
+        """Take the loss of the step that is being made, before `optimizer.step()`."""
         ...
 
     def regularization(self) -> Tensor:
-        """A 0-dim term to add to the loss; zero where the strategy has none."""
+        """Return a 0-dim term to add to the loss; zero where the strategy has none."""
         ...
 
     def add_regularization_gradient(self, scale: float = 1.0) -> Tensor:
-        """What adding `regularization()` to the loss does, after backward() and without a graph; returns the term."""
+        """Do what adding `regularization()` to the loss does, after backward(), without a graph; return the term."""
         ...
 
     def step(self, step: int | None = None) -> None:
@@ -84,11 +84,11 @@ class Allocator(Protocol):
         ...
 
     def budget(self, step: int) -> float:
-        """What may be alive, over all layers, after optimizer step `step`, in the budget's unit."""
+        """Return what may be kept, over all layers, after optimizer step `step`, in the budget's unit."""
         ...
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """For every layer by name, which ranks the last decision kept."""
+        """Return for every layer by name which ranks the last decision kept."""
         ...
 
     def freeze(self, name: str, *, drop: bool = True) -> None:
@@ -104,8 +104,10 @@ class Allocator(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on later as if nothing had happened, together with the model's and optimizer's:
-        tensors by name, which safetensors can write."""
+        """Return what it takes to go on later to the same bits, together with the model's and optimizer's state.
+
+        These are tensors by name, which safetensors can write.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -113,7 +115,7 @@ class Allocator(Protocol):
         ...
 
     def snapshot(self) -> Any:
-        """A token that `rollback` returns to."""
+        """Return a token that `rollback` goes back to."""
         ...
 
     def rollback(self, token: Any, why: str = "asked for") -> None:
@@ -121,5 +123,5 @@ class Allocator(Protocol):
         ...
 
     def explain(self) -> AllocationReport:
-        """The last decision, layer by layer, with the reason."""
+        """Return the last decision, layer by layer, with the reason."""
         ...

@@ -11,7 +11,12 @@ LR_MULTIPLIER = 5.0
 
 @dataclass(frozen=True)
 class AdaLoraRates:
-    """Peak learning rate of A, B and E, and the layers' lora_alpha."""
+    """What AdaLoRA is trained with.
+
+    Attributes:
+        lr: Peak learning rate of A, B and E.
+        lora_alpha: The layers' lora_alpha.
+    """
 
     lr: float
     lora_alpha: float
@@ -26,20 +31,26 @@ def from_lora(
     out_features: int,
     lr_multiplier: float = LR_MULTIPLIER,
 ) -> AdaLoraRates:
-    """AdaLoRA's settings under which Adam moves ‖ΔW‖_F as far a step as it does with these settings of LoRA.
-
-    lr, lora_alpha, r   LoRA's learning rate, alpha and rank that work; its scale is lora_alpha/r
-    init_r              AdaLoRA's rank at the start
-    out_features        N, the typical width of the adapted layers' outputs
-    lr_multiplier       AdaLoRA's learning rate over LoRA's
+    """Return AdaLoRA's settings under which Adam moves ‖ΔW‖_F as far a step as with these settings of LoRA.
 
     A step of Adam moves every entry by about lr. For LoRA that is lr·(lora_alpha/r)·√(r·N/3) of ‖ΔW‖_F, whatever K;
     for AdaLoRA, whose orthogonality term gives the factors rows of norm 1, lr·(lora_alpha/init_r)·√init_r. Equal with
 
         lr' = lr_multiplier·lr,   lora_alpha' = init_r · (lora_alpha/r) · √(r·N/(3·init_r)) / lr_multiplier
 
-    Gates alone would need no other learning rate; A and B, which start in random directions, do. Raises TypeError or
-    ValueError naming the argument, what was found and what was expected.
+    Gates alone would need no other learning rate; A and B, which start in random directions, do.
+
+    Args:
+        lr: LoRA's learning rate that works.
+        lora_alpha: LoRA's alpha that works with it; its scale is lora_alpha/r.
+        r: LoRA's rank that works with them.
+        init_r: AdaLoRA's rank at the start.
+        out_features: N, the typical width of the adapted layers' outputs.
+        lr_multiplier: AdaLoRA's learning rate over LoRA's.
+
+    Raises:
+        TypeError: Naming the argument, what was found and what was expected.
+        ValueError: Likewise.
     """
     for name, value in (("r", r), ("init_r", init_r), ("out_features", out_features)):
         if not isinstance(value, int) or isinstance(value, bool):

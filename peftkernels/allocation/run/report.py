@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 class ModuleAllocation:
     """What happened to the ranks of one layer.
 
-    kept       one bool per rank
-    scores     the score of each rank at the last decision; empty before the first
-    threshold  scores at or below it were masked; None before the first decision
-    why        the decision in words
+    Attributes:
+        name: Its module path.
+        kept: One bool per rank.
+        scores: The score of each rank at the last decision; empty before the first.
+        threshold: Scores at or below it were masked; None before the first decision.
+        why: The decision in words.
     """
 
     name: str
@@ -23,6 +25,7 @@ class ModuleAllocation:
 
     @property
     def n_kept(self) -> int:
+        """How many of its ranks are kept."""
         return sum(self.kept)
 
     @property
@@ -42,14 +45,19 @@ class ModuleAllocation:
 class AllocationReport:
     """The state of an allocation after optimizer step `step`.
 
-    budget            what the schedule allows at `step`, in `unit`
-    decided_at        the step of the last decision, None before the first
-    threshold         the threshold of that decision; None before the first, and where groups have budgets of their own:
-                      `modules` has the one of each
-    nonfinite_steps   steps whose gradients were not finite and left the score averages unchanged
-    skipped_steps     calls of the optimizer that a GradScaler kept from stepping
-    rollbacks         how often the run was rolled back
-    undecided_steps   steps that were to choose ranks and had no score to choose by
+    Attributes:
+        step: The optimizer step.
+        phase: Where in the schedule it is, in words.
+        budget: What the schedule allows at `step`, in `unit`.
+        unit: What the budget counts.
+        decided_at: The step of the last decision, None before the first.
+        threshold: The threshold of that decision; None before the first, and where groups have budgets of their own:
+            `modules` has the one of each.
+        nonfinite_steps: Steps whose gradients were not finite and left the score averages unchanged.
+        skipped_steps: Calls of the optimizer that a GradScaler kept from stepping.
+        modules: The layers, in model order.
+        rollbacks: How often the run was rolled back.
+        undecided_steps: Steps that were to choose ranks and had no score to choose by.
     """
 
     step: int
@@ -66,10 +74,12 @@ class AllocationReport:
 
     @property
     def n_kept(self) -> int:
+        """How many ranks are kept."""
         return sum(module.n_kept for module in self.modules)
 
     @property
     def n_total(self) -> int:
+        """How many ranks there are."""
         return sum(len(module.kept) for module in self.modules)
 
     def __str__(self) -> str:

@@ -16,7 +16,9 @@ DEFAULT_TARGET_R = 8
 class AllocatorSettings:
     """What `BudgetAllocator` was given; its docstring says what each means.
 
-    Raises TypeError or ValueError naming the argument, what was found and what was expected.
+    Raises:
+        TypeError: Naming the argument, what was found and what was expected.
+        ValueError: Likewise.
     """
 
     total_step: int
@@ -75,7 +77,15 @@ class AllocatorSettings:
         return self.total_step - self.tfinal
 
     def share_out(self, layers: Mapping[str, tuple[int, int, int]], costs: Mapping[str, float] | None) -> Shares:
-        """The budget bound to layers, (r, N, K) by name. Raises ValueError where it leaves nothing to prune."""
+        """Return the budget bound to layers.
+
+        Args:
+            layers: (r, N, K) by name.
+            costs: Cost of one rank by layer name, for a budget in microseconds or bytes.
+
+        Raises:
+            ValueError: Where it leaves nothing to prune.
+        """
         budget = self.budget
         if budget is None:
             assert self.target_r is not None

@@ -18,13 +18,14 @@ from peftkernels.allocation.run.state import check_state, pack_state, unpack_sta
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A moment of an allocator, of the parameters that are trained and of the optimizer's moments of them; all copies.
+    """One point of a run: the allocator, the trained parameters and the optimizer's moments of them, all copies.
 
-    step        optimizer steps made until then
-    state       what `BudgetAllocator.state_dict` gave
-    parameters  the adapters' factors, and after them what else the attached optimizer trains, in its order; where they
-                are sharded over processes, each process's own part
-    moments     for every parameter its optimizer state by name; None where no optimizer was attached
+    Attributes:
+        step: Optimizer steps made until then.
+        state: What `BudgetAllocator.state_dict` gave.
+        parameters: The adapters' factors, and after them what else the attached optimizer trains, in its order; where
+            they are sharded over processes, each process's own part.
+        moments: For every parameter its optimizer state by name; None where no optimizer was attached.
     """
 
     step: int
@@ -40,7 +41,7 @@ class Snapshot:
 
 
 def take_snapshot(parts: RunParts, optimizer: Optimizer | None) -> Snapshot:
-    """What `BudgetAllocator.snapshot` returns."""
+    """Return what `BudgetAllocator.snapshot` does."""
     parameters = trained_parameters(parts, optimizer)
     moments = None if optimizer is None else tuple(_copied(optimizer.state.get(p, {})) for p in parameters)
     copies = tuple(local_part(parameter).clone() for parameter in parameters)
@@ -49,7 +50,7 @@ def take_snapshot(parts: RunParts, optimizer: Optimizer | None) -> Snapshot:
 
 @torch.no_grad()
 def restore_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapshot) -> None:
-    """What `BudgetAllocator.rollback` does. Everything is checked before the first change."""
+    """Do what `BudgetAllocator.rollback` does. Everything is checked before the first change."""
     parameters = check_snapshot(parts, optimizer, token)
     parts.masks.check_writable()
     if optimizer is not None and token.moments is not None:
@@ -60,7 +61,12 @@ def restore_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapsh
 
 
 def check_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapshot) -> list[Tensor]:
-    """The parameters that a token of this allocator is about; raises TypeError or ValueError for any other token."""
+    """Return the parameters that a token of this allocator is about.
+
+    Raises:
+        TypeError: For anything but a token.
+        ValueError: For another allocator's or optimizer's.
+    """
     if not isinstance(token, Snapshot):
         raise TypeError(f"token: found {type(token).__name__}, expected what snapshot() returned")
     facts, _ = check_state(parts, token.state)
@@ -85,7 +91,7 @@ def check_snapshot(parts: RunParts, optimizer: Optimizer | None, token: Snapshot
 
 
 def trained_parameters(parts: RunParts, optimizer: Optimizer | None) -> list[Tensor]:
-    """The adapters' factors, and after them what else the attached optimizer trains."""
+    """Return the adapters' factors, and after them what else the attached optimizer trains."""
     factors: list[Tensor] = [getattr(layer, factor) for layer in parts.masks.own.values() for factor in FACTORS]
     known = {id(factor) for factor in factors}
     groups = [] if optimizer is None else optimizer.param_groups

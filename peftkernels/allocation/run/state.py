@@ -42,7 +42,7 @@ def pack_state(parts: RunParts) -> dict[str, Tensor]:
     if decision is not None:
         tensors |= {"decision.scores": decision.scores, "decision.thresholds": decision.thresholds}
     if not parts.progress.released:
-        # Afterwards nobody asks the strategy again, whatever it has kept.
+        # Afterwards the strategy is not called again, whatever it has kept.
         tensors |= {_STRATEGY + name: tensor for name, tensor in parts.strategy.tensors().items()}
     owned = {name: own.detach().clone(memory_format=torch.contiguous_format) for name, own in tensors.items()}
     return {METADATA: encode(facts), **owned}

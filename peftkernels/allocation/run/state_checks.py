@@ -1,4 +1,4 @@
-"""What the parts of a saved state are asked before any of it is taken over; errors name the part."""
+"""Checks of the parts of a saved state, made before any of it is taken over; errors name the part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def within(where: str) -> Iterator[None]:
 
 
 def check_names(found: Any, expected: Collection[str], where: str = "state") -> None:
-    """Raises ValueError unless `found` has exactly the names `expected`."""
+    """Check that `found` has exactly the names `expected`.
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
     if not isinstance(found, Mapping):
         raise ValueError(f"{where}: found {shown(found)}, expected what state_dict() gave")
     for name in expected:
@@ -53,7 +57,16 @@ def check_names(found: Any, expected: Collection[str], where: str = "state") -> 
 
 
 def check_settings(found: Mapping[str, Any], expected: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError with every difference unless what saved the state, `who`, had the settings `expected`."""
+    """Check that what saved a state had the settings `expected`.
+
+    Args:
+        found: The saved settings.
+        expected: The settings of what loads it.
+        who: What saved it, in words.
+
+    Raises:
+        ValueError: With every difference.
+    """
     differences = [
         f"{name} (found {found.get(name)!r}, expected {value!r})"
         for name, value in expected.items()
@@ -67,7 +80,7 @@ def check_settings(found: Mapping[str, Any], expected: Mapping[str, Any], who: s
 def check_tensor(
     found: Mapping[str, Any], name: str, shape: torch.Size, dtype: torch.dtype, prefix: str = ""
 ) -> Tensor:
-    """found[name] where it is a tensor of this shape and dtype; raises ValueError otherwise, as those below do."""
+    """Return found[name] if it is a tensor of this shape and dtype; raise ValueError otherwise, as those below do."""
     own = found.get(name)
     if not (isinstance(own, Tensor) and own.shape == shape and own.dtype == dtype):
         raise ValueError(f"state[{prefix + name!r}]: found {_described(own)}, expected {tuple(shape)} {dtype}")
@@ -75,7 +88,7 @@ def check_tensor(
 
 
 def check_floats(found: Mapping[str, Any], name: str, shape: torch.Size | None) -> Tensor:
-    """found[name] where it has floating-point numbers of any precision and this shape; any length where it is None."""
+    """Return found[name] where it has floating-point numbers and this shape, or any length where `shape` is None."""
     own = found.get(name)
     if (
         isinstance(own, Tensor)
@@ -88,14 +101,14 @@ def check_floats(found: Mapping[str, Any], name: str, shape: torch.Size | None) 
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`, found under `name`, where all its numbers are finite."""
+    """Return `tensor`, found under `name`, where all its numbers are finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"state[{name!r}]: found {shown(tensor.tolist())}, expected finite numbers")
     return tensor
 
 
 def check_not_negative(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`, found under `name`, where all its numbers are finite and at least 0."""
+    """Return `tensor`, found under `name`, where all its numbers are finite and at least 0."""
     if bool((check_finite(tensor, name) < 0).any()):
         raise ValueError(f"state[{name!r}]: found {shown(tensor.tolist())}, expected at least 0")
     return tensor

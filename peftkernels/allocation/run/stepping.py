@@ -76,7 +76,7 @@ class HostStepper:
         parts.progress.count_skipped()
         parts.idle.reset()
         parts.statistics.begin_step()
-        # Told of the step that is tried again: what is told of the last one lies before a checkpoint made there.
+        # An event of the step that is tried again: events of the last one lie before a checkpoint made there.
         why = "the gradient scaler found an overflow; the optimizer did not step"
         parts.watchers.on_event(parts.progress.steps + 1, "skipped", {"why": why})
         return False

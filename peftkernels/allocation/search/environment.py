@@ -12,6 +12,7 @@ from peftkernels.allocation.strategies.adalora import AdaLora
 from peftkernels.allocation.strategies.group_shares import GroupShares
 from peftkernels.allocation.strategies.statistics import Statistics
 from peftkernels.allocation.strategies.strategy import Strategy
+from peftkernels.ops.rank_plan import RankState
 
 try:
     import gymnasium
@@ -26,17 +27,17 @@ HIGHEST_LOSS_RATIO = 10.0
 
 
 class WatchedShares(GroupShares):
-    """`GroupShares` that remembers what it saw, for those who look on after the gradients are cleared."""
+    """`GroupShares` that keeps what it saw, to be read after the gradients are cleared."""
 
-    def begin(self, bus: Statistics) -> None:
-        super().begin(bus)
-        self.bus = bus
+    def begin(self, statistics: Statistics) -> None:
+        super().begin(statistics)
+        self.statistics = statistics
         self.step = 0
 
-    def update(self, bus: Statistics) -> None:
-        super().update(bus)
+    def update(self, statistics: Statistics) -> None:
+        super().update(statistics)
         self.step += 1
-        self.gate_gradients = bus.gate_gradients
+        self.gate_gradients = statistics.gate_gradients
 
 
 class RankBudgetEnv(gymnasium.Env):
@@ -53,21 +54,27 @@ class RankBudgetEnv(gymnasium.Env):
 
         env = RankBudgetEnv(fine_tuning)
 
-    fine_tuning  called with the strategy to give to the allocator and a seed; everything random must come from the seed
-    groups       shell patterns by name of the group; by default projection types, see `group_modules`
-    inner        makes the strategy that scores ranks inside a group
-    interval     optimizer steps of one step of the environment
-    move         part of the whole budget that one action moves, as far as the group has it
-
     Action: Discrete(1 + G·(G-1)): 0 moves nothing, the others are the pairs (from, to) in the order of `arms`.
-    Observation: float32 (3·G + 2,): by group its share of the budget, the part of its ranks that is live, and its part
+    Observation: float32 (3·G + 2,): by group its share of the budget, the part of its ranks that is ACTIVE, its part
     of Σ mean |∂e| over the groups, all in [0, 1]; then the budget over what all ranks cost, in [0, 1], and the mean
     loss of the last round over that of the first, in [0, 10] (higher ones are shown as 10).
     Reward: (mean loss of the round before - mean loss of this round) / (budget in use), as the bandit's before it is
     scaled. `reset` plays a first round without a move. An episode ends with the fine-tuning; it is never truncated.
 
-    Making the environment runs the first step of one fine-tuning, to see its modules. Raises TypeError or ValueError
-    naming the argument, and RuntimeError for a fine-tuning that ends before its first round does.
+    Making the environment runs the first step of one fine-tuning, to see its modules.
+
+    Args:
+        fine_tuning: Called with the strategy to give to the allocator and a seed; everything random must come from the
+            seed.
+        groups: Shell patterns by name of the group; by default projection types, see `group_modules`.
+        inner: Makes the strategy that scores ranks inside a group.
+        interval: Optimizer steps of one step of the environment.
+        move: Part of the whole budget that one action moves, as far as the group has it.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
+        RuntimeError: For a fine-tuning that ends before its first round does.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -141,23 +148,23 @@ class RankBudgetEnv(gymnasium.Env):
                 losses.append(float(loss))
         if not losses and otherwise is None:
             raise RuntimeError("fine_tuning: it ended before its first round, expected at least one loss")
-        if not hasattr(self._shares, "bus"):
+        if not hasattr(self._shares, "statistics"):
             raise RuntimeError("fine_tuning: it gave the strategy to no allocator")
         return sum(losses) / len(losses) if losses else float(otherwise or 0.0)
 
     def _budget(self) -> float:
-        return self._shares.bus.shares.budget(self._shares.step)
+        return self._shares.statistics.shares.budget(self._shares.step)
 
     def _observation(self) -> np.ndarray:
-        bus, index, count = self._shares.bus, self._shares.group_index, len(self.labels)
+        statistics, index, count = self._shares.statistics, self._shares.group_index, len(self.labels)
         zero = torch.zeros(count, dtype=torch.float64, device=index.device)
         sizes = zero.index_add(0, index, torch.ones_like(index, dtype=torch.float64)).clamp(min=1)
-        live = torch.cat([layer.rank_plan.state for layer in bus.layers]) == 2
+        active = torch.cat([layer.rank_plan.state for layer in statistics.layers]) == RankState.ACTIVE
         wants = zero.index_add(0, index, self._shares.gate_gradients.abs().double()) / sizes
         ratio = min(max(self._loss / self._first, 0.0), HIGHEST_LOSS_RATIO) if self._first > 0 else 1.0
         parts = [
             torch.tensor(list(self._shares.shares.values()), dtype=torch.float64),
-            (zero.index_add(0, index, live.double()) / sizes).cpu(),
+            (zero.index_add(0, index, active.double()) / sizes).cpu(),
             (wants / wants.sum().clamp(min=1e-300)).cpu(),
             torch.tensor([self._budget() / self._shares.full_cost, ratio], dtype=torch.float64),
         ]

@@ -18,12 +18,15 @@ GROUP_WEIGHTS = (0.25, 4.0)
 class Candidate:
     """One choice: how to build the layers and the allocator.
 
-    init_r, lora_alpha   for `AdaLoRALinear.from_linear`
-    target_r             average rank per layer at the end
-    tinit, tfinal        shares of the run before the budget falls and after it has fallen
-    deltaT               optimizer steps between two masks
-    learning_rate        of the adapters; None where the space does not range over it
-    group_weights        by group, how much more than its share of the ranks it gets; normalised in `budget`
+    Attributes:
+        init_r: Rank at the start, for `AdaLoRALinear.from_linear`.
+        lora_alpha: For `AdaLoRALinear.from_linear`.
+        target_r: Average rank per layer at the end.
+        tinit: Share of the run before the budget falls.
+        tfinal: Share of the run after it has fallen.
+        deltaT: Optimizer steps between two masks.
+        learning_rate: Of the adapters; None where the space does not range over it.
+        group_weights: By group, how much more than its share of the ranks it gets; normalised in `budget`.
     """
 
     init_r: int
@@ -75,13 +78,15 @@ class Candidate:
 class BudgetSpace:
     """The choices of a search. A pair (low, high) is a range, both ends included; a single value is fixed.
 
-    init_r          rank at the start, drawn from its logarithm
-    target_share    target_r as a share of init_r (below 1, so that there is something to prune)
-    alpha_per_rank  lora_alpha / init_r, the scale of the adapter, drawn from its logarithm
-    tinit, tfinal   shares of the run
-    deltaT          the values to choose from
-    learning_rate   drawn from its logarithm; None leaves it to the objective
-    groups          shell patterns over module paths by group; each group's weight is searched
+    Attributes:
+        init_r: Rank at the start, drawn from its logarithm.
+        target_share: target_r as a share of init_r (below 1, so that there is something to prune).
+        alpha_per_rank: The scale of the adapter, lora_alpha / init_r, drawn from its logarithm.
+        tinit: Share of the run before the budget falls.
+        tfinal: Share of the run after it has fallen.
+        deltaT: The values to choose from.
+        learning_rate: Drawn from its logarithm; None leaves it to the objective.
+        groups: Shell patterns over module paths by group; each group's weight is searched.
     """
 
     init_r: int | tuple[int, int] = (4, 16)

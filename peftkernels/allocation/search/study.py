@@ -57,22 +57,24 @@ class BudgetSearch:
         search.run(objective, trials=40)
         print(search.best)
 
-    Arguments:
-        space       what may be chosen
-        storage     a file for Optuna's journal, or the URL of a database it knows ("sqlite:///search.db"); None keeps
-                    the search in memory. A search that was killed goes on from its storage, and several processes or
-                    machines may work on one storage at a time
-        name        the study's name in the storage
-        directions  "maximize" or "minimize", one for each value of the objective. Several make a search for the front
-        sampler     "tpe" (Bergstra et al., NeurIPS 2011), "gp" (Gaussian process), "nsga2" (Deb et al., 2002) or
-                    "random"; "tpe" by default, "nsga2" for several objectives
-        pruner      an `optuna.pruners` object; by default the median rule after 5 whole trials, for one objective
-        seed        of the sampler. A trial's choice depends on the seed, its number and the trials finished before it,
-                    so a single worker that is killed and started again makes the same choices
-        worker      which of the workers on one storage this is: each needs a number of its own, or two that ask at the
-                    same time draw the same candidate
+    Args:
+        space: What may be chosen.
+        storage: A file for Optuna's journal, or the URL of a database it knows ("sqlite:///search.db"); None keeps the
+            search in memory. A search that was killed goes on from its storage, and several processes or machines may
+            work on one storage at a time.
+        name: The study's name in the storage.
+        directions: "maximize" or "minimize", one for each value of the objective. Several make a search for the front.
+        sampler: "tpe" (Bergstra et al., NeurIPS 2011), "gp" (Gaussian process), "nsga2" (Deb et al., 2002) or "random";
+            "tpe" by default, "nsga2" for several objectives.
+        pruner: An `optuna.pruners` object; by default the median rule after 5 whole trials, for one objective.
+        seed: Of the sampler. A trial's choice depends on the seed, its number and the trials finished before it, so a
+            single worker that is killed and started again makes the same choices.
+        worker: Which of the workers on one storage this is: each needs a number of its own, or two that ask at the same
+            time draw the same candidate.
 
-    Raises ImportError without Optuna (`pip install 'peftkernels[search]'`), and ValueError naming the argument.
+    Raises:
+        ImportError: Without Optuna (`pip install 'peftkernels[search]'`).
+        ValueError: Naming the argument.
     """
 
     def __init__(
@@ -141,9 +143,12 @@ class BudgetSearch:
                 self._study.tell(trial, values)
 
     def ask(self, count: int = 1) -> list[Asked]:
-        """Candidates for a loop of your own, such as one that trains several at a time; `tell` takes what came of each.
+        """Return candidates for a loop of your own, such as one that trains several at a time; see `tell`.
 
-        Those of one call do not know of each other's values. Raises ValueError for a count below 1.
+        Those of one call do not know of each other's values.
+
+        Raises:
+            ValueError: For a count below 1.
         """
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"count: found {count!r}, expected a whole number of at least 1")
@@ -151,9 +156,14 @@ class BudgetSearch:
         return [Asked(trial.number, candidate) for trial, candidate in asked]
 
     def tell(self, number: int, *values: float) -> None:
-        """The objective's values, one for each direction, of the candidate that `ask` gave this number.
+        """Take what came of a candidate.
 
-        Raises ValueError for another number of values.
+        Args:
+            number: The number that `ask` gave it.
+            *values: The objective's values, one for each direction.
+
+        Raises:
+            ValueError: For another number of values.
         """
         if len(values) != len(self.directions):
             raise ValueError(f"values: found {len(values)}, expected {len(self.directions)}, one for each direction")
@@ -172,7 +182,11 @@ class BudgetSearch:
 
     @property
     def best(self) -> Finished:
-        """The best candidate so far. Raises ValueError before the first has finished, and for several directions."""
+        """The best candidate so far.
+
+        Raises:
+            ValueError: Before the first has finished, and for several directions.
+        """
         if len(self.directions) > 1:
             raise ValueError("best: the search has several directions and so no single best; expected front")
         return self._finished(self._study.best_trial)

@@ -16,7 +16,16 @@ from peftkernels.allocation.strategies.strategy import Strategy
 class AdaLora(Strategy):
     """Score of a rank: Ī·Ū of its gate plus the means of Ī·Ū over its row of A and its column of B.
 
-    beta1, beta2: smoothing of sensitivity Ī and uncertainty Ū, between 0 and 1. `ScoreAverages` has the formulas.
+    `ScoreAverages` has the formulas.
+
+    Args:
+        beta1: Smoothing of sensitivity Ī, between 0 and 1.
+        beta2: Smoothing of uncertainty Ū, between 0 and 1.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
+
     Source: Zhang et al., arXiv 2303.10512; order of operations as in HF peft.
     """
 
@@ -30,16 +39,16 @@ class AdaLora(Strategy):
         self.beta2 = beta2
         self._averages: ScoreAverages | None = None
 
-    def begin(self, bus: Statistics) -> None:
-        layers = dict(zip(bus.names, bus.layers, strict=True))
-        self._averages = ScoreAverages(layers, self.beta1, self.beta2, bus.kernels.name)
+    def begin(self, statistics: Statistics) -> None:
+        layers = dict(zip(statistics.names, statistics.layers, strict=True))
+        self._averages = ScoreAverages(layers, self.beta1, self.beta2, statistics.kernels.name)
 
-    def update(self, bus: Statistics) -> None:
+    def update(self, statistics: Statistics) -> None:
         assert self._averages is not None
-        update = self._averages.update(bus.skip)
-        bus.report(update.finite, update.missing)
+        update = self._averages.update(statistics.skip)
+        statistics.report(update.finite, update.missing)
 
-    def scores(self, bus: Statistics) -> Tensor:
+    def scores(self, statistics: Statistics) -> Tensor:
         assert self._averages is not None
         return self._averages.rank_scores()
 

@@ -32,26 +32,30 @@ class Bandit(GroupShares):
     the rules want rewards in [0, 1]. A move with a reward below 1/2, after which the loss fell less than it usually
     does, is taken back.
 
-        "ucb1"  the arm with the highest mean reward + √(2·ln n/n_a), each once before (Auer, Cesa-Bianchi, Fischer,
-                Finite-time Analysis of the Multiarmed Bandit Problem, Machine Learning 47, 2002). On planted targets
-                the more reliable of the two
-        "exp3"  arm a with p_a = (1-γ)·w_a/Σw + γ/K;  w_a ← w_a·exp(γ·(reward - 1/2)/(p_a·K)) for the arm that was
-                played (Auer, Cesa-Bianchi, Freund, Schapire, The Nonstochastic Multiarmed Bandit Problem, SIAM J.
-                Comput. 32, 2002, but for the 1/2, which lowers the variance of the weights). Made for rewards that
-                change while one plays, as they do here: every move changes what the next one is worth
-
-    inner     scores the ranks of a group; `Uniform` leaves all learning to the bandit
-    groups    as `GroupShares` has them, whose way of keeping ranks by shares this is
-    interval  steps of a round
-    amount    part of the whole budget that one move takes, as far as the group has it
-    gamma     γ of "exp3", between 0 and 1
-    seed      of the draws of "exp3"
+    - "ucb1": the arm with the highest mean reward + √(2·ln n/n_a), each once before (Auer, Cesa-Bianchi, Fischer,
+      Finite-time Analysis of the Multiarmed Bandit Problem, Machine Learning 47, 2002). On planted targets the more
+      reliable of the two
+    - "exp3": arm a with p_a = (1-γ)·w_a/Σw + γ/K;  w_a ← w_a·exp(γ·(reward - 1/2)/(p_a·K)) for the arm that was played
+      (Auer, Cesa-Bianchi, Freund, Schapire, The Nonstochastic Multiarmed Bandit Problem, SIAM J. Comput. 32, 2002, but
+      for the 1/2, which lowers the variance of the weights). Made for rewards that change from round to round, as they
+      do here: every move changes what the next one is worth
 
     Rounds are played while the budget is below what all ranks cost. Reads the loss on the host in every step, so a step
     cannot be captured in a CUDA graph.
 
-    Raises TypeError or ValueError naming the argument, and RuntimeError in a step without a loss: give it to
-    `BudgetAllocator.observe`.
+    Args:
+        inner: Scores the ranks of a group; `Uniform` leaves all learning to the bandit.
+        groups: As `GroupShares` has them, whose way of keeping ranks by shares this is.
+        rule: "ucb1" or "exp3".
+        interval: Steps of a round.
+        amount: Part of the whole budget that one move takes, as far as the group has it.
+        gamma: The γ of "exp3", between 0 and 1.
+        seed: Seed of the draws of "exp3".
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
+        RuntimeError: In a step without a loss: give it to `BudgetAllocator.observe`.
     """
 
     name = "bandit"
@@ -77,8 +81,8 @@ class Bandit(GroupShares):
         self.rule, self.interval, self.amount, self.gamma, self.seed = rule, interval, amount, gamma, seed
         self.needs_loss = True
 
-    def begin(self, bus: Statistics) -> None:
-        super().begin(bus)
+    def begin(self, statistics: Statistics) -> None:
+        super().begin(statistics)
         self._generator = torch.Generator().manual_seed(self.seed)
         count = len(self.arms)
         self._state = {
@@ -95,14 +99,14 @@ class Bandit(GroupShares):
             "moved": torch.zeros((), dtype=torch.float64),
         }
 
-    def update(self, bus: Statistics) -> None:
-        super().update(bus)
-        if bus.loss is None:
+    def update(self, statistics: Statistics) -> None:
+        super().update(statistics)
+        if statistics.loss is None:
             raise RuntimeError("the bandit found no loss: call allocator.observe(loss) before optimizer.step()")
         state = self._state
-        budget = bus.shares.budget(bus.step)
-        loss = float(bus.loss)
-        if budget >= self.full_cost or not math.isfinite(loss) or not bus.finite:
+        budget = statistics.shares.budget(statistics.step)
+        loss = float(statistics.loss)
+        if budget >= self.full_cost or not math.isfinite(loss) or not statistics.finite:
             return
         state["losses"][0] += loss
         state["losses"][1] += 1
@@ -163,8 +167,8 @@ class Bandit(GroupShares):
     def tensors(self) -> Mapping[str, Tensor]:
         return {**super().tensors(), **self._state, "generator": self._generator.get_state()}
 
-    def load(self, tensors: Mapping[str, Tensor], bus: Statistics) -> None:
-        super().load(tensors, bus)
+    def load(self, tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
+        super().load(tensors, statistics)
         for name, tensor in self._state.items():
             tensor.copy_(tensors[name])
         self._generator.set_state(tensors["generator"].cpu())

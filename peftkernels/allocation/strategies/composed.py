@@ -14,8 +14,16 @@ _INNER = "inner."
 
 
 class Composed(Strategy):
-    """A strategy over `inner`, which keeps its statistics, its state (tensors "inner.…") and its settings (facts
-    "inner.…"). Raises TypeError where inner is no Strategy."""
+    """A strategy over another one, which keeps its statistics, its state and its settings.
+
+    They are tensors and facts of this one by the names "inner.…".
+
+    Args:
+        inner: The other strategy.
+
+    Raises:
+        TypeError: Where inner is no Strategy.
+    """
 
     def __init__(self, inner: Strategy) -> None:
         if not isinstance(inner, Strategy):
@@ -24,27 +32,27 @@ class Composed(Strategy):
         self.capturable = inner.capturable
         self.needs_loss = inner.needs_loss
 
-    def begin(self, bus: Statistics) -> None:
-        self.inner.begin(bus)
+    def begin(self, statistics: Statistics) -> None:
+        self.inner.begin(statistics)
 
-    def update(self, bus: Statistics) -> None:
-        self.inner.update(bus)
+    def update(self, statistics: Statistics) -> None:
+        self.inner.update(statistics)
 
-    def scores(self, bus: Statistics) -> Tensor:
-        return self.inner.scores(bus)
+    def scores(self, statistics: Statistics) -> Tensor:
+        return self.inner.scores(statistics)
 
     def moved(self) -> Sequence[Mapping[str, Any]]:
         return self.inner.moved()
 
-    def select(self, bus: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.inner.select(bus, scores, step)
+    def select(self, statistics: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return self.inner.select(statistics, scores, step)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {_INNER + name: tensor for name, tensor in self.inner.tensors().items()}
 
-    def load(self, tensors: Mapping[str, Tensor], bus: Statistics) -> None:
+    def load(self, tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
         self.inner.load(
-            {name.removeprefix(_INNER): part for name, part in tensors.items() if name.startswith(_INNER)}, bus
+            {name.removeprefix(_INNER): part for name, part in tensors.items() if name.startswith(_INNER)}, statistics
         )
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""Allocation by shares of the budget that groups of modules have, and that somebody moves."""
+"""Allocation by shares of the budget that groups of modules have and that can be moved."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class GroupShares(Composed):
     scores under a budget are then, whatever the budget, each group's best ranks in proportion to its share (d'Hondt's
     method), and what a group cannot use falls to the others.
 
-    groups  shell patterns by name of the group; by default projection types, see `group_modules`
-
     A rank whose inner score is not finite comes last in its group, and has none here either.
 
     Shares are at first in proportion to what the groups' ranks cost, and change by `move` alone.
+
+    Args:
+        inner: Scores the ranks of a group.
+        groups: Shell patterns by name of the group; by default projection types, see `group_modules`.
     """
 
     name = "shares"
@@ -40,15 +42,17 @@ class GroupShares(Composed):
         self.groups = None if groups is None else dict(groups)
         self._moves: list[Mapping[str, Any]] = []
 
-    def begin(self, bus: Statistics) -> None:
-        super().begin(bus)
-        members = group_modules(bus.names, self.groups)
+    def begin(self, statistics: Statistics) -> None:
+        super().begin(statistics)
+        members = group_modules(statistics.names, self.groups)
         self.labels = list(members)
-        index = torch.zeros(len(bus.names), dtype=torch.int64)
+        index = torch.zeros(len(statistics.names), dtype=torch.int64)
         for number, positions in enumerate(members.values()):
             index[list(positions)] = number
-        self.group_index = index.to(bus.device)[bus.module_index]
-        full = torch.zeros(len(members), dtype=torch.float64).index_add(0, self.group_index.cpu(), bus.costs.cpu())
+        self.group_index = index.to(statistics.device)[statistics.module_index]
+        full = torch.zeros(len(members), dtype=torch.float64).index_add(
+            0, self.group_index.cpu(), statistics.costs.cpu()
+        )
         self.full_cost = float(full.sum())
         self._shares = full / full.sum()
 
@@ -59,12 +63,12 @@ class GroupShares(Composed):
 
     @property
     def arms(self) -> list[tuple[int, int] | None]:
-        """What can be done: nothing, or a move from one group to another, by their positions in `labels`."""
+        """The possible actions: None, or a move from one group to another, by their positions in `labels`."""
         count = len(self.labels)
         return [None, *((a, b) for a in range(count) for b in range(count) if a != b)]
 
     def has_to_give(self, group: int) -> bool:
-        """Whether a move from the group would move anything."""
+        """Return True if a move from the group would move anything."""
         return float(self._shares[group]) > LEAST_SHARE
 
     def move(self, giver: int, taker: int, amount: float) -> float:
@@ -77,8 +81,8 @@ class GroupShares(Composed):
         )
         return amount
 
-    def scores(self, bus: Statistics) -> Tensor:
-        given = super().scores(bus)
+    def scores(self, statistics: Statistics) -> Tensor:
+        given = super().scores(statistics)
         usable = torch.isfinite(given)
         inner = torch.where(usable, given, -torch.inf)
         scores = torch.zeros_like(inner, dtype=torch.float64)
@@ -86,7 +90,7 @@ class GroupShares(Composed):
         for group in range(len(self.labels)):
             own = torch.nonzero(self.group_index == group).flatten()
             order = own[torch.sort(inner[own], descending=True, stable=True).indices]
-            scores[order] = shares[group] / torch.cumsum(bus.costs[order], 0)
+            scores[order] = shares[group] / torch.cumsum(statistics.costs[order], 0)
         return torch.where(usable, scores, torch.nan)
 
     def moved(self) -> list[Mapping[str, Any]]:
@@ -96,8 +100,8 @@ class GroupShares(Composed):
     def tensors(self) -> Mapping[str, Tensor]:
         return {**super().tensors(), "shares": self._shares}
 
-    def load(self, tensors: Mapping[str, Tensor], bus: Statistics) -> None:
-        super().load(tensors, bus)
+    def load(self, tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
+        super().load(tensors, statistics)
         self._shares.copy_(tensors["shares"])
         self._moves.clear()
 

@@ -24,14 +24,22 @@ class Knapsack(Composed):
     A rank of a wide matrix costs more than one of a narrow one, in parameters, microseconds or bytes; `Budget(unit=…)`
     says which. With a budget in ranks all cost one, and what stays is what the inner strategy would keep.
 
-        "greedy"  in the order of score per cost, earlier ranks first, all up to the first that is too dear, then those
-                  that still fit (`fill_in_order`). The sum of scores is short of the highest possible by less than the
-                  score of that first one (Dantzig, Discrete-Variable Extremum Problems, Operations Research 5, 1957)
-        "exact"   dynamic programming over the budget (Bellman, Dynamic Programming, 1957) for costs that are whole
-                  numbers; on the host, ranks · budget/gcd(costs) steps of one byte, at most 2^28 of them
+    - "greedy": in the order of score per cost, earlier ranks first, all up to the first that is too dear, then those
+      that still fit (`fill_in_order`). The sum of scores is short of the highest possible by less than the score of
+      that first one (Dantzig, Discrete-Variable Extremum Problems, Operations Research 5, 1957)
+    - "exact": dynamic programming over the budget (Bellman, Dynamic Programming, 1957) for costs that are whole
+      numbers; on the host, ranks · budget/gcd(costs) steps of one byte, at most 2^28 of them
 
-    Scores must not be negative. Raises TypeError or ValueError naming the argument; "exact" raises ValueError at the
-    first decision where costs are not whole or the table would be larger.
+    Scores must not be negative.
+
+    Args:
+        inner: Scores the ranks.
+        method: "greedy" or "exact".
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise; with "exact" also at the first decision, where costs are not whole or the table would be
+            larger.
     """
 
     name = "knapsack"
@@ -43,22 +51,22 @@ class Knapsack(Composed):
         self.method = method
         self.capturable = inner.capturable and method == "greedy"
 
-    def begin(self, bus: Statistics) -> None:
-        super().begin(bus)
-        # Made here, and kept by the bus: a captured step cannot make what the host has to say.
-        _ = bus.costs, bus.share_ranks
+    def begin(self, statistics: Statistics) -> None:
+        super().begin(statistics)
+        # Made here, and kept: a captured step cannot make what comes from the host.
+        _ = statistics.costs, statistics.share_ranks
 
-    def scores(self, bus: Statistics) -> Tensor:
-        scores = self.inner.scores(bus)
-        return (scores / bus.costs).to(scores.dtype)
+    def scores(self, statistics: Statistics) -> Tensor:
+        scores = self.inner.scores(statistics)
+        return (scores / statistics.costs).to(scores.dtype)
 
-    def select(self, bus: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def select(self, statistics: Statistics, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         keep = torch.zeros_like(scores, dtype=torch.bool)
         thresholds = []
-        for share, ranks in enumerate(bus.share_ranks):
-            own, costs, budget = scores[ranks], bus.costs[ranks], bus.share_budget(share, step)
+        for share, ranks in enumerate(statistics.share_ranks):
+            own, costs, budget = scores[ranks], statistics.costs[ranks], statistics.share_budget(share, step)
             if self.method == "greedy":
-                chosen = buy_greedily(own, costs, bus.shares.prices(share), budget)
+                chosen = buy_greedily(own, costs, statistics.shares.prices(share), budget)
             else:
                 chosen = buy_exactly(own, costs, float(budget))
             keep[ranks] = chosen
@@ -70,16 +78,36 @@ class Knapsack(Composed):
 
 
 def buy_greedily(density: Tensor, costs: Tensor, prices: list[float], budget: float | Tensor) -> Tensor:
-    """Which items (bool, (n,)) stay by score per cost `density` (n,); those at +inf are bought first, whatever the
-    budget, those at -inf never. See `Knapsack`."""
+    """Choose items by score per cost, those at +inf first, whatever the budget, those at -inf never.
+
+    Args:
+        density: Score per cost, (n,).
+        costs: (n,).
+        prices: The different costs.
+        budget: What the items may cost together.
+
+    Returns:
+        bool (n,), True for items that stay.
+    """
     order = torch.sort(density, descending=True, stable=True).indices
-    asked, left = set_apart(density, costs, budget)
-    return fill_in_order(order, asked, prices, left)
+    offered, left = set_apart(density, costs, budget)
+    return fill_in_order(order, offered, prices, left)
 
 
 def buy_exactly(density: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """The items (bool, (n,)) of the highest Σ density·cost with Σ cost <= budget; those at +inf are bought first, those
-    at -inf never. Of equal sums the one with later items."""
+    """Choose the items of the highest Σ density·cost with Σ cost <= budget, those at +inf first, those at -inf never.
+
+    Args:
+        density: Score per cost, (n,).
+        costs: (n,), whole numbers.
+        budget: What the items may cost together.
+
+    Returns:
+        bool (n,), True for items that stay; of equal sums the one with later items.
+
+    Raises:
+        ValueError: Where costs are not whole or the table would be too large.
+    """
     prices = [round(cost) for cost in costs.tolist()]
     if any(price != cost for price, cost in zip(prices, costs.tolist(), strict=True)):
         raise ValueError(

@@ -19,5 +19,5 @@ class Magnitude(Strategy):
     name = "magnitude"
     capturable = True
 
-    def scores(self, bus: Statistics) -> Tensor:
-        return bus.gates.abs() * bus.norms_A * bus.norms_B
+    def scores(self, statistics: Statistics) -> Tensor:
+        return statistics.gates.abs() * statistics.norms_A * statistics.norms_B

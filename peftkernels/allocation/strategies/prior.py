@@ -28,7 +28,15 @@ class Prior(Composed):
 
     A rank whose inner score is not finite comes last in its layer, and has none here either.
 
-    weight in [0, 1], half_life in steps above 0. Raises TypeError or ValueError naming the argument.
+    Args:
+        inner: Scores ranks by this run.
+        prior: The earlier run's pattern.
+        weight: The prior's weight at the start, from 0 to 1.
+        half_life: Steps in which that halves, above 0.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: Likewise.
     """
 
     name = "prior"
@@ -43,28 +51,28 @@ class Prior(Composed):
             raise ValueError(f"half_life: found {half_life}, expected a number of steps above 0")
         self.prior, self.weight, self.half_life = prior, weight, half_life
 
-    def begin(self, bus: Statistics) -> None:
-        super().begin(bus)
-        expected = self.prior.expected(gated_shapes(bus.names, bus.layers))
-        self._expected = bus.spread([expected[name] for name in bus.names])
-        # Made here, and kept by the bus: a captured step cannot make what the host has to say.
-        _ = bus.module_index
-        starts = [sum(bus.ranks[:layer]) for layer in range(len(bus.ranks))]
-        self._starts = bus.spread(starts).to(torch.int64)
-        self._weight = torch.full((), self.weight, dtype=torch.float64, device=bus.device)
+    def begin(self, statistics: Statistics) -> None:
+        super().begin(statistics)
+        expected = self.prior.expected(gated_shapes(statistics.names, statistics.layers))
+        self._expected = statistics.spread([expected[name] for name in statistics.names])
+        # Made here, and kept: a captured step cannot make what comes from the host.
+        _ = statistics.module_index
+        starts = [sum(statistics.ranks[:layer]) for layer in range(len(statistics.ranks))]
+        self._starts = statistics.spread(starts).to(torch.int64)
+        self._weight = torch.full((), self.weight, dtype=torch.float64, device=statistics.device)
 
-    def update(self, bus: Statistics) -> None:
-        super().update(bus)
+    def update(self, statistics: Statistics) -> None:
+        super().update(statistics)
         slower = self._weight * 2 ** (-1 / self.half_life)
-        self._weight.copy_(slower if bus.skip is None else torch.where(bus.skip, self._weight, slower))
+        self._weight.copy_(slower if statistics.skip is None else torch.where(statistics.skip, self._weight, slower))
 
-    def scores(self, bus: Statistics) -> Tensor:
-        given = super().scores(bus)
+    def scores(self, statistics: Statistics) -> Tensor:
+        given = super().scores(statistics)
         usable = torch.isfinite(given)
         inner = torch.where(usable, given, -torch.inf)
         order = torch.sort(inner, descending=True, stable=True).indices
-        order = order[torch.sort(bus.module_index[order], stable=True).indices]
-        count = torch.arange(bus.total, device=inner.device)
+        order = order[torch.sort(statistics.module_index[order], stable=True).indices]
+        count = torch.arange(statistics.total, device=inner.device)
         place = torch.empty_like(count).scatter_(0, order, count - self._starts[order] + 1)
         scores = (1 - self._weight) * quantiles(inner) + self._weight * quantiles(self._expected / place)
         return torch.where(usable, scores, torch.nan)
@@ -72,8 +80,8 @@ class Prior(Composed):
     def tensors(self) -> Mapping[str, Tensor]:
         return {**super().tensors(), "weight": self._weight}
 
-    def load(self, tensors: Mapping[str, Tensor], bus: Statistics) -> None:
-        super().load(tensors, bus)
+    def load(self, tensors: Mapping[str, Tensor], statistics: Statistics) -> None:
+        super().load(tensors, statistics)
         self._weight.copy_(tensors["weight"])
 
     def facts(self) -> dict[str, Any]:
@@ -82,7 +90,7 @@ class Prior(Composed):
 
 
 def quantiles(values: Tensor) -> Tensor:
-    """For each value (n,) the part of all that is below it, those equal to it counted half; float64 in (0, 1)."""
+    """Return for each value (n,) the part of all that is below it, equal ones counted half; float64 in (0, 1)."""
     ordered = torch.sort(values).values
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)

@@ -15,7 +15,10 @@ from peftkernels.allocation.strategies.strategy import Strategy
 class Random(Strategy):
     """Score of a rank: its place in a permutation drawn from `seed`, the same throughout the run.
 
-    The baseline that says whether an uneven distribution of ranks is of use when nobody chose it.
+    The baseline that shows if an uneven distribution of ranks is of use by itself, without a choice.
+
+    Args:
+        seed: Seed of the permutation.
     """
 
     name = "random"
@@ -24,11 +27,11 @@ class Random(Strategy):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def begin(self, bus: Statistics) -> None:
-        order = torch.randperm(bus.total, generator=torch.Generator().manual_seed(self.seed))
-        self._scores = order.to(device=bus.device, dtype=bus.dtype)
+    def begin(self, statistics: Statistics) -> None:
+        order = torch.randperm(statistics.total, generator=torch.Generator().manual_seed(self.seed))
+        self._scores = order.to(device=statistics.device, dtype=statistics.dtype)
 
-    def scores(self, bus: Statistics) -> Tensor:
+    def scores(self, statistics: Statistics) -> Tensor:
         return self._scores
 
     def tensors(self) -> Mapping[str, Tensor]:

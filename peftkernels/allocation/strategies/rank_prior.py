@@ -37,11 +37,13 @@ class DecidedRanks(Protocol):
 class PriorModule:
     """A module of an earlier run.
 
-    kind   its projection type, the last part of its path that is no number ("q_proj")
-    depth  its place among the modules of its kind, from 0 for the first to 1 for the last; 1/2 for a single one
-    n, k   shape (N, K) of its weight
-    rank   ranks it had at the start
-    kept   ranks it had at the end
+    Attributes:
+        kind: Its projection type, the last part of its path that is no number ("q_proj").
+        depth: Its place among the modules of its kind, from 0 for the first to 1 for the last; 1/2 for a single one.
+        n: N, rows of its weight.
+        k: K, columns of its weight.
+        rank: Ranks it had at the start.
+        kept: Ranks it had at the end.
     """
 
     kind: str
@@ -58,7 +60,11 @@ class PriorModule:
 
 @dataclass(frozen=True)
 class RankPrior:
-    """The final ranks of one run, by module."""
+    """The final ranks of one run.
+
+    Attributes:
+        modules: The modules, in model order.
+    """
 
     modules: tuple[PriorModule, ...]
 
@@ -70,9 +76,10 @@ class RankPrior:
 
     @classmethod
     def from_ranks(cls, layers: Mapping[str, GatedLayer], kept: Mapping[str, int]) -> RankPrior:
-        """A pattern over layers by name, known by how many ranks each kept.
+        """Make a prior of layers and of how many ranks each kept, by name.
 
-        Raises ValueError where the names differ, or a layer has kept more ranks than it has.
+        Raises:
+            ValueError: Where the names differ, or a layer has kept more ranks than it has.
         """
         if layers.keys() != kept.keys():
             shown = ", ".join(sorted(layers.keys() ^ kept.keys())[:4])
@@ -94,7 +101,11 @@ class RankPrior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPrior:
-        """The prior that `save` wrote. Raises ValueError, which names file and field, for another file."""
+        """Read the prior that `save` wrote.
+
+        Raises:
+            ValueError: For another file; names file and field.
+        """
         modules = read_kind(path, _KIND).get("modules")
         where = f"{os.fspath(path)}: modules"
         if not isinstance(modules, list):
@@ -106,9 +117,11 @@ class RankPrior:
         write_json(path, {"kind": _KIND, "modules": [asdict(module) for module in self.modules]})
 
     def distance(self, layers: Mapping[str, tuple[int, int]]) -> float:
-        """How far the run's architecture is from layers (N, K) by name, 0 for the same: infinite where a kind of theirs
-        is missing, else the mean over kinds of |ln(N'/N)| + |ln(K'/K)| + |ln(m'/m)|, with the median shape of a kind
-        and its number m of modules."""
+        """Return how far the run's architecture is from layers (N, K) by name, 0 for the same.
+
+        It is infinite where a kind of theirs is missing, else the mean over kinds of
+        |ln(N'/N)| + |ln(K'/K)| + |ln(m'/m)|, with the median shape of a kind and its number m of modules.
+        """
         own, theirs = self._kinds(), _by_kind(layers)
         if not theirs.keys() <= own.keys():
             return math.inf
@@ -121,9 +134,14 @@ class RankPrior:
         return away / len(theirs)
 
     def expected(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-        """The part of all kept ranks that each of the layers would have, Σ = 1: the ranks kept by the modules of its
-        kind, linearly between those before and behind its relative depth. Raises ValueError for a kind the run did not
-        have, and where no rank was kept."""
+        """Return the part of all kept ranks that each of the layers (N, K) would have, Σ = 1.
+
+        It goes by the ranks kept by the modules of its kind, linearly between those before and behind its relative
+        depth.
+
+        Raises:
+            ValueError: For a kind the run did not have, and where no rank was kept.
+        """
         own, depths = self._kinds(), relative_depths(list(layers))
         values = {}
         for name in layers:
@@ -159,9 +177,15 @@ def _module(content: Any, where: str) -> PriorModule:
 
 
 def match(priors: Sequence[RankPrior], layers: Mapping[str, tuple[int, int]], *, farthest: float = 1.0) -> RankPrior:
-    """The prior whose architecture is nearest to layers (N, K) by name; the first of equally near ones.
+    """Return the prior whose architecture is nearest to layers; the first of equally near ones.
 
-    Raises ValueError where none is within `farthest` (`RankPrior.distance`).
+    Args:
+        priors: The priors to choose from.
+        layers: (N, K) by name.
+        farthest: The largest `RankPrior.distance` allowed.
+
+    Raises:
+        ValueError: Where none is within `farthest` (`RankPrior.distance`).
     """
     if not priors:
         raise ValueError("priors: found none, expected at least one")
@@ -177,10 +201,19 @@ def match(priors: Sequence[RankPrior], layers: Mapping[str, tuple[int, int]], *,
 def initial_ranks(
     prior: RankPrior, layers: Mapping[str, tuple[int, int]], total: int, *, least: int = 1
 ) -> dict[str, int]:
-    """Ranks to build layers (N, K) with, Σ = total: `least` for each, the others in proportion to `RankPrior.expected`,
-    but none above min(N, K), by largest remainders, earlier layers first.
+    """Return the ranks to build layers with, Σ = total.
 
-    Raises ValueError for a total that cannot be shared out so.
+    Each has `least`; the others go in proportion to `RankPrior.expected`, by largest remainders, earlier layers first,
+    but no layer has more than min(N, K).
+
+    Args:
+        prior: The earlier run's pattern.
+        layers: (N, K) by name.
+        total: All ranks together.
+        least: The fewest of a layer.
+
+    Raises:
+        ValueError: For a total that cannot be shared out so.
     """
     room = {name: min(shape) - least for name, shape in layers.items()}
     rest = total - least * len(layers)
@@ -191,10 +224,10 @@ def initial_ranks(
     given = dict.fromkeys(layers, 0.0)
     while rest - sum(given.values()) > 1e-9:
         left = rest - sum(given.values())
-        hungry = [name for name in layers if given[name] < room[name]]
-        weights = {name: max(expected[name], 1e-12) for name in hungry}
+        below = [name for name in layers if given[name] < room[name]]
+        weights = {name: max(expected[name], 1e-12) for name in below}
         scale = left / sum(weights.values())
-        for name in hungry:
+        for name in below:
             given[name] = min(float(room[name]), given[name] + scale * weights[name])
     ranks = {name: math.floor(value + 1e-9) for name, value in given.items()}
     by_remainder = sorted(layers, key=lambda name: ranks[name] - given[name])
@@ -204,18 +237,20 @@ def initial_ranks(
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(N, K) of every nn.Linear of a model by name, in order: what `match` and `initial_ranks` want of a model that has
-    no adapters yet. Leave out those that will have none."""
+    """Return (N, K) of every nn.Linear of a model by name, for `match` and `initial_ranks` before it has adapters.
+
+    Leave out those that will have none.
+    """
     return {name: (m.out_features, m.in_features) for name, m in named_modules(model) if isinstance(m, nn.Linear)}
 
 
 def gated_shapes(names: Sequence[str], layers: Sequence[GatedLayer]) -> dict[str, tuple[int, int]]:
-    """(N, K) of gated layers by name."""
+    """Return (N, K) of gated layers by name."""
     return {name: (own.lora_B.shape[0], own.lora_A.shape[1]) for name, own in zip(names, layers, strict=True)}
 
 
 def relative_depths(names: Sequence[str]) -> dict[str, float]:
-    """Each module's place among those of its kind, from 0 to 1."""
+    """Return each module's place among those of its kind, from 0 to 1."""
     depths = {}
     for members in _by_kind(dict.fromkeys(names, (0, 0))).values():
         for place, name in enumerate(members):

@@ -14,7 +14,12 @@ from peftkernels.allocation.layers.gated import FACTORS, GatedLayer, factors_of
 
 @dataclass(frozen=True)
 class ScoreUpdate:
-    """finite: 0-dim bool on the averages' device, whether the update was taken; missing: factors without gradient."""
+    """What came of an update.
+
+    Attributes:
+        finite: 0-dim bool on the averages' device, True if the update was taken.
+        missing: Factors without a gradient.
+    """
 
     finite: Tensor
     missing: tuple[str, ...]
@@ -29,8 +34,13 @@ class ScoreAverages:
         S_i = s_E,i + (mean_j s_A,ij + mean_j s_B,ji)
 
     The averages are float32, or float64 where a factor is float64: products of small numbers that would underflow in
-    half precision. They lie in two flat buffers, one factor after the other as `FactorLayout` says. impl: which kernels
-    compute them, see `kernels_for`.
+    half precision. They lie in two flat buffers, one factor after the other as `FactorLayout` says.
+
+    Args:
+        layers: The layers by name.
+        beta1: β1, between 0 and 1.
+        beta2: β2, between 0 and 1.
+        impl: Which kernels compute them, see `kernels_for`.
     """
 
     def __init__(self, layers: Mapping[str, GatedLayer], beta1: float, beta2: float, impl: str = "auto") -> None:
@@ -70,12 +80,14 @@ class ScoreAverages:
         return ScoreUpdate(finite, tuple(sorted(missing)))
 
     def rank_scores(self) -> Tensor:
-        """S of every rank, (Σ r,), layers in model order."""
+        """Return S of every rank, (Σ r,), layers in model order."""
         return self._kernels.rank_scores(self._layout, self._sensitivity, self._uncertainty)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Ī and Ū by "sensitivity.<layer>.<factor>" and "uncertainty.<layer>.<factor>", in the factors' shapes: views
-        of the averages themselves."""
+        """Return Ī and Ū by "sensitivity.<layer>.<factor>" and "uncertainty.<layer>.<factor>".
+
+        They are views of the averages themselves, in the factors' shapes.
+        """
         averages = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
         return {f"{kind}.{name}": part for kind, flat in averages.items() for name, part in self._by_name(flat)}
 

@@ -92,7 +92,7 @@ class Statistics:
         _ = self.costs, self.module_index, self.share_ranks
 
     def forget(self) -> None:
-        """The factors have been written to: compute anew what is asked for."""
+        """Compute anew what is read from now on, since the factors have been written to."""
         self._kept.clear()
 
     def take_loss(self, loss: Tensor | float) -> None:
@@ -160,29 +160,31 @@ class Statistics:
 
     @property
     def costs(self) -> Tensor:
+        """What each rank costs in the budget's unit."""
         return self._constant("costs", lambda: self.spread(self.shares.costs))
 
     @property
     def module_index(self) -> Tensor:
+        """The layer of each rank, int64."""
         return self._constant("module_index", lambda: self.spread(range(len(self.ranks))).to(torch.int64))
 
     def spread(self, per_layer: Sequence[float]) -> Tensor:
-        """One number per layer, repeated for each of its ranks: (Σ r,), float64."""
+        """Repeat one number per layer for each of its ranks: (Σ r,), float64."""
         values = torch.tensor(list(per_layer), dtype=torch.float64)
         return values.repeat_interleave(torch.tensor(self.ranks)).to(self.device)
 
     def per_layer(self, values: Tensor) -> tuple[Tensor, ...]:
-        """A (Σ r,) vector cut into one vector per layer."""
+        """Cut a (Σ r,) vector into one vector per layer."""
         return values.split(self.ranks)
 
     def by_module(self, thresholds: Tensor) -> list[float]:
-        """One threshold per share, read from the device, as one per layer."""
+        """Return one threshold per share, read from the device, as one per layer."""
         values = thresholds.tolist()
         share_of = {member: share for share, own in enumerate(self.shares.shares) for member in own.members}
         return [values[share_of[index]] for index in range(len(self.names))]
 
     def smooth_(self, average: Tensor, value: Tensor, beta: float) -> None:
-        """average ← beta·average + (1-beta)·value, in place, unless value is not finite somewhere or `skip` holds."""
+        """Do average ← beta·average + (1-beta)·value in place, unless `skip` is True or `value` is not finite."""
         finite = torch.isfinite(value).all()
         self.report(finite)
         taken = finite if self.skip is None else finite & ~self.skip
@@ -191,8 +193,10 @@ class Statistics:
     def select(self, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Keep the highest scores that the budget after `step` allows, in each share of it by itself.
 
-        Returns keep, bool (Σ r,), and the thresholds (S,), one per share in the order of `shares.shares`. Ranks that
-        cost different amounts are kept by score as long as the budget lasts.
+        Ranks that cost different amounts are kept by score as long as the budget lasts.
+
+        Returns:
+            The ranks to keep, bool (Σ r,), and the thresholds (S,), one per share in the order of `shares.shares`.
         """
         if len(self.shares.shares) == 1:
             keep, threshold = self._select(scores, None, 0, step)
@@ -206,7 +210,7 @@ class Statistics:
         return keep, torch.stack(thresholds)
 
     def share_budget(self, share: int, step: int) -> float | Tensor:
-        """What one of the shares may cost after `step`; on the device where the step is captured."""
+        """Return what one of the shares may cost after `step`; on the device where the step is captured."""
         if self._budgets is not None:
             return self._budgets[share]
         return self.shares.shares[share].schedule(step)[0]
