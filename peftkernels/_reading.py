@@ -18,7 +18,9 @@ MOST = 1 << 53
 def read_json(path: Path, where: str | None = None) -> Any:
     """The content of a JSON file; `where` stands for the file in errors.
 
-    Raises ValueError as `parse_json` does and for a file of more than 256 MiB, OSError where it cannot be read.
+    Raises:
+        ValueError: as for `parse_json`, and for a file of more than 256 MiB.
+        OSError: the file cannot be read.
     """
     where = str(path) if where is None else where
     size = path.stat().st_size
@@ -30,8 +32,9 @@ def read_json(path: Path, where: str | None = None) -> Any:
 def parse_json(content: bytes, where: str, *, unique: bool = False) -> Any:
     """What JSON in UTF-8 says; `where` names its place in errors.
 
-    Raises ValueError for what is no JSON, is nested deeper than 64 levels, holds half of a surrogate pair (no text that
-    can be written again), or, with unique=True, holds a name twice in one object.
+    Raises:
+        ValueError: it is no JSON, is nested deeper than 64 levels, holds half of a surrogate pair (no text that can be
+            written again), or, with unique=True, holds a name twice in one object.
     """
     try:
         text = content.decode("utf-8")

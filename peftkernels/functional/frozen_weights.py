@@ -17,8 +17,8 @@ _generation = 0
 def generation() -> int:
     """A number that is another one after every `weights_changed`.
 
-    Who keeps anything that was computed from frozen weights keeps this number, read before computing, beside it, and
-    uses what he kept only while the number is the same.
+    Whatever is computed from frozen weights and kept is kept with this number, read before computing, and used only
+    while the number is the same.
     """
     return _generation
 
@@ -29,11 +29,15 @@ def weights_changed(module_or_tensor: nn.Module | Tensor) -> None:
     A weight that is changed by torch's own in-place operations needs no such call. One that is changed through `.data`,
     numpy, DLPack or another process's shared memory does: the next call then packs it anew.
 
-    module_or_tensor  a module: every parameter, buffer and tensor attribute of it and of what is inside it;
-                      a tensor: that tensor, its views and every other tensor in the same memory
-
     May be called from any thread; what another thread is packing at the time is not kept. Calls in compiled programs
-    see the change too. Raises TypeError for anything else.
+    see the change too.
+
+    Args:
+        module_or_tensor: a module: every parameter, buffer and tensor attribute of it and of what is inside it; a
+            tensor: that tensor, its views and every other tensor in the same memory.
+
+    Raises:
+        TypeError: anything else.
     """
     global _generation
     if isinstance(module_or_tensor, Tensor):

@@ -13,9 +13,10 @@ from peftkernels.ops.rules import backed
 class RankState(IntEnum):
     """What a rank does in a step.
 
-    ACTIVE  contributes to the output and receives every gradient.
-    PROBE   contributes nothing and still receives the gradient of its gate, by which it can come back.
-    DEAD    contributes nothing, receives nothing, costs nothing.
+    Attributes:
+        ACTIVE: contributes to the output and receives every gradient.
+        PROBE: contributes nothing and still receives the gradient of its gate, by which it can come back.
+        DEAD: contributes nothing, receives nothing, costs nothing.
     """
 
     DEAD = 0
@@ -102,14 +103,17 @@ def check_values(state: Tensor, order: Tensor, counts: Tensor) -> None:
 class RankPlan:
     """Rank states together with the compact order that kernels walk.
 
-    state   uint8 (r,)   one `RankState` per rank
-    order   int32 (r,)   ACTIVE ranks first, then PROBE, then DEAD, each in ascending index order
-    counts  int32 (2,)   [n_active, n_active + n_probe]
-
     The constructor wraps existing tensors without copying or reading them; use `from_state` or `from_mask` to build a
-    plan. Raises TypeError or ValueError for tensors of another dtype, shape or device. What they hold is looked at
-    where it is used: on the CPU an order or counts that do not belong to the states raise ValueError; on accelerators,
-    which are not read, kernels keep to ranks that there are.
+    plan. What they hold is looked at where it is used: on the CPU an order or counts that do not belong to the states
+    raise ValueError; on accelerators, which are not read, kernels keep to ranks that there are.
+
+    Attributes:
+        state: uint8 (r,), one `RankState` per rank.
+        order: int32 (r,), ACTIVE ranks first, then PROBE, then DEAD, each in ascending index order.
+        counts: int32 (2,), [n_active, n_active + n_probe].
+
+    Raises:
+        TypeError, ValueError: tensors of another dtype, shape or device.
     """
 
     __slots__ = ("counts", "order", "state")
@@ -129,10 +133,13 @@ class RankPlan:
 
     @classmethod
     def from_state(cls, state: Tensor) -> RankPlan:
-        """Build a plan from `state`, uint8 (r,), which is copied.
+        """Build a plan from states; they are read back once from an accelerator, to be checked.
 
-        Raises TypeError or ValueError for another dtype or shape, and ValueError for a value that is no `RankState`;
-        checking the values reads them back once from an accelerator.
+        Args:
+            state: uint8 (r,), values of `RankState`; copied.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or a value that is no `RankState`.
         """
         _check_state(state)
         if state.numel() and int(state.max()) > RankState.ACTIVE:
@@ -142,9 +149,14 @@ class RankPlan:
 
     @classmethod
     def from_mask(cls, mask: Tensor, masked: RankState = RankState.PROBE) -> RankPlan:
-        """Build a plan from `mask`, bool (r,): True is ACTIVE, False is `masked` (PROBE or DEAD).
+        """Build a plan from a mask.
 
-        Raises TypeError or ValueError for another dtype or shape.
+        Args:
+            mask: bool (r,), True for ACTIVE ranks.
+            masked: the state of the others, PROBE or DEAD.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -156,7 +168,7 @@ class RankPlan:
         return cls._of_known(state, _order(state), _counts(state))
 
     def is_consistent(self) -> bool:
-        """Whether states are states, and order and counts follow from them; reads an accelerator back."""
+        """Return True if states are states, and order and counts follow from them; reads an accelerator back."""
         state = self.state
         known = bool((state <= int(RankState.ACTIVE)).all())
         return known and torch.equal(self.order, _order(state)) and torch.equal(self.counts, _counts(state))
@@ -164,8 +176,15 @@ class RankPlan:
     def update_(self, state: Tensor) -> RankPlan:
         """Take new states in place, on the device, without synchronising with the host (CUDA graphs may capture it).
 
-        state: uint8 (r,) on the plan's device, values of `RankState`; values are not checked, since that would read
-        them back. Raises TypeError or ValueError for another dtype, shape or device.
+        Args:
+            state: uint8 (r,) on the plan's device, values of `RankState`; values are not checked, since that would read
+                them back.
+
+        Returns:
+            The plan itself.
+
+        Raises:
+            TypeError, ValueError: another dtype, shape or device.
         """
         _check_state(state)
         if state.shape != self.state.shape:

@@ -128,7 +128,11 @@ def set_pack_limit(limit: int | str) -> None:
     take, those of the weights that have not been used for longest are freed. A weight is kept whole or not at all, and
     once there is no more room, weights that have none are served without packs: see `pack_refusal`.
 
-    Raises TypeError or ValueError for anything else.
+    Args:
+        limit: what the packs may take.
+
+    Raises:
+        TypeError, ValueError: anything else.
     """
     bytes_and_share = _bytes_or_share("limit", limit)
     global _limit
