@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState
+from peftkernels.functional.checks import adapter_of
+from peftkernels.ops.call import Call
 
 from .cases import DEAD, DTYPES, Case
 
@@ -41,6 +43,17 @@ class Adapter:
             return value.detach().to(dtype or value.dtype, copy=True).requires_grad_(trains)
 
         return Adapter(own(self.lora_A), own(self.lora_B), None if self.gate is None else own(self.gate), self.plan)
+
+    def double(self) -> Adapter:
+        """The same numbers in float64."""
+        return self.copy(False, torch.float64)
+
+    def call_of(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> Call:
+        """The call of `lora_linear` on this adapter."""
+        adapter = adapter_of(self.lora_A, self.lora_B, self.gate, self.plan, SCALING, dropout_p, seed)
+        return Call(x, weight, adapter, bias)
 
     def half(self) -> Adapter:
         """The first half of the ranks, all of them ACTIVE."""

@@ -27,6 +27,7 @@ from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
 from peftkernels.cli.machine import versions
 from peftkernels.cli.timing import Effort, interleave, spread
+from peftkernels.ops.call import Shrink
 
 from . import cases, results, verify
 from .data import SCALING
@@ -321,13 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(device, Cuda):
         capability = torch.cuda.get_device_capability(device.place)
         empty = torch.empty(0, 0, dtype=torch.bfloat16, device=device.place)
-        refused = registry.refusal(impl, empty, empty)
+        refused = registry.refusal(impl, Shrink(empty, ()))
         if refused is not None:
             print(f"bench.tune: error: the Triton backend cannot run here: {refused}", file=sys.stderr)
             return 2
     else:
         empty = torch.empty(0, 0, dtype=getattr(torch, (options.dtype or DTYPE)[0]))
-        refused = registry.refusal(impl, empty, empty)
+        refused = registry.refusal(impl, Shrink(empty, ()))
         if refused is not None:
             print(f"every candidate runs on the eager backend: {refused}")
             impl = "eager"

@@ -156,17 +156,14 @@ def plain(bench: Subject, adapter: data.Adapter, dropout: float) -> Results:
 
 def _oracle(bench: LayerBench, adapter: data.Adapter, dropout: float) -> Results:
     """`reference.py` in float64."""
-    x, weight = bench.inputs[0].double(), bench.weight.double()
-    lora_A, lora_B = adapter.lora_A.double(), adapter.lora_B.double()
+    weight = bench.weight.double()
     bias = None if bench.bias is None else bench.bias.double()
-    gate = None if adapter.gate is None else adapter.gate.double()
-    state = None if adapter.plan is None else adapter.plan.state
     seed = torch.tensor(SEED) if dropout else None
-    y, shrink = reference.lora_linear_forward(x, weight, lora_A, lora_B, bias, gate, state, data.SCALING, dropout, seed)
+    call = adapter.double().call_of(bench.inputs[0].double(), weight, bias, dropout, seed).forward(weight, True)
+    y, shrink = reference.lora_linear_forward(call)
     if not bench.case.trains:
         return {"y": y}
-    grad_x, _, grad_A, grad_B, _, grad_gate = reference.lora_linear_backward(
-        bench.grads[0].double(), x, weight, lora_A, lora_B, gate, shrink, state, data.SCALING, dropout, seed
-    )
+    backward = call._replace(given_shrink=shrink).backward(bench.grads[0].double(), [True] * 6)
+    grad_x, _, grad_A, grad_B, _, grad_gate = reference.lora_linear_backward(backward)
     named = {"y": y, "∂x": grad_x, "∂lora_A": grad_A, "∂lora_B": grad_B}
-    return named if gate is None else {**named, "∂gate": grad_gate}
+    return named if adapter.gate is None else {**named, "∂gate": grad_gate}

@@ -200,10 +200,6 @@ py::object tensor_or_none(const at::Tensor& tensor) {
   return tensor.defined() ? py::cast(tensor) : py::none();
 }
 
-py::object tensor_or_none(const OptionalTensor& tensor) {
-  return tensor ? py::cast(*tensor) : py::none();
-}
-
 // Calls Python's `composition.second_derivatives`.
 std::vector<at::Tensor> call_second_derivatives(
     PyObject* function, const Gradients& grads, const Backward& call, bool x_left_out) {
@@ -215,13 +211,9 @@ std::vector<at::Tensor> call_second_derivatives(
   for (const auto& input : inputs_of(call)) {
     asked.append(input.defined() && input.requires_grad());
   }
-  const auto& adapter = call.adapter;
-  const auto scaling = adapter.scaling_tensor ? py::cast(*adapter.scaling_tensor) : py::cast(adapter.scaling);
-  const auto constants = py::make_tuple(
-      tensor_or_none(adapter.ranks.state), scaling, adapter.dropout_p, tensor_or_none(adapter.dropout_seed));
-  const py::list found = py::reinterpret_borrow<py::object>(function)(
-      weights, call.grad_y, tensor_or_none(call.x), call.weight.dense, adapter.A, adapter.B, tensor_or_none(call.bias),
-      tensor_or_none(adapter.gate), tensor_or_none(call.shrink), constants, py::cast(call.needs), asked, x_left_out);
+  const auto arguments =
+      std::apply([](const auto&... argument) { return py::make_tuple(argument...); }, Backward::arguments(call));
+  const py::list found = py::reinterpret_borrow<py::object>(function)(weights, arguments, asked, x_left_out);
   std::vector<at::Tensor> derivatives;
   for (const auto& derivative : found) {
     derivatives.push_back(derivative.is_none() ? at::Tensor() : derivative.cast<at::Tensor>());

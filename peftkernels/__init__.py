@@ -4,23 +4,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peftkernels._version import __version__
+from peftkernels.backends.backend import Backend
 from peftkernels.backends.registry import Explanation
-from peftkernels.functional import explain, lora_linear
-from peftkernels.functional.frozen_weights import weights_changed
-from peftkernels.functional.shrink import shared_shrink
+from peftkernels.backends.registry import register as register_backend
+from peftkernels.functional import LoraLinearFunction, explain, lora_linear, shared_shrink, weights_changed
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
     from peftkernels.integrations.peft import apply_to_peft, revert, stats
 
 __all__ = [
+    "Backend",
     "Explanation",
+    "LoraLinearFunction",
     "RankPlan",
     "RankState",
     "__version__",
     "apply_to_peft",
     "explain",
     "lora_linear",
+    "register_backend",
     "revert",
     "shared_shrink",
     "stats",

@@ -9,6 +9,7 @@ import torch
 from peftkernels.backends import registry
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, Choice, Product
+from peftkernels.ops.call import Shrink
 
 from .. import data
 from ..cases import Case
@@ -28,13 +29,13 @@ def check(device: Device, impl: str, cases: Sequence[Case], say: Callable[[str],
     right, checked = True, 0
     for case in cases:
         empty = torch.empty(0, 0, dtype=data.dtypes(case)[0], device=device.place)
-        refused = None if impl == "auto" else registry.refusal(impl, empty, empty)
+        refused = None if impl == "auto" else registry.refusal(impl, Shrink(empty, ()))
         if refused is not None:
             say(f"left out: {case.id}: {refused}")
             continue
         bench = DeviceLayer(case, device, contestants(case, peft=False), impl)
         ways: list[Choice | None] = [None]
-        if registry.choose(impl, bench.inputs[0], bench.weight) == "triton":
+        if registry.choose(impl, bench.adapter.call_of(bench.inputs[0], bench.weight, bench.bias)) == "triton":
             ways += ways_to_go(case, device)
         for way in ways:
             checked += 1

@@ -117,7 +117,7 @@ def served(bench: DeviceLayer) -> str:
     """The implementation that computes ours, and where it says so the way that each product goes."""
     if bench.impl != "auto":
         return bench.impl
-    found = registry.explain_choice(bench.inputs[0], bench.weight)
+    found = registry.explain_choice(bench.adapter.call_of(bench.inputs[0], bench.weight, bench.bias))
     directions = ("forward", "backward") if bench.case.trains else ("forward",)
     ways = [f"{direction} {found.routes[direction]}" for direction in directions if direction in found.routes]
     return "; ".join([found.chosen, *ways])

@@ -1,163 +1,208 @@
-"""Which implementation serves a call, and the reason in words."""
+"""The backends by name, which of them serves a call, and the reason in words."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkernels._tracing import constant_when_traced
-from peftkernels.backends import cpu, eager, reference, triton
+from peftkernels.backends import cuda, eager, reference
+from peftkernels.backends.backend import Backend
+from peftkernels.backends.cpu import serving as cpu
+from peftkernels.backends.triton import serving as triton
 from peftkernels.ops import schemas
-from peftkernels.ops.rank_plan import RankPlan
-from peftkernels.ops.rules import FLOATS
+from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 
-IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton", "cuda")
-REGISTERED = schemas.IMPLEMENTATIONS
-_CUDA_UNAVAILABLE = "this version of peftkernels has no CUDA C++ kernels"
-
-_REFUSED = {
-    "limit": "PEFTKERNELS_CPU_PACK_LIMIT leaves no room to keep this weight packed",
-    "memory": "the system gave no memory to keep this weight packed",
-}
-
-PYTHON_FUNCTIONS = {"triton": (triton.forward, triton.backward)}
-
-reference.register()
-eager.register()
-triton.register()
+_OURS = (reference.BACKEND, eager.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND)
+_BACKENDS = {backend.name: backend for backend in _OURS}
+# What "auto" asks, fastest first. The last serves every call.
+_AUTOMATIC = ["cuda", "triton", "cpu", "eager"]
 
 
-@constant_when_traced
-def _cpu_unavailable_reason() -> str | None:
-    return cpu.unavailable_reason()
+class Operators(NamedTuple):
+    """What computes a call: the overloads of the operators, and the functions of Python behind the first two.
+
+    The functions are called where no mode, no subclass, no tracer and no transform would see the operator.
+    """
+
+    forward: Any
+    backward: Any
+    shrink: Any
+    functions: tuple[schemas.ForwardFunction, schemas.BackwardFunction] | None = None
 
 
-@constant_when_traced
-def _cpu_has_bf16_kernels() -> bool:
-    return cpu.has_bf16_kernels()
+def _implemented(backend: Backend, library: torch.library.Library) -> Operators:
+    """Declared operators, implemented where that is done in Python."""
+    functions = None
+    if backend.forward is not None and backend.backward is not None:
+
+        def serve(call: Forward | Backward | Shrink) -> None:
+            """Refuse what `choose` would refuse: an operator may be called by anybody."""
+            reason = refusal(backend.name, call.request())
+            if reason is not None:
+                raise RuntimeError(f"impl={backend.name!r} cannot serve this call: {reason}")
+
+        schemas.implement(backend.name, backend.forward, backend.backward, backend.shrink, serve, library)
+        functions = backend.forward, backend.backward
+    forward, backward, shrink = schemas.overloads(backend.name)
+    return Operators(forward, backward, shrink, functions)
 
 
-@constant_when_traced
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    return triton.refusal(device, dtype)
+# The operators of each backend that has them.
+OPERATORS = {name: _implemented(_BACKENDS[name], schemas.library) for name in schemas.IMPLEMENTATIONS}
 
 
-@constant_when_traced
-def _triton_disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
-    return triton.disadvantage(device, dtype)
+class Registration:
+    """A backend that was registered, until `remove` is called."""
+
+    def __init__(self, backend: Backend, library: torch.library.Library) -> None:
+        self.backend = backend
+        self._library: torch.library.Library | None = library
+
+    def remove(self) -> None:
+        """Take the backend out of the registry; does nothing when it is out."""
+        if self._library is None:
+            return
+        name = self.backend.name
+        del _BACKENDS[name], OPERATORS[name]
+        _AUTOMATIC.remove(name)
+        self._library._destroy()
+        self._library = None
+        for operator in schemas.NAMES:
+            # The packet keeps every overload that it was asked for.
+            vars(getattr(torch.ops.peftkernels, operator)).pop(name, None)
+        _renew_direct_call()
+
+
+def register(backend: Backend) -> Registration:
+    """Add a backend: `impl` takes it by its name, and impl="auto" asks it before all that were there.
+
+        registration = peftkernels.register_backend(Backend("mine", disadvantage=…, forward=…, backward=…, shrink=…))
+        y = peftkernels.lora_linear(x, weight, lora_A, lora_B, impl="mine")
+
+    The overloads `torch.ops.peftkernels.lora_linear_fwd.mine` and so on are declared, with the checks and fakes that
+    all backends share.
+
+    Args:
+        backend: with `forward` and `backward`; where `shrink` is None, `shared_shrink` is refused by this name.
+
+    Returns:
+        What `Registration.remove` takes it out by.
+
+    Raises:
+        TypeError: something that is no `Backend`, or one without functions.
+        ValueError: a name that is taken or no Python identifier.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: found {type(backend).__name__}, expected a Backend")
+    name = backend.name
+    if backend.forward is None or backend.backward is None:
+        raise TypeError(f"backend: found {name!r} without forward or backward, expected both functions")
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or name in ("auto", "default", *_BACKENDS):
+        taken = ", ".join(("auto", "default", *_BACKENDS))
+        raise ValueError(
+            f"backend: found the name {name!r}, expected lower-case letters, digits and underscores, and not {taken}"
+        )
+    library = torch.library.Library("peftkernels", "FRAGMENT")
+    schemas.declare(name, library)
+    _BACKENDS[name] = backend
+    OPERATORS[name] = _implemented(backend, library)
+    _AUTOMATIC.insert(0, name)
+    _renew_direct_call()
+    return Registration(backend, library)
+
+
+def names() -> tuple[str, ...]:
+    """What `impl` may be beside "auto"."""
+    return tuple(_BACKENDS)
+
+
+def backend(name: str) -> Backend:
+    """The backend of this name, one of `names`."""
+    return _BACKENDS[name]
 
 
 def backend_status() -> dict[str, str | None]:
-    """For every implementation by name: None when it can run in this process, else why it cannot."""
-    return {
-        "reference": None,
-        "eager": None,
-        "cpu": _cpu_unavailable_reason(),
-        "triton": triton.unavailable_reason(),
-        "cuda": _CUDA_UNAVAILABLE,
-    }
+    """For every backend by name: None when it can run in this process, else why it cannot."""
+    return {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
 
 
-def _unserved_dtype(dtype: torch.dtype) -> str | None:
-    """Why the C++ kernels cannot serve x of this dtype; None when they can."""
-    if dtype in (torch.float64, torch.float16):
-        return f"x is {dtype}, the C++ kernels compute in float32 and bfloat16"
-    return None
+def refusal(impl: str, request: Request) -> str | None:
+    """None when `impl` can serve this call (x in the dtype of computation), else why it cannot."""
+    backend = _BACKENDS[impl]
+    if isinstance(request, Shrink) and backend.forward is not None and backend.shrink is None:
+        return f"{impl!r} makes no S of several adapters at once"
+    return backend.refusal(request)
 
 
-def _slow_dtype(dtype: torch.dtype) -> str | None:
-    """Why the library's matmuls are faster than the C++ kernels for x of this dtype; None when they are not."""
-    if dtype is torch.bfloat16 and not _cpu_has_bf16_kernels():
-        return "x is torch.bfloat16, for which this processor has no fast matrix kernels"
-    return None
+def disadvantage(impl: str, request: Request) -> str | None:
+    """None when "auto" may take `impl`, else why it cannot or would be slower than others."""
+    reason = refusal(impl, request)
+    return _BACKENDS[impl].disadvantage(request) if reason is None else reason
 
 
-def refusal(impl: str, x: Tensor, weight: Tensor) -> str | None:
-    """None when `impl` can serve this call (x and weight in the dtype of computation), else why it cannot."""
-    if impl in ("reference", "eager"):
-        return None
-    if impl == "cpu":
-        if x.device.type != "cpu":
-            return f"x is on {x.device}, the C++ kernels run on the CPU"
-        reason = _cpu_unavailable_reason()
-        if reason is not None:
-            return reason
-        if weight.requires_grad:
-            return "weight requires grad, the C++ kernels serve frozen weights"
-        return _unserved_dtype(x.dtype)
-    if impl == "triton":
-        reason = _triton_refusal(x.device, x.dtype)
-        if reason is None and weight.requires_grad:
-            return "weight requires grad, the Triton kernels serve frozen weights"
-        return reason
-    return _CUDA_UNAVAILABLE
+def choose(impl: str, request: Request) -> str:
+    """The backend that serves a call.
 
+    "auto" takes the fastest that can; any other name is taken or refused, never replaced.
 
-def disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
-    """None when "auto" may take `impl`, else why it cannot or would be slower than the library's matmuls."""
-    reason = refusal(impl, x, weight)
-    if reason is None and impl == "triton":
-        return _triton_disadvantage(x.device, x.dtype)
-    if reason is not None or impl != "cpu":
-        return reason
-    reason = _slow_dtype(x.dtype)
-    if reason is not None:
-        return reason
-    if not cpu.keeps_packs():
-        return "PEFTKERNELS_CPU_PACK is off, and packing the weight in every call costs more than it saves"
-    # A compiled program does not follow the cache: it keeps the choice that was right while there was room.
-    if not torch.compiler.is_compiling() and (refused := cpu.pack_refusal(weight)) is not None:
-        return f"{_REFUSED[refused]}, and packing it in every call costs more than it saves"
-    return None
-
-
-def choose(impl: str, x: Tensor, weight: Tensor) -> str:
-    """The implementation that serves a call.
-
-    "auto" takes the fastest that can; any other name is taken or refused, never replaced. Raises ValueError for an
-    unknown name and RuntimeError, with the reason, for one that cannot serve.
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: one that cannot serve, with the reason.
     """
     if impl == "auto":
-        kernels = "cpu" if x.device.type == "cpu" else "triton"
-        return kernels if disadvantage(kernels, x, weight) is None else "eager"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
-    reason = refusal(impl, x, weight)
+        device = request.x.device.type
+        for name in _AUTOMATIC:
+            devices = _BACKENDS[name].devices
+            if (devices is None or device in devices) and disadvantage(name, request) is None:
+                return name
+        raise AssertionError("the eager backend serves every call")
+    check_name(impl)
+    reason = refusal(impl, request)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot serve this call: {reason}")
     return impl
 
 
-def sharing_disadvantage(impl: str, x: Tensor, weight: Tensor) -> str | None:
+def check_name(impl: str) -> None:
+    """Raise ValueError for what is neither "auto" nor a backend's name."""
+    if impl not in ("auto", *_BACKENDS):
+        raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(_BACKENDS)}")
+
+
+def sharing_disadvantage(impl: str, request: Shrink) -> str | None:
     """None when projections of the same x gain by one x·Aᵀ for all of them, else why not. Raises as `choose`."""
-    chosen = choose(impl, x, weight)
-    if chosen == "cpu":
-        return "the C++ kernels make x A^T while rows of x are in cache for the frozen product: a pass of it costs more"
-    if chosen == "triton":
-        return triton.sharing_disadvantage(x)
-    return None
+    return _BACKENDS[choose(impl, request)].sharing_disadvantage(request)
+
+
+_second_derivatives: Callable[..., list[Tensor | None]] | None = None
 
 
 def direct_call(second_derivatives: Callable[..., list[Tensor | None]]) -> Callable[..., Tensor | None] | None:
-    """The C++ entry for plain calls on the C++ kernels (csrc/python_call.h), or None where they cannot run.
+    """The C++ entry for plain calls, or None where the C++ kernels cannot run; see `cpu.serving.direct_call`."""
+    global _second_derivatives
+    _second_derivatives = second_derivatives
+    return cpu.direct_call(second_derivatives, automatic=_AUTOMATIC[0] == _OURS[-1].name)
 
-    It is told what `choose` answers for each dtype of x, and leaves to Python every call whose choice depends on more.
-    """
-    if _cpu_unavailable_reason() is not None:
-        return None
-    named = [dtype for dtype in FLOATS if _unserved_dtype(dtype) is None]
-    automatic = [dtype for dtype in named if _slow_dtype(dtype) is None]
-    return cpu.direct_call(automatic, named, RankPlan, second_derivatives)
+
+def _renew_direct_call() -> None:
+    """Tell the C++ entry, where there is one, whether "auto" asks other backends first."""
+    if _second_derivatives is not None:
+        direct_call(_second_derivatives)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `impl="auto"` takes for a call, and why each faster implementation was not taken.
+    """What `impl="auto"` takes for a call, and why each faster backend was not taken.
 
-    routes  on "triton": for the forward and the backward product which way it goes, and why
+    Attributes:
+        chosen: the backend's name.
+        why_not: for each faster one, the reason.
+        routes: on "triton", for the forward and the backward product, which way it goes, and why.
     """
 
     chosen: str
@@ -171,10 +216,9 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_choice(x: Tensor, weight: Tensor) -> Explanation:
-    """`choose("auto", …)` with its reasons, fastest implementation first."""
-    chosen = choose("auto", x, weight)
-    faster = ("cuda", "triton", "cpu", "eager")
-    why_not = {name: disadvantage(name, x, weight) for name in faster[: faster.index(chosen)]}
+def explain_choice(call: Call) -> Explanation:
+    """`choose("auto", …)` with its reasons, fastest backend first."""
+    chosen = choose("auto", call)
+    why_not = {name: disadvantage(name, call) for name in _AUTOMATIC[: _AUTOMATIC.index(chosen)]}
     reasons = {name: reason for name, reason in why_not.items() if reason is not None}
-    return Explanation(chosen, reasons, triton.route_in_words(x, weight) if chosen == "triton" else {})
+    return Explanation(chosen, reasons, _BACKENDS[chosen].routes(call))

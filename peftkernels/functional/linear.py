@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,164 +11,23 @@ from torch.compiler import is_dynamo_compiling
 
 from peftkernels._autocast import autocast_dtype
 from peftkernels.backends import registry
-from peftkernels.functional.checks import check_arguments, plain_number
+from peftkernels.functional.checks import adapter_of, check_call
+from peftkernels.functional.function import LoraLinearFunction, forward_of
 from peftkernels.ops import composition
+from peftkernels.ops.call import Call, Forward
 from peftkernels.ops.rank_plan import RankPlan
+from peftkernels.ops.weights import FrozenWeight, Weight
 
-_FORWARD = torch.ops.peftkernels.lora_linear_fwd
-_BACKWARD = torch.ops.peftkernels.lora_linear_bwd
-_OVERLOADS = {name: (getattr(_FORWARD, name), getattr(_BACKWARD, name)) for name in registry.REGISTERED}
-# The functions behind overloads that are written in Python: what runs when nobody watches operators, without the way
-# through torch's dispatcher.
-_FUNCTIONS = {name: (_OVERLOADS[name], functions) for name, functions in registry.PYTHON_FUNCTIONS.items()}
-_PLAIN = (Tensor, torch.nn.Parameter)
-# Implementations that are not made of torch's own operators.
-_KERNELS = ("cpu", "triton")
 _SEED_END = 2**63 - 1
 _FORWARD_MODE = "forward-mode differentiation"
 
 
-def _operator(impl: str, direction: int, *tensors: Tensor | None) -> Callable[..., Any]:
-    """What computes: an overload, or the function behind it where no mode, no subclass and no tracer would see it.
-
-    tensors  those that are read as numbers; torch's dispatcher also negates the memory of views that ask for it
-    """
-    overloads = _OVERLOADS[impl]
-    behind = _FUNCTIONS.get(impl)
-    if (
-        behind is None
-        or behind[0] is not overloads
-        or is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return overloads[direction]
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
-            return overloads[direction]
-    return behind[1][direction]
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        gate: Tensor | None,
-        rank_state: Tensor | None,
-        rank_order: Tensor | None,
-        rank_counts: Tensor | None,
-        scaling: float,
-        scaling_tensor: Tensor | None,
-        dropout_p: float,
-        dropout_seed: Tensor | None,
-        given_shrink: Tensor | None,
-        impl: str,
-        weight_of: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        _, needs_weight, needs_A, needs_B, _, needs_gate = ctx.needs_input_grad[:6]
-        save_shrink = needs_B or needs_gate
-        y, shrink = _operator(impl, 0, x, weight, lora_A, lora_B, bias, gate, scaling_tensor, given_shrink)(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            bias,
-            gate,
-            rank_state,
-            rank_order,
-            rank_counts,
-            scaling,
-            scaling_tensor,
-            dropout_p,
-            dropout_seed,
-            save_shrink,
-            given_shrink,
-        )
-        if given_shrink is not None:
-            shrink = given_shrink
-        ctx.save_for_backward(
-            x if needs_A or needs_weight else None,
-            weight if weight_of is None else None,
-            lora_A,
-            lora_B,
-            bias,
-            shrink if save_shrink else None,
-            gate,
-            rank_state,
-            rank_order,
-            rank_counts,
-            scaling_tensor,
-            dropout_seed,
-        )
-        ctx.scaling = scaling
-        ctx.dropout_p = dropout_p
-        ctx.impl = impl
-        ctx.weight_of = weight_of
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
-        (
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            bias,
-            shrink,
-            gate,
-            rank_state,
-            rank_order,
-            rank_counts,
-            scaling_tensor,
-            dropout_seed,
-        ) = ctx.saved_tensors
-        if weight is None:
-            weight = ctx.weight_of()
-        needs = list(ctx.needs_input_grad[:6])
-        # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad() if differentiable else nullcontext():
-            gradients = _operator(ctx.impl, 1, grad_y, x, weight, lora_A, lora_B, shrink, gate, scaling_tensor)(
-                grad_y,
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                bias,
-                shrink,
-                gate,
-                rank_state,
-                rank_order,
-                rank_counts,
-                ctx.scaling,
-                scaling_tensor,
-                ctx.dropout_p,
-                dropout_seed,
-                needs,
-            )
-        asked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        if differentiable:
-            scale = ctx.scaling if scaling_tensor is None else scaling_tensor
-            at = composition.Constants(rank_state, scale, ctx.dropout_p, dropout_seed)
-            asked = list(
-                composition.Gradients.apply(
-                    at, needs, x is None and needs[0], shrink, bias, grad_y, x, weight, lora_A, lora_B, gate, *asked
-                )
-            )
-        return *asked, None, None, None, None, None, None, None, None, None, None
-
-
-def _transform(arguments: Iterable[Tensor | None]) -> str | None:
+def _transform(call: Forward) -> str | None:
     """What is at work on a call, where it is something that only operations of torch follow, else None."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
     if forward_ad._current_level >= 0 and any(
-        value is not None and forward_ad.unpack_dual(value).tangent is not None for value in arguments
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in call
     ):
         return _FORWARD_MODE
     return None
@@ -196,7 +53,7 @@ _direct_call = _load_direct_call
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -255,136 +112,64 @@ def lora_linear(
         )
         if y is not None:
             return y
-    return _call(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl, None)
+    adapter = adapter_of(lora_A, lora_B, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    return run(Call(x, weight, adapter, bias, shrink), impl)
 
 
-def _call(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    rank_plan: RankPlan | None,
-    scaling: float | Tensor,
-    dropout_p: float,
-    dropout_seed: int | Tensor | None,
-    shrink: Tensor | None,
-    impl: str,
-    weight_of: Callable[[], Tensor] | None,
-) -> Tensor:
-    """`lora_linear` from its checks on; with ``weight_of``, the weight is not kept for the backward pass."""
-    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
-    scaling, dropout_p, dropout_seed = plain_number(scaling), plain_number(dropout_p), plain_number(dropout_seed, int)
-    device = x.device
-    dtype = autocast_dtype(x.dtype, device.type)
-    if dtype is not x.dtype:
-        x = x.to(dtype)
-    chosen = registry.choose(impl, x, weight)
-
-    seed: Tensor | None = None
-    if dropout_p > 0:
-        if dropout_seed is None:
-            seed = torch.randint(_SEED_END, (), dtype=torch.int64, device=device)
-        elif isinstance(dropout_seed, Tensor):
-            seed = dropout_seed
-        else:
-            seed = torch.full((), dropout_seed, dtype=torch.int64, device=device)
-    state, order, counts = (
-        (None, None, None) if rank_plan is None else (rank_plan.state, rank_plan.order, rank_plan.counts)
-    )
-    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
-    scaling_value = 1.0 if isinstance(scaling, Tensor) else scaling
-
-    arguments = (x, weight, lora_A, lora_B, bias, gate)
+def run(call: Call, impl: str) -> Tensor:
+    """`lora_linear` from its checks on."""
+    call = _in_dtype_of_computation(call)
+    chosen = registry.choose(impl, call)
+    call = _seeded(call)
+    source, weight = None, call.weight
+    if isinstance(weight, FrozenWeight):
+        source, weight = weight, weight.materialize()
+    gate, lora_B = call.adapter.gate, call.adapter.lora_B
+    forward = call.forward(weight, lora_B.requires_grad or (gate is not None and gate.requires_grad))
     recorded = torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
+        forward.save_shrink
+        or call.x.requires_grad
         or weight.requires_grad
-        or (gate is not None and gate.requires_grad)
-        or (bias is not None and bias.requires_grad)
+        or call.adapter.lora_A.requires_grad
+        or (call.bias is not None and call.bias.requires_grad)
     )
-    if not is_dynamo_compiling() and (transform := _transform(arguments)) is not None:
-        if impl == "auto" or chosen not in _KERNELS:
-            return composition.forward(*arguments, composition.Constants(state, scaling, dropout_p, seed))
+    if not is_dynamo_compiling() and (transform := _transform(forward)) is not None:
+        if impl == "auto" or not registry.backend(chosen).compiled:
+            return composition.forward(forward)[0]
         if recorded or transform == _FORWARD_MODE:
             raise RuntimeError(
                 f"impl={impl!r} cannot serve this call: it is differentiated by {transform}, which kernels do not "
                 "follow; impl='auto' runs it as operations of torch"
             )
-    if recorded:
-        return _LoraLinear.apply(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            bias,
-            gate,
-            state,
-            order,
-            counts,
-            scaling_value,
-            scaling_tensor,
-            dropout_p,
-            seed,
-            shrink,
-            chosen,
-            weight_of,
-        )
-    return _operator(chosen, 0, x, weight, lora_A, lora_B, bias, gate, scaling_tensor, shrink)(
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        bias,
-        gate,
-        state,
-        order,
-        counts,
-        scaling_value,
-        scaling_tensor,
-        dropout_p,
-        seed,
-        False,
-        shrink,
-    )[0]
+    if not recorded:
+        return forward_of(chosen, forward._replace(save_shrink=False))[0]
+    return LoraLinearFunction.apply(*forward, chosen, source)[0]
 
 
-def lora_linear_of(
-    weight_of: Callable[[], Tensor],
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    rank_plan: RankPlan | None = None,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    shrink: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """`lora_linear` over a frozen weight that exists only while a pass uses it, such as a dequantised one.
+def _in_dtype_of_computation(call: Call) -> Call:
+    """The call, checked, with x in the dtype that it is computed in."""
+    check_call(call)
+    x = call.x
+    dtype = autocast_dtype(x.dtype, x.device.type)
+    return call if dtype is x.dtype else call._replace(x=x.to(dtype))
 
-    weight_of  makes the weight (N, K), frozen, in x's dtype: called for the forward pass and again for the backward
-               pass, the same both times. In between nothing of it is kept
-    impl       "auto" takes "eager" on CPUs, where the C++ kernels would pack each weight for a single use
 
-    Everything else, and errors, as for `lora_linear`.
-    """
-    weight = weight_of()
-    if impl == "auto" and x.device.type == "cpu":
-        impl = "eager"
-    return _call(
-        x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl, weight_of
-    )
+def _seeded(call: Call) -> Call:
+    """The call with a seed as a tensor where its adapter drops anything, else without."""
+    adapter, device = call.adapter, call.x.device
+    seed = adapter.dropout_seed
+    if adapter.dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(_SEED_END, (), dtype=torch.int64, device=device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    return call if seed is adapter.dropout_seed else call._replace(adapter=adapter._replace(dropout_seed=seed))
 
 
 def explain(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -396,10 +181,9 @@ def explain(
     dropout_seed: int | Tensor | None = None,
     shrink: Tensor | None = None,
 ) -> registry.Explanation:
-    """Which implementation `lora_linear` with the same arguments and `impl="auto"` takes, and why no faster one.
+    """Which backend `lora_linear` with the same arguments and `impl="auto"` takes, and why no faster one.
 
     Arguments and errors as for `lora_linear`; nothing is computed.
     """
-    check_arguments(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink)
-    x = x.to(autocast_dtype(x.dtype, x.device.type))
-    return registry.explain_choice(x, weight)
+    adapter = adapter_of(lora_A, lora_B, gate, rank_plan, scaling, dropout_p, dropout_seed)
+    return registry.explain_choice(_in_dtype_of_computation(Call(x, weight, adapter, bias, shrink)))

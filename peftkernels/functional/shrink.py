@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from peftkernels._autocast import autocast_dtype
 from peftkernels.backends import registry
 from peftkernels.functional.checks import check_shared_shrink
-
-_SHRINK = torch.ops.peftkernels.lora_shrink
-_OVERLOADS = {name: getattr(_SHRINK, name) for name in registry.REGISTERED}
+from peftkernels.ops.call import Shrink
 
 
 def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") -> tuple[Tensor, ...]:
@@ -39,6 +36,6 @@ def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") ->
     if dtype is not x.dtype:
         x = x.to(dtype)
     factors = [factor.detach() for factor in lora_A]
-    chosen = registry.choose(impl, x, factors[0])
-    whole: Tensor = _OVERLOADS[chosen](x, factors)
+    call = Shrink(x, factors)
+    whole: Tensor = registry.OPERATORS[registry.choose(impl, call)].shrink(*call)
     return whole.split([factor.shape[0] for factor in factors], 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from peftkernels.backends.registry import IMPLEMENTATIONS
+from peftkernels.backends.registry import check_name
 from peftkernels.nn.base_weight import BaseWeight
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -143,8 +143,7 @@ def check_arguments(linear: Any, r: Any, lowest_rank: int, lora_alpha: Any, lora
         raise ValueError(f"lora_alpha: found {lora_alpha}, expected a finite number")
     if not 0.0 <= lora_dropout <= 1.0:
         raise ValueError(f"lora_dropout: found {lora_dropout}, expected a probability in [0, 1]")
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    check_name(impl)
 
 
 def factor_dtype(linear: nn.Linear) -> torch.dtype:

@@ -1,7 +1,8 @@
 """What every operator means, in plain PyTorch, at any floating-point precision.
 
-This file is the oracle: it is written to be read, it imports nothing else of the package, and it is run in float64
-to judge every other implementation. Rank states are 0 (DEAD), 1 (PROBE) and 2 (ACTIVE); see `rank_plan.RankState`.
+This file is the oracle: it is written to be read, it takes nothing but the records of a call from the package, and it
+is run in float64 to judge every other implementation. Rank states are 0 (DEAD), 1 (PROBE) and 2 (ACTIVE); see
+`rank_plan.RankState`.
 
     X = drop(x)        S = X·Aᵀ        y = x·Wᵀ + bias + scaling · (S ⊙ ĝ)·Bᵀ        ĝ_i = gate_i if ACTIVE, else 0
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from peftkernels.ops.call import Adapter, Backward, Forward, Shrink
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -68,106 +71,82 @@ def rank_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 else dtype
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    if p == 0.0:
+def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
+    if adapter.dropout_p == 0.0:
         return x
-    assert seed is not None
-    return x * dropout_factor(seed, p, x.shape[0], x.shape[1]).to(x.dtype)
+    assert isinstance(adapter.dropout_seed, Tensor)
+    return x * dropout_factor(adapter.dropout_seed, adapter.dropout_p, x.shape[0], x.shape[1]).to(x.dtype)
 
 
-def _live_factors(
-    lora_A: Tensor, lora_B: Tensor, gate: Tensor | None, rank_state: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _live_factors(adapter: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Indices of the live ranks, their rows of A, columns of B, gates, and which of them are ACTIVE."""
+    lora_A, lora_B, gate = adapter.lora_A, adapter.lora_B, adapter.gate
     r = lora_A.shape[0]
-    state = torch.full((r,), 2, device=lora_A.device) if rank_state is None else rank_state
+    state = torch.full((r,), 2, device=lora_A.device) if adapter.rank_state is None else adapter.rank_state
     live = (state > 0).nonzero().squeeze(1)
     gates = torch.ones(r, dtype=dtype, device=lora_A.device) if gate is None else gate.reshape(-1).to(dtype)
     return live, lora_A.to(dtype)[live], lora_B.to(dtype)[:, live], gates[live], state[live] == 2
 
 
-def lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    rank_state: Tensor | None = None,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    given_shrink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def lora_linear_forward(call: Forward) -> tuple[Tensor, Tensor]:
     """The output y (..., N) in x's dtype and the shrink S (M, r), float32 where x is float16; a DEAD rank's column of S
     is zero.
 
-    An S that is given stands in the place of drop(x)·Aᵀ, whatever it holds.
-
-    x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,), gate (r,) or (r, 1), rank_state uint8 (r,),
-    dropout_seed int64 (). Factors and gate may have any float dtype and are cast to S's.
+    An S that is given stands in the place of drop(x)·Aᵀ, whatever it holds. Factors and gate may have any float dtype
+    and are cast to S's.
     """
+    x, adapter = call.x, call.adapter
     dtype, low = x.dtype, rank_dtype(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, low)
+    live, factor_A, factor_B, gates, active = _live_factors(adapter, low)
 
-    if given_shrink is None:
-        shrink_live = _dropped(rows.to(low), dropout_p, dropout_seed) @ factor_A.T
+    if call.given_shrink is None:
+        shrink_live = _dropped(rows.to(low), adapter) @ factor_A.T
     else:
-        shrink_live = given_shrink[:, live]
-    gated = shrink_live[:, active] * gates[active] * scaling
-    y = rows @ weight.to(dtype).T + gated.to(low) @ factor_B[:, active].T
-    if bias is not None:
-        y = y + bias.to(dtype)
+        shrink_live = call.given_shrink[:, live]
+    gated = shrink_live[:, active] * gates[active] * adapter.scale
+    y = rows @ call.weight.to(dtype).T + gated.to(low) @ factor_B[:, active].T
+    if call.bias is not None:
+        y = y + call.bias.to(dtype)
 
-    shrink = rows.new_zeros((rows.shape[0], lora_A.shape[0]), dtype=low)
+    shrink = rows.new_zeros((rows.shape[0], adapter.lora_A.shape[0]), dtype=low)
     shrink[:, live] = shrink_live
-    return y.to(dtype).reshape(*x.shape[:-1], weight.shape[0]), shrink
+    return y.to(dtype).reshape(*x.shape[:-1], call.weight.shape[0]), shrink
 
 
-def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
+def lora_shrink(call: Shrink) -> Tensor:
     """S = x·Aᵀ of several adapters side by side, (M, Σr) in x's dtype, or in float32 where that is float16."""
+    x = call.x
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(rank_dtype(x.dtype))
-    return torch.cat([rows @ factor.to(rows.dtype).T for factor in lora_A], 1)
+    return torch.cat([rows @ factor.to(rows.dtype).T for factor in call.lora_A], 1)
 
 
-def lora_linear_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gate: Tensor | None,
-    shrink: Tensor,
-    rank_state: Tensor | None = None,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, lora_A, lora_B, bias and gate, given G = ∂L/∂y (..., N) and the forward's shrink S.
+def lora_linear_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All gradients, needed or not, of x, weight, lora_A, lora_B, bias and gate, given G = ∂L/∂y (..., N), x and S.
 
     H = G·B      ∂gate_i = scaling · Σ_t S_ti·H_ti                      (ACTIVE and PROBE)
     ∂A_i = scaling · ĝ_i · Σ_t H_ti·X_t      ∂B_i = scaling · ĝ_i · Σ_t S_ti·G_t      (ACTIVE; zero elsewhere)
     ∂x = G·W + drop'(scaling · (H ⊙ ĝ)·A)      ∂W = Gᵀ·x      ∂bias = Σ_t G_t
     """
+    x, shrink, gate, adapter = call.x, call.shrink, call.gate, call.adapter
+    assert x is not None and shrink is not None
     dtype, low = x.dtype, rank_dtype(x.dtype)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    grads = grad_y.reshape(rows.shape[0], weight.shape[0])
-    live, factor_A, factor_B, gates, active = _live_factors(lora_A, lora_B, gate, rank_state, low)
+    grads = call.grad_y.reshape(rows.shape[0], call.weight.shape[0])
+    live, factor_A, factor_B, gates, active = _live_factors(adapter, low)
 
     expanded = grads.to(low) @ factor_B
-    gated_grad = (expanded[:, active] * gates[active] * scaling).to(low)
-    gated_shrink = (shrink[:, live][:, active] * gates[active] * scaling).to(low)
+    gated_grad = (expanded[:, active] * gates[active] * adapter.scale).to(low)
+    gated_shrink = (shrink[:, live][:, active] * gates[active] * adapter.scale).to(low)
 
-    grad_A = torch.zeros_like(lora_A)
-    dropped = _dropped(rows.to(low), dropout_p, dropout_seed)
-    grad_A[live[active]] = (gated_grad.T @ dropped).to(lora_A.dtype)
-    grad_B = torch.zeros_like(lora_B)
-    grad_B[:, live[active]] = (grads.to(low).T @ gated_shrink).to(lora_B.dtype)
+    grad_A = torch.zeros_like(adapter.lora_A)
+    grad_A[live[active]] = (gated_grad.T @ _dropped(rows.to(low), adapter)).to(grad_A.dtype)
+    grad_B = torch.zeros_like(adapter.lora_B)
+    grad_B[:, live[active]] = (grads.to(low).T @ gated_shrink).to(grad_B.dtype)
 
-    gate_like = torch.ones(lora_A.shape[0], dtype=dtype, device=x.device) if gate is None else gate
+    gate_like = torch.ones(grad_A.shape[0], dtype=dtype, device=x.device) if gate is None else gate
     grad_gate = torch.zeros_like(gate_like)
-    grad_gate.view(-1)[live] = ((shrink[:, live] * expanded).sum(0) * scaling).to(gate_like.dtype)
+    grad_gate.view(-1)[live] = ((shrink[:, live] * expanded).sum(0) * adapter.scale).to(gate_like.dtype)
 
-    grad_x = grads @ weight.to(dtype) + _dropped(gated_grad @ factor_A[active], dropout_p, dropout_seed)
+    grad_x = grads @ call.weight.to(dtype) + _dropped(gated_grad @ factor_A[active], adapter)
     return grad_x.to(dtype).reshape(x.shape), grads.T @ rows, grad_A, grad_B, grads.sum(0), grad_gate

@@ -1,4 +1,4 @@
-"""Rules about tensors that the public functions and the operators share; every error names the argument."""
+"""Rules about single tensors that all checks share; every error names the argument."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from peftkernels.ops.weights import FrozenWeight
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _PLAIN = (Tensor, Parameter)
@@ -41,7 +43,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: found shape {tuple(value.shape)}, expected {meaning} = {expected}")
 
 
-def device(name: str, value: Tensor, x: Tensor, first: str = "x") -> None:
+def device(name: str, value: Tensor | FrozenWeight, x: Tensor, first: str = "x") -> None:
     if value.device != x.device:
         raise ValueError(f"{name}: found device {value.device}, expected {first}'s, {x.device}")
 
@@ -77,6 +79,8 @@ def backed(name: str, value: Tensor) -> None:
 def matrices(name: str, first: Any, side: int, weight: Any, lora_A: Any, lora_B: Any) -> None:
     """``first``, x (..., K) or y's gradient (..., N), by the ``side`` of weight that it meets, and the matrices."""
     for named, value in ((name, first), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if value is weight and isinstance(weight, FrozenWeight):
+            continue
         if (
             not isinstance(value, Tensor)
             or value.dtype not in FLOATS
@@ -88,7 +92,7 @@ def matrices(name: str, first: Any, side: int, weight: Any, lora_A: Any, lora_B:
     letter = "NK"[side]
     if not found:
         raise ValueError(f"{name}: found a 0-dim tensor, expected shape (..., {letter})")
-    if weight.dim() != 2:
+    if len(weight.shape) != 2:
         raise ValueError(f"weight: found shape {tuple(weight.shape)}, expected (N, K)")
     n, k = weight.shape
     size = k if side == 1 else n

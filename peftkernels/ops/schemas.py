@@ -1,156 +1,155 @@
 """Every operator's schema, fake implementation and FLOP formula. Backends only implement what is declared here.
 
-`peftkernels::lora_linear_fwd` and `peftkernels::lora_linear_bwd` have one overload per implementation (`.reference`,
-`.eager`, `.cpu`, `.triton`), all with the same arguments, so that the choice made by `dispatch` is part of a traced
-program; so has `peftkernels::lora_shrink`, which makes S for several adapters of one x. `reference.py` says what they
-compute. The dtype of x is the dtype of computation: weight, bias, factors and gate are cast to it, x never is. What has
-one number per rank (factors, S, H) is float32 where x is float16: see `rank_dtype`.
+`peftkernels::lora_linear_fwd` and `peftkernels::lora_linear_bwd` have one overload for each backend (`.reference`,
+`.eager`, `.cpu`, `.triton`), all with the same arguments, so that the choice of a backend is part of a traced program;
+so has `peftkernels::lora_shrink`, which makes S for several adapters of one x. `call.py` lists the arguments and
+`reference.py` says what the operators compute. The dtype of x is the dtype of computation: weight, bias, factors and
+gate are cast to it, x never is. What has one number per rank (factors, S, H) is float32 where x is float16: see
+`rank_dtype`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from peftkernels.ops.call import Backward, Forward, Needs, Shrink, schema
 from peftkernels.ops.checks import check_backward, check_forward, check_shrink, checked
 from peftkernels.ops.rules import rank_dtype as rank_dtype
 
+# Backends whose overloads are declared here; others declare theirs as they are registered.
 IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton")
-
-_SHARED = (
-    "Tensor? gate, Tensor? rank_state, Tensor? rank_order, Tensor? rank_counts, "
-    "float scaling, Tensor? scaling_tensor, float dropout_p, Tensor? dropout_seed"
-)
-_FORWARD = (
-    "lora_linear_fwd.{name}(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    f"{_SHARED}, bool save_shrink, Tensor? given_shrink=None) -> (Tensor y, Tensor shrink)"
-)
-_BACKWARD = (
-    "lora_linear_bwd.{name}(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
-    "Tensor? shrink, "
-    f"{_SHARED}, bool[6] needs) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_A, Tensor grad_B, "
-    "Tensor grad_bias, Tensor grad_gate)"
-)
-_SHRINK = "lora_shrink.{name}(Tensor x, Tensor[] lora_A) -> Tensor"
 
 library = torch.library.Library("peftkernels", "DEF")
 
-
-def shrink_shape(x: Tensor, lora_A: Tensor, save_shrink: bool) -> tuple[int, int]:
-    """(M, r) when the backward pass needs an S that the caller does not have, else (0, r)."""
-    return (math.prod(x.shape[:-1]) if save_shrink else 0, lora_A.shape[0])
-
-
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    rank_state: Tensor | None,
-    rank_order: Tensor | None,
-    rank_counts: Tensor | None,
-    scaling: float,
-    scaling_tensor: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    save_shrink: bool,
-    given_shrink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    check_forward(
-        x, weight, lora_A, lora_B, bias, gate, rank_state, rank_order, rank_counts, scaling, scaling_tensor, dropout_p,
-        dropout_seed, save_shrink, given_shrink,
-    )  # fmt: skip
-    save_shrink = save_shrink and given_shrink is None
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty(shrink_shape(x, lora_A, save_shrink), dtype=rank_dtype(x.dtype))
+_Library = torch.library.Library
+ForwardFunction = Callable[[Forward], tuple[Tensor, "Tensor | None"]]
+BackwardFunction = Callable[[Backward], tuple[Tensor, ...]]
+ShrinkFunction = Callable[[Shrink], Tensor]
 
 
-def _shrink_fake(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    check_shrink(x, lora_A)
-    ranks = sum(factor.shape[0] for factor in lora_A)
-    return x.new_empty((math.prod(x.shape[:-1]), ranks), dtype=rank_dtype(x.dtype))
+def _forward_fake(call: Forward) -> tuple[Tensor, Tensor]:
+    x = call.x
+    rows = math.prod(x.shape[:-1]) if call.saves_shrink else 0
+    y = x.new_empty((*x.shape[:-1], call.weight.shape[0]))
+    return y, x.new_empty((rows, call.lora_A.shape[0]), dtype=rank_dtype(x.dtype))
 
 
-def empty_gradients(
-    grad_y: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Uninitialised results of the backward operator; a gradient nobody asked for is an empty tensor of shape (0,)."""
-    grad_x_shape = (*grad_y.shape[:-1], weight.shape[1])
-    likes = (weight, lora_A, lora_B, grad_y if bias is None else bias, lora_A if gate is None else gate)
-    grad_x = grad_y.new_empty(grad_x_shape if needs[0] else (0,))
-    return grad_x, *(like.new_empty(like.shape if need else (0,)) for like, need in zip(likes, needs[1:], strict=True))
+def _backward_fake(call: Backward) -> tuple[Tensor, ...]:
+    return call.empty_gradients()
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor | None,
-    gate: Tensor | None,
-    *shared: Any,
-) -> tuple[Tensor, ...]:
-    check_backward(grad_y, x, weight, lora_A, lora_B, bias, shrink, gate, *shared)
-    return empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, shared[-1])
+def _shrink_fake(call: Shrink) -> Tensor:
+    ranks = sum(factor.shape[0] for factor in call.lora_A)
+    return call.x.new_empty((math.prod(call.x.shape[:-1]), ranks), dtype=rank_dtype(call.x.dtype))
+
+
+class _Operator(NamedTuple):
+    """A declared operator: its arguments, its results, what it asks of arguments, and its fake."""
+
+    record: type[Forward] | type[Backward] | type[Shrink]
+    results: str
+    check: Callable[[Any], None]
+    fake: Callable[[Any], Any]
+
+
+_OPERATORS = {
+    "lora_linear_fwd": _Operator(Forward, "(Tensor y, Tensor shrink)", check_forward, _forward_fake),
+    "lora_linear_bwd": _Operator(
+        Backward,
+        "(Tensor grad_x, Tensor grad_weight, Tensor grad_A, Tensor grad_B, Tensor grad_bias, Tensor grad_gate)",
+        check_backward,
+        _backward_fake,
+    ),
+    "lora_shrink": _Operator(Shrink, "Tensor", check_shrink, _shrink_fake),
+}
+NAMES = tuple(_OPERATORS)
+
+
+def overloads(backend: str) -> tuple[Any, ...]:
+    """A backend's overloads of the three operators, in the order of `NAMES`."""
+    return tuple(getattr(getattr(torch.ops.peftkernels, operator), backend) for operator in NAMES)
+
+
+def declare(backend: str, to: _Library = library) -> None:
+    """Define a backend's overloads of the three operators, and their fakes, in a library that holds them."""
+    for name, operator in _OPERATORS.items():
+        to.define(f"{name}.{backend}{schema(operator.record)} -> {operator.results}")
+        fake = checked(operator.record, operator.check, operator.fake)
+        torch.library.register_fake(f"peftkernels::{name}.{backend}", fake, lib=to)
+
+
+def implement(
+    backend: str,
+    forward: ForwardFunction,
+    backward: BackwardFunction,
+    shrink: ShrinkFunction | None,
+    serve: Callable[[Any], None],
+    to: _Library = library,
+) -> None:
+    """Implement a backend's overloads on every device by functions of Python, which need not check arguments.
+
+    Args:
+        backend: its name, as given to `declare`.
+        forward: gives y, and S where `Forward.saves_shrink` asks for it, else None.
+        backward: gives the six gradients; whatever it gives for one that is not needed is left out.
+        shrink: gives S of several adapters; None where the backend has no such kernel.
+        serve: raises RuntimeError for a call that the backend cannot serve.
+        to: the library that declared them.
+    """
+
+    def whole_forward(call: Forward) -> tuple[Tensor, Tensor]:
+        y, saved = forward(call)
+        nothing = saved if saved is not None else y.new_empty((0, call.lora_A.shape[0]), dtype=rank_dtype(y.dtype))
+        return y, nothing
+
+    functions = {"lora_linear_fwd": whole_forward, "lora_linear_bwd": backward, "lora_shrink": shrink}
+    for name, function in functions.items():
+        if function is not None:
+            operator = _OPERATORS[name]
+            guarded = checked(operator.record, operator.check, _served(serve, function))
+            to.impl(f"{name}.{backend}", guarded, "CompositeExplicitAutograd")
+
+
+def _served(serve: Callable[[Any], None], function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def serve_and_compute(call: Any) -> Any:
+        serve(call)
+        return function(call)
+
+    return serve_and_compute
 
 
 for _name in IMPLEMENTATIONS:
-    library.define(_FORWARD.format(name=_name))
-    library.define(_BACKWARD.format(name=_name))
-    library.define(_SHRINK.format(name=_name))
-    torch.library.register_fake(f"peftkernels::lora_linear_fwd.{_name}", _forward_fake, lib=library)
-    torch.library.register_fake(f"peftkernels::lora_linear_bwd.{_name}", _backward_fake, lib=library)
-    torch.library.register_fake(f"peftkernels::lora_shrink.{_name}", _shrink_fake, lib=library)
+    declare(_name)
 
 
-def implement(name: str, forward: Callable[..., Any], backward: Callable[..., Any], shrink: Callable[..., Any]) -> None:
-    """Implement the overloads of ``name`` on every device by functions of Python, which need not check arguments."""
-    for operator, check, function in (
-        ("lora_linear_fwd", check_forward, forward),
-        ("lora_linear_bwd", check_backward, backward),
-        ("lora_shrink", check_shrink, shrink),
-    ):
-        library.impl(f"{operator}.{name}", checked(check, function), "CompositeExplicitAutograd")
-
-
+# What a FLOP counter hands over has the arguments' shapes in the place of tensors.
 @register_flop_formula(torch.ops.peftkernels.lora_linear_fwd)
-def _forward_flops(
-    x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, given_shrink: Any = None, **kwargs: Any
-) -> int:
+def _forward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
     """2MNK + 2MrN, and 2MrK for an S that is not given; every rank counts: no formula reads a mask on the device."""
-    rows, (n, k) = math.prod(x_shape[:-1]), weight_shape
-    # Shapes come by position where the operator's arguments do: eleven stand between lora_A and given_shrink.
-    given = given_shrink is not None or (len(args) > 11 and args[11] is not None)
-    return 2 * rows * n * k + 2 * rows * a_shape[0] * (n if given else n + k)
+    call: Any = Forward(*shapes, **named)
+    rows, (n, k), rank = math.prod(call.x[:-1]), call.weight, call.lora_A[0]
+    return 2 * rows * n * k + 2 * rows * rank * (n if call.given_shrink is not None else n + k)
 
 
 @register_flop_formula(torch.ops.peftkernels.lora_shrink)
-def _shrink_flops(x_shape: Any, factor_shapes: Any, *args: Any, **kwargs: Any) -> int:
+def _shrink_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
     """2MK·Σr."""
-    return 2 * math.prod(x_shape) * sum(shape[0] for shape in factor_shapes)
+    call: Any = Shrink(*shapes, **named)
+    return 2 * math.prod(call.x) * sum(shape[0] for shape in call.lora_A)
 
 
 @register_flop_formula(torch.ops.peftkernels.lora_linear_bwd)
-def _backward_flops(grad_shape: Any, x_shape: Any, weight_shape: Any, a_shape: Any, *args: Any, **kwargs: Any) -> int:
+def _backward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
     """2MNK for ∂x and as much for ∂W, 2MrN for H, 2MrK for the adapter's share of ∂x, 2MrK for ∂A, 2MrN for ∂B."""
-    rows = math.prod(grad_shape[:-1])
-    needs_x, needs_weight, needs_A, needs_B, _, needs_gate = args[-1]
-    rank, (n, k) = a_shape[0], weight_shape
-    flops = 2 * rows * n * k * (needs_x + needs_weight)
-    flops += 2 * rows * rank * n * (needs_x or needs_A or needs_gate) + 2 * rows * rank * k * needs_x
-    return flops + 2 * rows * rank * (k * needs_A + n * needs_B)
+    call: Any = Backward(*shapes, **named)
+    needs = Needs(*call.needs)
+    rows, (n, k), rank = math.prod(call.grad_y[:-1]), call.weight, call.lora_A[0]
+    flops = 2 * rows * n * k * (needs.x + needs.weight)
+    flops += 2 * rows * rank * n * (needs.x or needs.lora_A or needs.gate) + 2 * rows * rank * k * needs.x
+    return flops + 2 * rows * rank * (k * needs.lora_A + n * needs.lora_B)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 
 import pytest
 import torch
 
 from peftkernels.backends import registry, triton
+from peftkernels.backends.triton import serving
 from peftkernels.backends.triton.linear import routes
+from peftkernels.ops.call import Adapter, Call
 
+ADAPTER = Adapter(torch.empty(8, 4096, device="meta"), torch.empty(11008, 8, device="meta"))
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -91,15 +95,16 @@ def test_an_interpreter_that_breaks_is_refused(
 
 def test_both_passes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.empty(4, 512, 4096, device="meta"), torch.empty(11008, 4096, device="meta")
-    words = triton.route_in_words(x.to(torch.bfloat16), weight)
+    words = serving.BACKEND.routes(Call(x.to(torch.bfloat16), weight, ADAPTER))
     assert set(words) == set(routes.DIRECTIONS)
     assert all(route.startswith("library (no product was measured on ") for route in words.values())
     with routes.forced(routes.Choice("tail", "pointer-64x64x64-4w-4s")):
-        words = triton.route_in_words(x.to(torch.bfloat16), weight)
+        words = serving.BACKEND.routes(Call(x.to(torch.bfloat16), weight, ADAPTER))
     assert set(words.values()) == {"tail:pointer-64x64x64-4w-4s (forced)"}
-    monkeypatch.setattr(registry, "choose", lambda impl, x, weight: "triton")
-    monkeypatch.setattr(triton, "route_in_words", lambda x, weight: {"forward": "tail:tile (measured on 'X')"})
-    printed = str(registry.explain_choice(x, weight))
+    monkeypatch.setattr(registry, "choose", lambda impl, call: "triton")
+    measured = dataclasses.replace(serving.BACKEND, routes=lambda call: {"forward": "tail:tile (measured on 'X')"})
+    monkeypatch.setitem(registry._BACKENDS, "triton", measured)
+    printed = str(registry.explain_choice(Call(x, weight, ADAPTER)))
     assert printed.splitlines() == [
         "lora_linear runs on 'triton'",
         "  forward: tail:tile (measured on 'X')",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import data, lineup
+from bench import lineup
 from bench.cases import BACKWARD, DEAD, FORWARD, GRAPH, PROBE, Case
 from bench.gpu import layer as layers
 from bench.gpu import verify as sampled
@@ -53,18 +53,15 @@ def test_the_oracle_is_the_reference(name: str) -> None:
     case = RIGHT[name]
     bench = _bench(case)
     found = oracle(bench, case.dropout, torch.arange(case.M))
-    x, weight = bench.inputs[0].double(), bench.weight.double()
-    adapter = bench.adapter
-    lora_A, lora_B = adapter.lora_A.double(), adapter.lora_B.double()
-    bias = None if bench.bias is None else bench.bias.double()
-    gate = None if adapter.gate is None else adapter.gate.double()
-    state = None if adapter.plan is None else adapter.plan.state
+    weight, adapter = bench.weight.double(), bench.adapter.double()
+    bias, gate = None if bench.bias is None else bench.bias.double(), adapter.gate
     seed = torch.tensor(sampled.SEED) if case.dropout else None
-    rest = (state, data.SCALING, case.dropout, seed)
-    y, shrink = reference.lora_linear_forward(x, weight, lora_A, lora_B, bias, gate, *rest)
+    call = adapter.call_of(bench.inputs[0].double(), weight, bias, case.dropout, seed).forward(weight, True)
+    y, shrink = reference.lora_linear_forward(call)
     torch.testing.assert_close(found["y"], y)
     if case.trains:
-        grads = reference.lora_linear_backward(bench.grads[0].double(), x, weight, lora_A, lora_B, gate, shrink, *rest)
+        backward = call._replace(given_shrink=shrink).backward(bench.grads[0].double(), [True] * 6)
+        grads = reference.lora_linear_backward(backward)
         for what, right in (("∂x", grads[0]), ("∂lora_A", grads[2]), ("∂lora_B", grads[3])):
             torch.testing.assert_close(found[what], right)
         assert ("∂gate" in found) == (gate is not None)

@@ -18,6 +18,7 @@ from peftkernels.backends import registry
 from peftkernels.integrations.peft import layers
 from peftkernels.integrations.peft.served import ATTRIBUTE
 from peftkernels.integrations.peft.steps import steps_made
+from peftkernels.ops.call import Shrink
 
 each_kind = pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 # Of the seven projections of a layer: q, k and v, gate and up.
@@ -31,7 +32,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         reason = registry.backend_status()["cpu"]
         if reason is not None:
             pytest.skip(reason)
-        monkeypatch.setattr(layers, "sharing_disadvantage", lambda impl, x, weight: None)
+        monkeypatch.setattr(layers, "sharing_disadvantage", lambda impl, request: None)
     found: str = request.param
     return found
 
@@ -113,20 +114,20 @@ def test_the_cpp_kernels_make_their_own() -> None:
     model = adapted("lora")
     peftkernels.apply_to_peft(model)
     x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
-    if registry.choose("auto", x, weight) != "cpu":
-        pytest.skip(str(registry.explain_choice(x, weight)))
+    if registry.choose("auto", Shrink(x, (weight,))) != "cpu":
+        pytest.skip("the C++ kernels do not serve here")
     for _ in range(3):
         logits(model)
     assert shared(model) == 0
-    assert "while rows of x are in cache" in str(registry.sharing_disadvantage("auto", x, weight))
+    assert "while rows of x are in cache" in str(registry.sharing_disadvantage("auto", Shrink(x, (weight,))))
 
 
 def test_small_inputs_are_not_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "choose", lambda impl, x, weight: "triton")
+    monkeypatch.setattr(registry, "choose", lambda impl, request: "triton")
     small = torch.empty(8, 128, device="meta")
-    assert "x has 1024 elements" in str(registry.sharing_disadvantage("auto", small, small))
+    assert "x has 1024 elements" in str(registry.sharing_disadvantage("auto", Shrink(small, ())))
     large = torch.empty(8192, 4096, device="meta")
-    assert registry.sharing_disadvantage("auto", large, large) is None
+    assert registry.sharing_disadvantage("auto", Shrink(large, ())) is None
 
 
 def test_dropout_is_each_projections_own(impl: str) -> None:

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftkernels import RankPlan, lora_linear
 from peftkernels.backends import cpu, registry
 from peftkernels.functional import linear
-from peftkernels.functional.checks import check_arguments
+from peftkernels.functional.checks import adapter_of, check_call
+from peftkernels.ops import call as records
 
 TOO_LARGE = 10**400
 
@@ -76,8 +77,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_plain_calls_are_served(situation: str, gradients: bool, impl: str, seed: int) -> None:
     call = make_call(seed, **SITUATIONS[situation])
-    if registry.choose("auto", call.x, call.weight) != "cpu" and impl == "auto":
-        pytest.skip(str(registry.explain_choice(call.x, call.weight)))
+    if registry.choose("auto", call.request()) != "cpu" and impl == "auto":
+        pytest.skip(str(registry.explain_choice(call.request())))
     if gradients:
         call.lora_A.requires_grad_()
     y = direct(arguments_of(call, impl))
@@ -217,7 +218,7 @@ def test_packs_that_are_not_kept(seed: int) -> None:
     assert isinstance(before, str)
     cpu.set_pack_mode("off")
     try:
-        assert registry.choose("auto", call.x, call.weight) == "eager"
+        assert registry.choose("auto", call.request()) == "eager"
         assert direct(arguments_of(call)) is None
         assert direct(arguments_of(call, "cpu")) is not None
     finally:
@@ -271,13 +272,19 @@ def _any_arguments(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def _checked(x: Any, weight: Any, bias: Any, shrink: Any, **adapter: Any) -> records.Call:
+    call = records.Call(x, weight, adapter_of(**adapter), bias, shrink)
+    check_call(call)
+    return call
+
+
 @settings(max_examples=1000)
 @given(arguments=_any_arguments())
 def test_it_serves_what_python_would_give_to_the_kernels_and_nothing_else(arguments: dict[str, Any]) -> None:
     """The checks and the choice, made twice, agree; where the call is declined, no seed is drawn."""
     try:
-        check_arguments(*(arguments[name] for name in ORDER[:-1]))
-        expected = registry.choose(arguments["impl"], arguments["x"], arguments["weight"]) == "cpu"
+        call = _checked(**{name: value for name, value in arguments.items() if name != "impl"})
+        expected = registry.choose(arguments["impl"], call) == "cpu"
     except (TypeError, ValueError, RuntimeError):
         expected = False
     # Passes the checks, and cannot be handed to any operator.

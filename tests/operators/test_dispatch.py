@@ -25,13 +25,13 @@ def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> 
     ran: list[str] = []
 
     def watched(name: str) -> Any:
-        forward, backward = linear._OVERLOADS[name]
+        operators = registry.OPERATORS[name]
 
-        def call(*values: Any) -> Any:
+        def forward(*values: Any) -> Any:
             ran.append(name)
-            return forward(*values)
+            return operators.forward(*values)
 
-        return call, backward
+        return operators._replace(forward=forward, functions=None)
 
     direct_call = linear._direct_call
 
@@ -43,8 +43,8 @@ def _runs(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **keywords: Any) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(linear, "_direct_call", watched_direct_call)
-        for name in list(linear._OVERLOADS):
-            patch.setitem(linear._OVERLOADS, name, watched(name))
+        for name in list(registry.OPERATORS):
+            patch.setitem(registry.OPERATORS, name, watched(name))
         lora_linear(*arguments, **keywords)
     assert len(ran) == 1
     return ran[0]
@@ -108,8 +108,8 @@ def test_explaining_computes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch)
     def ran(*arguments: Any) -> None:
         raise AssertionError("a kernel ran")
 
-    for name in list(linear._OVERLOADS):
-        monkeypatch.setitem(linear._OVERLOADS, name, (ran, ran))
+    for name in list(registry.OPERATORS):
+        monkeypatch.setitem(registry.OPERATORS, name, registry.Operators(ran, ran, ran))
     monkeypatch.setattr(linear, "_direct_call", ran)
     call = make_call(seed, dropout_p=0.5)
     before = torch.random.get_rng_state()
@@ -119,7 +119,7 @@ def test_explaining_computes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_status_of_every_backend_is_known() -> None:
     status = registry.backend_status()
-    assert tuple(status) == registry.IMPLEMENTATIONS == ("reference", "eager", "cpu", "triton", "cuda")
+    assert tuple(status) == registry.names() == ("reference", "eager", "cpu", "triton", "cuda")
     assert status["reference"] is None
     assert status["eager"] is None
     assert (status["triton"] is None) == (triton.interpreting() or torch.cuda.is_available())
@@ -147,6 +147,7 @@ def test_importing_loads_neither_kernels_nor_optional_packages() -> None:
 def test_the_public_names() -> None:
     operator = {"Explanation", "RankPlan", "RankState", "__version__", "explain", "lora_linear", "shared_shrink"}
     kept = {"weights_changed"}
-    assert set(peftkernels.__all__) == {*operator, *kept, "apply_to_peft", "revert", "stats"}
+    builders = {"Backend", "LoraLinearFunction", "register_backend"}
+    assert set(peftkernels.__all__) == {*operator, *kept, *builders, "apply_to_peft", "revert", "stats"}
     for name in peftkernels.__all__:
         assert getattr(peftkernels, name) is not None

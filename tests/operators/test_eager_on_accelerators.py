@@ -44,8 +44,8 @@ def _masked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gathering = eager._LiveRanks
     made: list[Any] = []
 
-    def masking(lora_A: Tensor, *rest: Any) -> Any:
-        made.append(gathering(_Elsewhere(lora_A), *rest))
+    def masking(adapter: Any, dtype: torch.dtype) -> Any:
+        made.append(gathering(adapter._replace(lora_A=_Elsewhere(adapter.lora_A)), dtype))
         return made[-1]
 
     monkeypatch.setattr(eager, "_LiveRanks", masking)

@@ -12,7 +12,7 @@ from support.devices import FROZEN_WEIGHTS, device_of, moved, moved_plan
 from torch import Tensor
 
 from peftkernels import RankPlan, explain, lora_linear
-from peftkernels.backends import triton
+from peftkernels.backends import registry, triton
 from peftkernels.functional import linear
 
 X, N, K, R = (2, 3, 5), 4, 5, 2
@@ -171,7 +171,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "rank_plan: found Tensor, expected a RankPlan",
     ),
-    "plan_ranks": ({"rank_plan": _plan(2, 1, 0)}, ValueError, "rank_plan: found 3 ranks, expected r = 2"),
+    "plan_ranks": (
+        {"rank_plan": _plan(2, 1, 0)},
+        ValueError,
+        "rank_plan.state: found shape (3,), expected (r,) = (2,)",
+    ),
     "plan_device": (
         {"rank_plan": _plan(2, 1, device="meta")},
         ValueError,
@@ -270,8 +274,8 @@ def _no_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def declines(*arguments: Any) -> None:
         assert direct_call(*arguments) is None, "a kernel ran before the error"
 
-    for name in linear._OVERLOADS:
-        monkeypatch.setitem(linear._OVERLOADS, name, (ran, ran))
+    for name in list(registry.OPERATORS):
+        monkeypatch.setitem(registry.OPERATORS, name, registry.Operators(ran, ran, ran))
     monkeypatch.setattr(linear, "_direct_call", declines)
     before = torch.random.get_rng_state()
     yield
@@ -378,7 +382,7 @@ def test_bf16_where_triton_is_interpreted() -> None:
 
 @pytest.mark.usefixtures("without_direct_call", "_no_kernel_may_run")
 def test_fp16_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftkernels.backends.registry._cpu_unavailable_reason", lambda: None)
+    monkeypatch.setattr("peftkernels.backends.cpu.serving._unavailable_reason", lambda: None)
     changes = {name: VALID[name].half() for name in ("x", "weight", "lora_A", "lora_B", "bias", "gate")}
     message = "impl='cpu' cannot serve this call: x is torch.float16, the C++ kernels compute in float32 and bfloat16"
     with pytest.raises(RuntimeError, match="^" + re.escape(message)):

@@ -7,7 +7,7 @@ from support.checks import CHECKS
 from support.faults import FAULTS
 from support.implementations import ALL, skip_unless_served
 
-from peftkernels.functional import linear
+from peftkernels.backends import registry
 
 
 def _first_complaint(impl: str, seed: int) -> str | None:
@@ -26,7 +26,7 @@ def _first_complaint(impl: str, seed: int) -> str | None:
 @pytest.mark.parametrize("impl", [name for name in ALL if name != "triton"])
 def test_a_fault_is_caught(impl: str, fault: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_served(impl)
-    monkeypatch.setitem(linear._OVERLOADS, impl, FAULTS[fault].wrap(linear._OVERLOADS[impl]))
+    monkeypatch.setitem(registry.OPERATORS, impl, FAULTS[fault].wrap(registry.OPERATORS[impl]))
     assert _first_complaint(impl, seed) is not None, f"no check notices: {fault}"
 
 
@@ -38,9 +38,9 @@ def test_without_a_fault_nothing_is_caught(impl: str, check: str, seed: int) -> 
 def test_every_check_is_needed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each check notices at least one fault by itself: none of them is idle."""
     noticed = dict.fromkeys(CHECKS, 0)
-    operators = linear._OVERLOADS["reference"]
+    operators = registry.OPERATORS["reference"]
     for mutant in FAULTS.values():
-        monkeypatch.setitem(linear._OVERLOADS, "reference", mutant.wrap(operators))
+        monkeypatch.setitem(registry.OPERATORS, "reference", mutant.wrap(operators))
         for name, check in CHECKS.items():
             try:
                 check("reference", seed)

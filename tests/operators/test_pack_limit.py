@@ -19,7 +19,7 @@ from peftkernels.backends import cpu
 
 N = K = 64
 UNIT = packed_bytes(N, K)["forward"]  # bytes of either pack
-# A refused weight may take the place of others after so many calls in which they were idle (csrc/cpu/packs/pack_cache.h).
+# A refused weight may take the place of others after so many calls in which they were idle (packs/pack_cache.h).
 PATIENCE = 16
 
 

@@ -14,7 +14,7 @@ from support.implementations import skip_unless_served
 from support.oracle import Budget
 
 from peftkernels import explain
-from peftkernels.backends import registry
+from peftkernels.backends.cpu import serving
 
 PROGRAM = """
 import sys
@@ -99,7 +99,7 @@ def test_onednn_switched_off_and_on_again(dtype: str, seed: int) -> None:
 def test_auto_leaves_bf16_to_the_library_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     skip_unless_served("cpu")
     call = make_call(seed, dtype="bf16")
-    monkeypatch.setattr(registry, "_cpu_has_bf16_kernels", lambda: False)
+    monkeypatch.setattr(serving, "_has_bf16_kernels", lambda: False)
     explanation = explain(call.x, call.weight, call.lora_A, call.lora_B)
     assert explanation.chosen == "eager"
     assert "no fast matrix kernels" in explanation.why_not["cpu"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftkernels import RankPlan, lora_linear
+from peftkernels.ops.call import Forward
 
 IMPLEMENTATIONS = ("cpu", "eager", "reference", "triton")
 Change = Callable[[Any], Any]
@@ -291,13 +292,12 @@ def test_kernels_on_a_device_keep_to_ranks_that_there_are() -> None:
     """On accelerators nobody reads a plan before the kernels: whatever it holds, they stay inside of their tensors."""
     pytest.importorskip("triton")
     _skip_unless_registered("triton")
-    from peftkernels.backends import triton
+    from peftkernels.backends.triton import serving
 
     arguments = valid("lora_linear_fwd")
     names = ("weight", "lora_A", "lora_B", "bias", "gate", "rank_state")
     for order, counts in (([2**31 - 1, -(2**31), 7, -1, 5], [5, 5]), ([0, 1, 2, 3, 4], [2**30, -7])):
         plan = torch.tensor(order, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
-        y, shrink = triton.forward(
-            arguments["x"], *(arguments[name] for name in names), *plan, 1.0, None, 0.0, None, True
-        )
+        call = Forward(arguments["x"], *(arguments[name] for name in names), *plan, 1.0, None, 0.0, None, True)
+        y, shrink = serving.BACKEND.forward(call)
         assert y.shape == (2, M // 2, N) and shrink is not None and shrink.shape == (M, R)

@@ -177,7 +177,7 @@ WRONG: dict[str, tuple[Callable[[Call], dict[str, Any]], type[Exception], str]] 
     "dtype": (
         lambda call: {"shrink": torch.zeros(7, 5, dtype=torch.float64)},
         TypeError,
-        "shrink: found dtype torch.float64, expected torch.float32 where x is computed in torch.float32",
+        "shrink: found dtype torch.float64, expected torch.float32 where x is torch.float32",
     ),
     "device": (lambda call: {"shrink": torch.zeros(7, 5, device="meta")}, ValueError, "shrink: found device meta"),
     "gradient": (

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState, lora_linear
+from peftkernels.functional.checks import adapter_of
+from peftkernels.ops import call as records
+from peftkernels.ops.call import Forward
 from support.devices import FROZEN_WEIGHTS, device_of, moved, moved_plan
 
 GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias", "gate")
@@ -72,6 +75,16 @@ class Call:
         """Every differentiable argument that this call has, by name."""
         named = {name: getattr(self, name) for name in GRADIENTS}
         return {name: value for name, value in named.items() if value is not None}
+
+    def request(self) -> records.Call:
+        """The call as backends are asked about it."""
+        optional = {name: value for name, value in self.optional.items() if name not in ("bias", "shrink")}
+        adapter = adapter_of(self.lora_A, self.lora_B, **optional)
+        return records.Call(self.x, self.weight, adapter, self.bias, self.shrink)
+
+    def record(self) -> Forward:
+        """The call as operators take it; a seed is a tensor here."""
+        return self.request().forward(self.weight, True)
 
     def replace(self, **changes: Any) -> Call:
         return replace(self, **changes)

@@ -200,11 +200,9 @@ def reads_a_given_shrink(call: Call, impl: str) -> None:
         found = run(call.replace(shrink=shrink.to(call.x.device)), impl).on(CPU)
     with CPU:
         here = call.on(CPU)
-        arguments = (here.x, here.weight, here.lora_A, here.lora_B)
-        y, _ = reference.lora_linear_forward(
-            *arguments, here.bias, here.gate, here.state, here.scaling, given_shrink=shrink
-        )
-        gradients = reference.lora_linear_backward(here.grad_y, *arguments, here.gate, shrink, here.state, here.scaling)
+        record = here.replace(shrink=shrink).record()
+        y, _ = reference.lora_linear_forward(record)
+        gradients = reference.lora_linear_backward(record.backward(here.grad_y, [True] * 6))
     torch.testing.assert_close(found.y, y, msg=lambda why: f"{impl}, {call.label}, y: {why}")
     for name, expected in zip(GRADIENTS, gradients, strict=True):
         if name in found.gradients:

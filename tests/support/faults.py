@@ -13,24 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkernels.backends.registry import Operators
 from peftkernels.ops import reference
+from peftkernels.ops.call import Backward, Forward
 
 Arguments = dict[str, Any]
 Operator = Callable[..., Any]
 Fault = Callable[[Operator, Arguments], Any]
 
-SHARED = (
-    "gate",
-    "rank_state",
-    "rank_order",
-    "rank_counts",
-    "scaling",
-    "scaling_tensor",
-    "dropout_p",
-    "dropout_seed",
-)
-FORWARD = ("x", "weight", "lora_A", "lora_B", "bias", *SHARED, "save_shrink", "given_shrink")
-BACKWARD = ("grad_y", "x", "weight", "lora_A", "lora_B", "bias", "shrink", *SHARED, "needs")
 GRAD_X, GRAD_WEIGHT, GRAD_A, GRAD_B, GRAD_BIAS, GRAD_GATE = range(6)
 
 
@@ -41,9 +31,12 @@ class Mutant:
     forward: Fault | None = None
     backward: Fault | None = None
 
-    def wrap(self, operators: tuple[Operator, Operator]) -> tuple[Operator, Operator]:
-        forward, backward = operators
-        return _wrapped(forward, FORWARD, self.forward), _wrapped(backward, BACKWARD, self.backward)
+    def wrap(self, operators: Operators) -> Operators:
+        return operators._replace(
+            forward=_wrapped(operators.forward, Forward._fields, self.forward),
+            backward=_wrapped(operators.backward, Backward._fields, self.backward),
+            functions=None,
+        )
 
 
 def _wrapped(operator: Operator, names: tuple[str, ...], fault: Fault | None) -> Operator:

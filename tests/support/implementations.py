@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peftkernels.backends import registry, triton
+from peftkernels.ops.call import Shrink
 from support.cases import DTYPES
 from support.devices import device_of
 
@@ -18,7 +19,7 @@ ALL = ("reference", "eager", "cpu", "triton")
 def refusal(impl: str, dtype: str = "fp32") -> str | None:
     """Why this machine or this build has no `impl` for the dtype of x, in the package's words; None where it has."""
     empty = torch.empty(0, 0, dtype=DTYPES[dtype][0], device=device_of(impl))
-    return registry.refusal(impl, empty, empty)
+    return registry.refusal(impl, Shrink(empty, ()))
 
 
 def skip_unless_served(impl: str, dtype: str = "fp32") -> None:

@@ -31,10 +31,6 @@ from support.cases import Call, Outcome
 from support.devices import CPU
 
 
-def _wide(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.double()
-
-
 def _seed(call: Call) -> Tensor | None:
     return torch.tensor(call.dropout_seed) if call.dropout_p > 0 else None
 
@@ -56,16 +52,11 @@ def oracle(call: Call) -> Outcome:
     if call.x.device != CPU:
         with CPU:
             return oracle(call.on(CPU)).on(call.x.device)
-    x, weight, lora_A, lora_B = (_wide(t) for t in (call.x, call.weight, call.lora_A, call.lora_B))
-    assert x is not None and weight is not None and lora_A is not None and lora_B is not None
-    bias, gate, scaling = _wide(call.bias), _wide(call.gate), float(call.scaling)
-    state, seed = (None if call.rank_plan is None else call.state), _seed(call)
-    y, shrink = reference.lora_linear_forward(
-        x, weight, lora_A, lora_B, bias, gate, state, scaling, call.dropout_p, seed
-    )
-    gradients = reference.lora_linear_backward(
-        call.grad_y.double(), x, weight, lora_A, lora_B, gate, shrink, state, scaling, call.dropout_p, seed
-    )
+    wide = call.replace(**{name: value.double() for name, value in call.tensors().items()})
+    record = wide.replace(scaling=float(call.scaling), dropout_seed=_seed(call), shrink=None).record()
+    y, shrink = reference.lora_linear_forward(record)
+    record = record._replace(given_shrink=shrink)
+    gradients = reference.lora_linear_backward(record.backward(call.grad_y.double(), [True] * 6))
     named = dict(zip(("x", "weight", "lora_A", "lora_B", "bias", "gate"), gradients, strict=True))
     return Outcome(y, {name: named[name] for name in call.tensors()})
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from peftkernels import RankPlan
-from support.faults import BACKWARD, FORWARD
+from peftkernels.ops.call import Backward, Forward, Shrink
 
 M, N, K, R = 6, 12, 10, 5
 OPERATORS = ("lora_linear_fwd", "lora_linear_bwd", "lora_shrink")
-NAMES = {"lora_linear_fwd": FORWARD, "lora_linear_bwd": BACKWARD, "lora_shrink": ("x", "lora_A")}
+NAMES = {"lora_linear_fwd": Forward._fields, "lora_linear_bwd": Backward._fields, "lora_shrink": Shrink._fields}
 
 
 def valid(operator: str, seed: int = 0) -> dict[str, Any]:

@@ -8,19 +8,12 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from peftkernels.backends.triton.linear import routes
-from peftkernels.ops import schemas
+from peftkernels._tracing import constant_when_traced
 
 OLDEST = (8, 0)
-# Elements of x from which on one shrink is made for several projections. Each projection but one is spared a read of
-# x, at an H200's 4.3 TB/s 8 µs for this many in 16 bits, for two more launches of 3 to 5 µs: arithmetic, not measured.
-SHARED_FROM = 2**24
 _OFF = ("", "0", "false", "off", "no", "n", "f")
 
 
@@ -79,6 +72,7 @@ def unavailable_reason() -> str | None:
     return _old_gpu(torch.device("cuda", torch.cuda.current_device()))
 
 
+@constant_when_traced
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when the kernels can compute with an x of this device and dtype, else why not."""
     interpreted = interpreting()
@@ -100,74 +94,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return _old_gpu(device)
 
 
+@constant_when_traced
 def disadvantage(device: torch.device, dtype: torch.dtype) -> str | None:
     """None when "auto" may take the kernels, else why not."""
     reason = refusal(device, dtype)
     if reason is None and interpreting():
         return "TRITON_INTERPRET is set: the kernels are interpreted, which is for tests"
     return reason
-
-
-def sharing_disadvantage(x: Tensor) -> str | None:
-    """None when one x·Aᵀ for several projections of x is worth a launch of its own, else why not."""
-    if x.numel() >= SHARED_FROM:
-        return None
-    return f"x has {x.numel()} elements: from {SHARED_FROM} on, reading it once less takes longer than a launch"
-
-
-def route_in_words(x: Tensor, weight: Tensor) -> dict[str, str]:
-    """For the forward and the backward product: which way it goes, and why."""
-    launch = importlib.import_module("peftkernels.backends.triton.common.launch")
-    gpu, capability = launch.gpu_name(x.device), launch.capability(x.device)
-    (n, k), m, words = weight.shape, x.shape[:-1].numel(), {}
-    for direction in routes.DIRECTIONS:
-        product = routes.Product(direction, str(x.dtype).removeprefix("torch."), m, n, k)
-        choice, reason = routes.choose(product, gpu, capability)
-        words[direction] = f"{choice} ({reason})"
-    return words
-
-
-@functools.cache
-def _kernels() -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Callable[..., tuple[Tensor, ...]]]:
-    forward_pass = importlib.import_module("peftkernels.backends.triton.linear.forward_pass")
-    backward_pass = importlib.import_module("peftkernels.backends.triton.linear.backward_pass")
-    return forward_pass.forward, backward_pass.backward
-
-
-def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """y, and S where it is to be saved; arguments as declared in `_ops`."""
-    return _kernels()[0](*arguments)
-
-
-def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same with an empty tensor for an S that is not saved."""
-    y, shrink = forward(*arguments)
-    nothing = y.new_empty((0, arguments[2].shape[0]), dtype=schemas.rank_dtype(y.dtype))
-    return y, nothing if shrink is None else shrink
-
-
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients; arguments as declared in `_ops`."""
-    return _kernels()[1](*arguments)
-
-
-def _shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    shrink: Tensor = importlib.import_module("peftkernels.backends.triton.linear.shared_shrink").lora_shrink(x, lora_A)
-    return shrink
-
-
-def _served(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for a first argument of a device and dtype that the kernels take."""
-
-    def operator(first: Tensor, *arguments: Any) -> Any:
-        reason = refusal(first.device, first.dtype)
-        if reason is not None:
-            raise RuntimeError(f"impl='triton' cannot serve this call: {reason}")
-        return function(first, *arguments)
-
-    return operator
-
-
-def register() -> None:
-    """Implement the `.triton` overloads."""
-    schemas.implement("triton", _served(_forward_operator), _served(backward), _served(_shrink))

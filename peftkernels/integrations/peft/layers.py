@@ -25,6 +25,7 @@ from peftkernels.integrations.peft.dora import dora_linear
 from peftkernels.integrations.peft.operands import Operands, argument_reason
 from peftkernels.integrations.peft.served import ATTRIBUTE, Service
 from peftkernels.integrations.peft.sharing import can_share
+from peftkernels.ops.call import Shrink
 
 _BASES = (nn.Linear, Conv1D)
 _FACTORS = (nn.Linear,)
@@ -230,7 +231,7 @@ def _shared_shrink(module: Any, x: Tensor, operands: Operands, service: Service)
     """S (M, r) where it was made for several projections of x at once. Each has a dropout mask of its own."""
     if service.input is None or operands["dropout_p"] > 0 or not can_share():
         return None
-    if sharing_disadvantage(service.impl, x, operands["weight"]) is not None:
+    if sharing_disadvantage(service.impl, Shrink(x, (operands["lora_A"],))) is not None:
         return None
     shrink = service.input.shrink(module, x, operands["lora_A"], service.impl, _factor_without_dropout)
     service.shared += shrink is not None

@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkernels.functional.checks import check_arguments
+from peftkernels.functional.checks import adapter_of, check_call
+from peftkernels.ops.call import Call
 
 # The arguments of `lora_linear` by name that say what is computed: all but x, shrink and impl.
 Operands = dict[str, Any]
-_DEFAULTS = dict.fromkeys(("bias", "gate", "rank_plan", "dropout_seed", "shrink"))
 
 
 def check_operands(x: Tensor, operands: Operands) -> None:
     """Raise TypeError or ValueError for the first argument that `lora_linear` would refuse."""
-    check_arguments(x=x, **{**_DEFAULTS, **operands})
+    adapter = {name: value for name, value in operands.items() if name not in ("weight", "bias")}
+    check_call(Call(x, operands["weight"], adapter_of(**adapter), operands.get("bias")))
 
 
 def argument_reason(x: Tensor, operands: Operands) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftkernels.backends.registry import IMPLEMENTATIONS
+from peftkernels.backends.registry import check_name
 from peftkernels.integrations.peft.norms import KeptNorms
 from peftkernels.integrations.peft.report import Report, Stats
 from peftkernels.integrations.peft.served import Service
@@ -51,8 +51,7 @@ def apply_to_peft(
         NotServedError: under ``strict``, some module cannot be served; nothing was changed.
     """
     _check_model(model)
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: found {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    check_name(impl)
     check_version()
     report = swap_layers(model, lora, adalora, impl, strict)
     _revert_allocation(model)

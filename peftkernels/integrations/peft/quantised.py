@@ -6,7 +6,6 @@ only where bitsandbytes is installed.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.functional.linear import lora_linear_of
+from peftkernels.functional import lora_linear
 from peftkernels.integrations.peft.bypass import KNOWN_FORWARDS, bypass_reason
 from peftkernels.integrations.peft.cpu_packing import keep_from_packing, unpack_for_gradients
 from peftkernels.integrations.peft.layers import (
@@ -31,6 +30,7 @@ from peftkernels.integrations.peft.layers import (
 )
 from peftkernels.integrations.peft.operands import Operands, argument_reason
 from peftkernels.integrations.peft.served import Service
+from peftkernels.ops.weights import FrozenWeight
 
 KNOWN_FORWARDS[QuantisedLinear] = QuantisedLinear.forward
 
@@ -133,28 +133,34 @@ def _moment_reason() -> str | None:
 
 def _product(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor:
     """y (..., N) in x's dtype, computed in the base layer's dtype of computation, as its own product is."""
-    weight_of, bias, dtype = _dequantised_base(module, x)
+    weight, bias = _base_operands(module, x)
     # bitsandbytes' product follows the base layer's dtype, not autocast's.
     with without_autocast(x.device.type):
-        return lora_linear_of(weight_of, x.to(dtype), **operands, bias=bias, impl=service.impl).to(x.dtype)
+        return lora_linear(x.to(weight.dtype), weight, **operands, bias=bias, impl=service.impl).to(x.dtype)
 
 
 def _argument_reason(module: Any, x: Tensor, operands: Operands) -> str | None:
-    weight_of, bias, dtype = _dequantised_base(module, x)
+    weight, bias = _base_operands(module, x)
     with without_autocast(x.device.type):
-        return argument_reason(x.to(dtype), {**operands, "weight": weight_of(), "bias": bias})
+        return argument_reason(x.to(weight.dtype), {**operands, "weight": weight, "bias": bias})
 
 
-def _dequantised_base(module: Any, x: Tensor) -> tuple[functools.partial[Tensor], Tensor | None, torch.dtype]:
-    """What makes the weight (N, K), the bias, and the dtype that the base layer computes in."""
+class _Weight4bit(FrozenWeight):
+    """The weight (N, K) of a quantised base layer, in the dtype that the layer computes in."""
+
+    def __init__(self, packed: Tensor, state: Any, dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.device = torch.Size(state.shape), dtype, packed.device
+        self._packed, self._state = packed, state
+
+    @torch.no_grad()
+    def materialize(self) -> Tensor:
+        found: Tensor = dequantize_4bit(self._packed, self._state).to(self.dtype)
+        return found
+
+
+def _base_operands(module: Any, x: Tensor) -> tuple[_Weight4bit, Tensor | None]:
+    """The weight and the bias, in the dtype that the base layer computes in."""
     base = module._modules["base_layer"]
     dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
     bias = None if base.bias is None else base.bias.to(dtype)
-    return functools.partial(_dequantised, base.weight.data, base.weight.quant_state, dtype), bias, dtype
-
-
-@torch.no_grad()
-def _dequantised(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """(N, K)"""
-    found: Tensor = dequantize_4bit(packed, state).to(dtype)
-    return found
+    return _Weight4bit(base.weight.data, base.weight.quant_state, dtype), bias

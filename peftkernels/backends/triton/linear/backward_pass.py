@@ -24,7 +24,7 @@ from peftkernels.backends.triton.common.tiles import Blocks, blocks_for, tile
 from peftkernels.backends.triton.kernels import expand, keep_bits, reduce_grad_A, reduce_grad_B, reduce_rows, row_sums
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail, route
-from peftkernels.ops import schemas
+from peftkernels.ops.call import Backward, Needs
 
 
 @dataclass(frozen=True)
@@ -150,36 +150,24 @@ def _column_products(
     return summed, parts
 
 
-def backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor | None,
-    gate: Tensor | None,
-    rank_state: Tensor | None,
-    rank_order: Tensor | None,
-    rank_counts: Tensor | None,
-    scaling: float,
-    scaling_tensor: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """∂x, ∂W (never), ∂A, ∂B, ∂bias and ∂gate; arguments as declared in `_ops`."""
-    if needs[1]:
+def backward(call: Backward) -> tuple[Tensor, ...]:
+    """∂x, ∂W (never), ∂A, ∂B, ∂bias and ∂gate."""
+    (
+        grad_y, x, weight, lora_A, lora_B, _, shrink, gate, _, rank_order, rank_counts, scaling, scaling_tensor,
+        dropout_p, dropout_seed, _,
+    ) = call  # fmt: skip
+    needs = Needs(*call.needs)
+    if needs.weight:
         raise RuntimeError("impl='triton' cannot serve this call: weight requires grad, the kernels serve frozen ones")
     # A pass that is itself recorded reaches this with gradients enabled; `functional` records it as one operator.
     with place(grad_y), torch.no_grad():
-        results = list(schemas.empty_gradients(grad_y, weight, lora_A, lora_B, bias, gate, needs))
-        if needs[4]:
+        results = list(call.empty_gradients())
+        if needs.bias:
             rows = grad_y.reshape(grad_y.shape[:-1].numel(), grad_y.shape[-1])
             results[4] = rows.sum(0, dtype=results[4].dtype)
         _adapter_gradients(
             results, grad_y, x, weight.to(grad_y.dtype), lora_A, lora_B, shrink, gate, rank_order, rank_counts,
-            scaling, scaling_tensor, dropout_p, dropout_seed, (needs[0], needs[2], needs[3], needs[5]),
+            scaling, scaling_tensor, dropout_p, dropout_seed, (needs.x, needs.lora_A, needs.lora_B, needs.gate),
         )  # fmt: skip
     return tuple(results)
 

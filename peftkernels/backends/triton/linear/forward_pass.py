@@ -33,7 +33,8 @@ from peftkernels.backends.triton.linear.frozen_product import (
     route,
 )
 from peftkernels.backends.triton.linear.shared_shrink import Parts, parts_of
-from peftkernels.ops.schemas import rank_dtype
+from peftkernels.ops.call import Forward
+from peftkernels.ops.rules import rank_dtype
 
 
 @dataclass(frozen=True)
@@ -214,27 +215,16 @@ def _shrink_and_pack(
     return left, right
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    rank_state: Tensor | None,
-    rank_order: Tensor | None,
-    rank_counts: Tensor | None,
-    scaling: float,
-    scaling_tensor: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    save_shrink: bool,
-    given_shrink: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y, and S where it is to be saved and not given; arguments as declared in `_ops`.
+def forward(call: Forward) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is to be saved and not given.
 
     Where one launch does everything, S costs no read of x, and one that is given is not looked at.
     """
+    (
+        x, weight, lora_A, lora_B, bias, gate, _, rank_order, rank_counts, scaling, scaling_tensor, dropout_p,
+        dropout_seed, _, given_shrink,
+    ) = call  # fmt: skip
+    save_shrink = call.saves_shrink
     with place(x):
         n, k = weight.shape
         r = lora_A.shape[0]
@@ -245,7 +235,6 @@ def forward(
             weight = weight.to(dtype)
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
-        save_shrink = save_shrink and given_shrink is None
         if not (m and n and k and r):
             shrink_of_nothing = x.new_zeros((m, r), dtype=rank_dtype(dtype)) if save_shrink else None
             return F.linear(x, weight, bias), shrink_of_nothing

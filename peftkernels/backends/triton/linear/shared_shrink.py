@@ -14,7 +14,8 @@ from peftkernels.backends.triton.common.operands import is_aligned, kinds_of, pl
 from peftkernels.backends.triton.common.ranks import block_of_places, width
 from peftkernels.backends.triton.common.tiles import blocks_for
 from peftkernels.backends.triton.kernels import reduce_rows, shrink
-from peftkernels.ops.schemas import rank_dtype
+from peftkernels.ops.call import Shrink
+from peftkernels.ops.rules import rank_dtype
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ def _plan(kinds: Kinds, device: torch.device, m: int, k: int, r: int) -> tuple[P
     return parts, making, reduce_rows.variant(kinds, blocks, parts.finish_places, True, False, False) if split else None
 
 
-def lora_shrink(x: Tensor, lora_A: list[Tensor]) -> Tensor:
-    """S (M, Σr); arguments as declared in `_ops`."""
+def lora_shrink(call: Shrink) -> Tensor:
+    """S (M, Σr)."""
+    x, lora_A = call
     with place(x):
         # The widest dtype of all factors, as HF peft's are of one; each is rounded in the kernel.
-        factors = lora_A[0].contiguous() if len(lora_A) == 1 else torch.cat(lora_A)
+        factors = lora_A[0].contiguous() if len(lora_A) == 1 else torch.cat(list(lora_A))
         r, k = factors.shape
         m = x.shape[:-1].numel()
         if not (m and k and r):

@@ -1,0 +1,61 @@
+"""What a backend is: who implements the operators, for which calls, and where it is faster than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
+
+
+def _available() -> None:
+    return None
+
+
+def _serves_all(request: Request) -> None:
+    return None
+
+
+def _no_words(call: Call) -> dict[str, str]:
+    return {}
+
+
+def _not_worth_sharing(request: Shrink) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the operators, for `peftkernels.backends.registry.register`.
+
+    Functions that answer "why not" return None where there is nothing against it, else the reason in words.
+
+    Attributes:
+        name: what `impl` calls it; the overloads of the operators have this name too.
+        disadvantage: why impl="auto" leaves a call that the backend can serve to others, because they are faster.
+        forward: y, and S where `Forward.saves_shrink` asks for it, else None. Runs after the arguments were checked.
+        backward: the six gradients; for one that is not needed anything, such as what `Backward.empty_gradients` gives.
+        shrink: S of several adapters side by side, (M, Σr). None with the two before it: the overloads are implemented
+            elsewhere, as C++ does.
+        unavailable_reason: why it cannot run in this process, on whatever device.
+        refusal: why it cannot serve a call, `Call` or `Shrink`, with x in the dtype of computation.
+        sharing_disadvantage: why projections of one x gain nothing by one x·Aᵀ for all of them.
+        routes: for `explain`: what ways a call goes inside the backend, in words.
+        devices: the types of device whose calls impl="auto" asks it about; None for all.
+        compiled: True where its functions read the memory of tensors themselves, instead of by torch's operators. What
+            torch.func and forward-mode differentiation need of a call, such a backend cannot give.
+    """
+
+    name: str
+    disadvantage: Callable[[Request], str | None]
+    forward: Callable[[Forward], tuple[Tensor, Tensor | None]] | None = None
+    backward: Callable[[Backward], tuple[Tensor, ...]] | None = None
+    shrink: Callable[[Shrink], Tensor] | None = None
+    unavailable_reason: Callable[[], str | None] = _available
+    refusal: Callable[[Request], str | None] = _serves_all
+    sharing_disadvantage: Callable[[Shrink], str | None] = _not_worth_sharing
+    routes: Callable[[Call], dict[str, str]] = _no_words
+    devices: tuple[str, ...] | None = None
+    compiled: bool = False

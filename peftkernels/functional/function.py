@@ -1,0 +1,132 @@
+"""The autograd boundary of `lora_linear`, and the way from it to what a backend computes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from peftkernels.backends import registry
+from peftkernels.ops import composition
+from peftkernels.ops.call import Backward, Forward, Needs
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_X, _WEIGHT, _LORA_B, _SHRINK = (Forward._fields.index(name) for name in ("x", "weight", "lora_B", "given_shrink"))
+_TENSORS = tuple(
+    place for place, kind in enumerate(Forward.__annotations__.values()) if "Tensor" in kind.__forward_arg__
+)
+
+
+def _in_transform() -> bool:
+    """Return True under a transform of torch.func that runs now; torch.compile traces operators under its own."""
+    return not is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _watched(call: Forward | Backward) -> bool:
+    """Return True if a mode, a subclass, a tracer, a transform or a profiler has to see the operator itself.
+
+    torch's dispatcher also negates the memory of views that ask for it.
+    """
+    if (
+        is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _in_transform()
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    return any(isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_neg()) for value in call)
+
+
+def forward_of(impl: str, call: Forward) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is saved: by the backend's function, or its overload where something watches operators."""
+    operators = registry.OPERATORS[impl]
+    if operators.functions is not None and not _watched(call):
+        return operators.functions[0](call)
+    y, shrink = operators.forward(*call)
+    return y, shrink if call.saves_shrink else None
+
+
+def backward_of(impl: str, call: Backward) -> tuple[Tensor, ...]:
+    """The six gradients, likewise; one that is not needed is anything."""
+    operators = registry.OPERATORS[impl]
+    if operators.functions is not None and not _watched(call):
+        return operators.functions[1](call)
+    return operators.backward(*call)
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """The operators of one backend as one node of autograd: what stands behind `lora_linear`.
+
+        y, shrink = LoraLinearFunction.apply(*call, impl, source)
+
+    For libraries that check arguments and choose a backend themselves; everybody else calls `lora_linear`. Under
+    transforms of torch.func it runs as operations of torch. S is not differentiable.
+
+    Args:
+        call: the fields of `peftkernels.ops.call.Forward`, one by one. Nothing is checked; x has the dtype of
+            computation, and `save_shrink` is True where lora_B or gate require grad.
+        impl: a backend's name.
+        source: None, or the `FrozenWeight` that `call.weight` was made of; it is kept in the weight's place, and makes
+            the weight again for the backward pass.
+
+    Returns:
+        y (..., N), and S (M, r) where it is saved and was not given, else None.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        *fields, impl, _ = arguments
+        call = Forward(*fields)
+        if _in_transform():
+            y, shrink = composition.forward(call)
+            return y, shrink if call.saves_shrink else None
+        return forward_of(impl, call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *fields, ctx.impl, ctx.source = inputs
+        needs, saves_shrink = Needs(*ctx.needs_input_grad[: len(Needs._fields)]), Forward(*fields).save_shrink
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+            fields[_SHRINK] = output[1]
+        # What no gradient is made of, and what is made again, is not kept.
+        if not saves_shrink:
+            fields[_SHRINK] = None
+        if not (needs.lora_A or needs.weight):
+            fields[_X] = None
+        if ctx.source is not None:
+            fields[_WEIGHT] = None
+        ctx.save_for_backward(*(fields[place] for place in _TENSORS))
+        ctx.others = [None if place in _TENSORS else value for place, value in enumerate(fields)]
+        # S has no gradient, and no zeros are made for one.
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Any, _: Any) -> Any:
+        unused = (None,) * (len(Forward._fields) - len(Needs._fields) + 2)
+        fields = list(ctx.others)
+        for place, tensor in zip(_TENSORS, ctx.saved_tensors, strict=True):
+            fields[place] = tensor
+        if grad_y is None:
+            grad_y = fields[_LORA_B].new_zeros(ctx.shape, dtype=ctx.dtype)
+        needs = list(ctx.needs_input_grad[: len(Needs._fields)])
+        call = Forward(*fields).backward(grad_y, needs)
+        if ctx.source is not None:
+            call = call._replace(weight=ctx.source.materialize())
+        if _in_transform():
+            return *composition.gradients(call), *unused
+        # Dynamo traces this with gradients enabled; the compiled graph refuses double backward by itself.
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if differentiable else nullcontext():
+            gradients = backward_of(ctx.impl, call)
+        asked = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        if differentiable:
+            x_left_out = call.x is None and needs[0]
+            asked = composition.Gradients.apply(x_left_out, *call, *asked)
+        return *asked, *unused
