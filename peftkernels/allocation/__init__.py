@@ -1,4 +1,4 @@
-"""Rank budgets: deciding, while a model is fine-tuned, which ranks of its adapters stay alive."""
+"""Rank budgets: deciding, while a model is fine-tuned, which ranks of its adapters are kept."""
 
 from peftkernels.allocation.budget.budgets import Budget, Group
 from peftkernels.allocation.layers.gated import GatedLayer

@@ -1,4 +1,4 @@
-"""How much may be alive at a step: AdaLoRA's cubic schedule."""
+"""How much may be kept at a step: AdaLoRA's cubic schedule."""
 
 from __future__ import annotations
 

@@ -252,8 +252,12 @@ class BudgetSearch:
 
 
 def cost_of_ranks(pattern: Mapping[str, list[bool]], costs: Mapping[str, float]) -> float:
-    """What the live ranks of `rank_pattern()` cost, by the cost of one rank of each layer: an objective to minimise
-    beside the accuracy."""
+    """Return what the ranks cost that a pattern keeps: an objective to minimise beside the accuracy.
+
+    Args:
+        pattern: What `BudgetAllocator.rank_pattern` gave.
+        costs: The cost of one rank by layer.
+    """
     return sum(sum(kept) * costs[name] for name, kept in pattern.items())
 
 
