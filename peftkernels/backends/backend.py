@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from peftkernels.ops.allocation_kernels import AllocationKernels
 from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 
 
@@ -27,6 +29,21 @@ def _not_worth_sharing(request: Shrink) -> None:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """A backend's part in rank allocation.
+
+    Attributes:
+        refusal: why it cannot keep averages of a dtype (float32 or float64) on a device.
+        disadvantage: why impl="auto" leaves to others what it can serve.
+        kernels: makes the kernels of one allocator.
+    """
+
+    refusal: Callable[[torch.device, torch.dtype], str | None]
+    disadvantage: Callable[[torch.device, torch.dtype], str | None]
+    kernels: Callable[[], AllocationKernels]
+
+
+@dataclass(frozen=True)
 class Backend:
     """An implementation of the operators, for `peftkernels.backends.registry.register`.
 
@@ -43,6 +60,7 @@ class Backend:
         refusal: why it cannot serve a call, `Call` or `Shrink`, with x in the dtype of computation.
         sharing_disadvantage: why projections of one x gain nothing by one x·Aᵀ for all of them.
         routes: for `explain`: what ways a call goes inside the backend, in words.
+        allocation: its kernels for rank allocation; None where it has none.
         devices: the types of device whose calls impl="auto" asks it about; None for all.
         compiled: True where its functions read the memory of tensors themselves, instead of by torch's operators. What
             torch.func and forward-mode differentiation need of a call, such a backend cannot give.
@@ -57,5 +75,6 @@ class Backend:
     refusal: Callable[[Request], str | None] = _serves_all
     sharing_disadvantage: Callable[[Shrink], str | None] = _not_worth_sharing
     routes: Callable[[Call], dict[str, str]] = _no_words
+    allocation: Allocation | None = None
     devices: tuple[str, ...] | None = None
     compiled: bool = False

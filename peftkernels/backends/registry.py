@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkernels.backends import cuda, eager, reference
+from peftkernels.backends import cuda, reference
 from peftkernels.backends.backend import Backend
 from peftkernels.backends.cpu import serving as cpu
+from peftkernels.backends.eager import serving as eager
 from peftkernels.backends.triton import serving as triton
 from peftkernels.ops import schemas
+from peftkernels.ops.allocation_kernels import AllocationKernels
 from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 
 _OURS = (reference.BACKEND, eager.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND)
@@ -177,6 +179,38 @@ def check_name(impl: str) -> None:
 def sharing_disadvantage(impl: str, request: Shrink) -> str | None:
     """None when projections of the same x gain by one x·Aᵀ for all of them, else why not. Raises as `choose`."""
     return _BACKENDS[choose(impl, request)].sharing_disadvantage(request)
+
+
+def allocation_names() -> tuple[str, ...]:
+    """What `impl` may be for rank allocation, beside "auto"."""
+    return tuple(name for name, backend in _BACKENDS.items() if backend.allocation is not None)
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype, impl: str = "auto") -> AllocationKernels:
+    """Make the kernels of one allocator.
+
+    Args:
+        device: where the layers are.
+        dtype: of the averages, float32 or float64.
+        impl: "auto" for the fastest that can serve, or one of `allocation_names`, which is served or refused.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: the one that was named cannot serve, with the reason.
+    """
+    offered = {name: backend.allocation for name, backend in _BACKENDS.items() if backend.allocation is not None}
+    if impl != "auto":
+        if impl not in tuple(offered):
+            raise ValueError(f"impl: found {impl!r}, expected one of auto, {', '.join(offered)}")
+        reason = offered[impl].refusal(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+        return offered[impl].kernels()
+    for name in _AUTOMATIC:
+        part = offered.get(name)
+        if part is not None and part.refusal(device, dtype) is None and part.disadvantage(device, dtype) is None:
+            return part.kernels()
+    raise AssertionError("the eager backend serves every device")
 
 
 _second_derivatives: Callable[..., list[Tensor | None]] | None = None

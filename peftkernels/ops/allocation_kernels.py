@@ -14,8 +14,8 @@ from peftkernels.ops.rank_plan import RankPlan
 class AllocationKernels(Protocol):
     """One implementation of what an allocator computes on its layers' device, without waiting for the device.
 
-    `peftkernels.allocation.kernels.eager` is the one in tensor code that the others must equal. An object keeps working
-    memory between calls and serves one allocator. Tensors of one call lie on one device.
+    `peftkernels.backends.eager.allocation` is the one in tensor code that the others must equal. An object keeps
+    working memory between calls and serves one allocator. Tensors of one call lie on one device.
 
     Attributes:
         name: The implementation's name: what `impl` is called by.
@@ -69,7 +69,7 @@ class AllocationKernels(Protocol):
         ...
 
     def select(self, scores: Tensor, budget: int | Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-        """Choose the ranks that a budget keeps, as `peftkernels.allocation.kernels.selection.select_ranks` does.
+        """Choose the ranks that a budget keeps, as `peftkernels.ops.selection.select_ranks` does.
 
         Args:
             scores: One per rank, (Σ r,).

@@ -2,7 +2,7 @@ import pytest
 import torch
 from kernel_problems import ON_THE_CPU, served
 
-from peftkernels.allocation.kernels import AllocationKernels
+from peftkernels.ops.allocation_kernels import AllocationKernels
 
 
 @pytest.fixture(autouse=True)

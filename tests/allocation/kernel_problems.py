@@ -10,14 +10,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, AllocationKernels, FactorLayout, kernels_for
+from peftkernels.backends.registry import allocation_names, kernels_for
+from peftkernels.ops.allocation_kernels import AllocationKernels
+from peftkernels.ops.factor_layout import FactorLayout
 
 CPU = torch.device("cpu")
 BETA1, BETA2 = 0.85, 0.7
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton's kernels add in another order, in float32 alone, and are slow where they are interpreted: they have tests of
 # their own.
-ON_THE_CPU = tuple(name for name in IMPLEMENTATIONS if name != "triton")
+ON_THE_CPU = tuple(name for name in allocation_names() if name != "triton")
 PARTICULAR_RANKS = (0, 1, 12, 33)
 
 

@@ -12,7 +12,7 @@ from small_models import FACTORS, NAMES, Base, adapt, copy_factors, peft_adalora
 
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.allocation.budget.schedule import CubicSchedule
-from peftkernels.allocation.kernels import kernels_for
+from peftkernels.backends.registry import kernels_for
 
 CONFIGS = {
     "every-step": {"total_step": 200, "target_r": 3},

@@ -14,7 +14,7 @@ from small_models import Base, adapt, adapter_layers, averages_of, draw_gradient
 from torch import nn
 
 from peftkernels.allocation import AdaLoraAllocator
-from peftkernels.allocation.kernels.eager import smooth
+from peftkernels.backends.eager.allocation import smooth
 
 
 def _flat(allocator: AdaLoraAllocator) -> torch.Tensor:

@@ -12,10 +12,11 @@ from kernel_problems import BETA1, BETA2, CPU, ON_THE_CPU, Problem, drawn, make_
 from torch import Tensor
 
 from peftkernels import RankPlan
-from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
-from peftkernels.allocation.kernels.eager import EagerKernels
-from peftkernels.backends.cpu import allocation as cpu_allocation
-from peftkernels.ops.factor_layout import ALIGNMENT
+from peftkernels.backends import registry
+from peftkernels.backends.eager.allocation import EagerKernels
+from peftkernels.backends.registry import kernels_for
+from peftkernels.ops.allocation_kernels import AllocationKernels
+from peftkernels.ops.factor_layout import ALIGNMENT, FactorLayout
 
 
 def _check_averages(kernels: AllocationKernels, problem: Problem) -> None:
@@ -222,7 +223,7 @@ def test_an_implementation_is_served_or_refused() -> None:
         kernels_for(torch.device("meta"), torch.float32, "cpu")
     with pytest.raises(RuntimeError, match=r"its averages are float32 or float64, found torch\.float16"):
         kernels_for(CPU, torch.float16, "cpu")
-    available = cpu_allocation.refusal(CPU, torch.float32) is None
+    available = registry.backend_status()["cpu"] is None
     assert kernels_for(CPU, torch.float32).name == ("cpu" if available else "eager")
     assert kernels_for(torch.device("meta"), torch.float32).name == "eager"
 
@@ -242,7 +243,7 @@ def test_shapes_and_dtypes_are_checked_before_anything_is_written(kernels: Alloc
 
 def test_operators_keep_to_their_schemas() -> None:
     """What they write, what they return, and that their fakes tell its shapes."""
-    reason = cpu_allocation.refusal(CPU, torch.float32)
+    reason = registry.backend_status()["cpu"]
     if reason is not None:
         pytest.skip(reason)
     operators = torch.ops.peftkernels

@@ -12,9 +12,10 @@ from kernel_problems import DTYPES, ON_THE_CPU, PARTICULAR_RANKS, drawn, lay_out
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState
-from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
-from peftkernels.allocation.kernels.eager import EagerKernels
-from peftkernels.allocation.kernels.selection import select_ranks
+from peftkernels.backends.eager.allocation import EagerKernels
+from peftkernels.ops.allocation_kernels import AllocationKernels
+from peftkernels.ops.factor_layout import FactorLayout
+from peftkernels.ops.selection import select_ranks
 
 
 @pytest.mark.parametrize("impl", ON_THE_CPU)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from peftkernels.allocation import Budget, BudgetAllocator, Group, Strategy
 from peftkernels.allocation.budget.budgets import share_out
 from peftkernels.allocation.budget.selection import fill_in_order, select_under_cost
-from peftkernels.allocation.kernels.selection import select_ranks
 from peftkernels.allocation.strategies import GateGradient, Magnitude
 from peftkernels.nn import AdaLoRALinear
+from peftkernels.ops.selection import select_ranks
 
 # Few values, so that ties are frequent.
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.0, -1.0]), min_size=1, max_size=9)

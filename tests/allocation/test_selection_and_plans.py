@@ -7,8 +7,8 @@ import torch
 from small_models import adapter_layers
 
 from peftkernels import RankPlan
-from peftkernels.allocation.kernels.plans import update_plans, zero_gates
-from peftkernels.allocation.kernels.selection import select_ranks
+from peftkernels.backends.eager.plans import update_plans, zero_gates
+from peftkernels.ops.selection import select_ranks
 
 
 def test_threshold_is_the_kth_smallest_and_ties_go() -> None:

@@ -12,7 +12,6 @@ from small_models import adapter_layers, draw_gradients
 from torch import Tensor
 
 from peftkernels.allocation import Budget, BudgetAllocator, Group, Strategy
-from peftkernels.allocation.kernels import IMPLEMENTATIONS, kernels_for
 from peftkernels.allocation.strategies import (
     AdaLora,
     Bandit,
@@ -22,6 +21,7 @@ from peftkernels.allocation.strategies import (
     Uniform,
 )
 from peftkernels.allocation.strategies.group_shares import GroupShares
+from peftkernels.backends.registry import allocation_names, kernels_for
 from peftkernels.nn import AdaLoRALinear
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -90,7 +90,7 @@ def test_gradients_that_are_not_finite_from_the_first_step_on(strategy: str, exa
         assert torch.equal(layer.lora_E, before)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", allocation_names())
 @pytest.mark.parametrize("capturable", [False, True])
 def test_finite_gradients_whose_scores_overflow(impl: str, capturable: bool) -> None:
     layers = adapter_layers(*SHAPES)

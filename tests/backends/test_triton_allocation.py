@@ -19,8 +19,8 @@ from torch import nn
 
 from peftkernels import RankPlan, RankState
 from peftkernels.allocation import BudgetAllocator
-from peftkernels.allocation.kernels import kernels_for
 from peftkernels.allocation.strategies import Magnitude
+from peftkernels.backends.registry import kernels_for
 from peftkernels.backends.triton import allocation
 from peftkernels.backends.triton.allocation.addresses import Addresses
 from peftkernels.nn import AdaLoRALinear

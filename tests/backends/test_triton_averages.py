@@ -18,10 +18,10 @@ from support.allocation_calls import (
 from torch import Tensor
 
 from peftkernels import RankPlan, RankState
-from peftkernels.allocation.kernels import FactorLayout
-from peftkernels.allocation.kernels.eager import EagerKernels
-from peftkernels.allocation.kernels.selection import select_ranks
+from peftkernels.backends.eager.allocation import EagerKernels
 from peftkernels.backends.triton import allocation
+from peftkernels.ops.factor_layout import FactorLayout
+from peftkernels.ops.selection import select_ranks
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from support.allocation_calls import (
 from support.orthogonality_error import added_error, assert_within, term_errors
 from torch import Tensor
 
-from peftkernels.allocation.kernels.eager import EagerKernels
+from peftkernels.backends.eager.allocation import EagerKernels
 from peftkernels.backends.triton import allocation
 
 

@@ -23,7 +23,7 @@ from support.checks import (
 )
 from torch import Tensor
 
-from peftkernels.backends import eager
+from peftkernels.backends.eager import serving as eager
 
 
 class _Elsewhere:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftkernels.allocation import kernels as allocation_kernels
+from peftkernels.backends import registry
 from peftkernels.integrations.peft import allocator_factors
 from peftkernels.integrations.peft.allocator import (
     AllocatorRecord,
@@ -155,5 +155,5 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     monkeypatch.setattr(
         allocator_factors,
         "kernels_for",
-        lambda device, dtype: allocation_kernels.kernels_for(device, dtype, impl),
+        lambda device, dtype: registry.kernels_for(device, dtype, impl),
     )

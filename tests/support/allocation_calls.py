@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels import FactorLayout
 from peftkernels.backends.triton.common import launch
+from peftkernels.ops.factor_layout import FactorLayout
 
 BETA1, BETA2 = 0.85, 0.8
 # (r, K, N) of every layer. Ranks and widths that tiles end inside of, and some that come four at a time.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels import AllocationKernels, FactorLayout
 from peftkernels.allocation.layers.adapted import AdaptedLayers
 from peftkernels.allocation.layers.gated import FACTORS, GatedLayer
+from peftkernels.ops.allocation_kernels import AllocationKernels
+from peftkernels.ops.factor_layout import FactorLayout
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 

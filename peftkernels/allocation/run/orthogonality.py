@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels import AllocationKernels, kernels_for
+from peftkernels.backends.registry import kernels_for
+from peftkernels.ops.allocation_kernels import AllocationKernels
 
 # Arguments of the function below before the factors.
 _OTHER_ARGUMENTS = 4

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftkernels.allocation.kernels import AllocationKernels, kernels_for
 from peftkernels.allocation.layers.adapted import AdaptedLayers
 from peftkernels.allocation.layers.gated import find_gated_layers
 from peftkernels.allocation.layers.ownership import check_free
@@ -21,6 +20,8 @@ from peftkernels.allocation.run.settings import AllocatorSettings
 from peftkernels.allocation.run.watchers import Watchers
 from peftkernels.allocation.strategies.statistics import Statistics
 from peftkernels.allocation.strategies.strategy import Strategy
+from peftkernels.backends.registry import kernels_for
+from peftkernels.ops.allocation_kernels import AllocationKernels
 from peftkernels.ops.rank_plan import RankState
 
 

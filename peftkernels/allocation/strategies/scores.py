@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels import FactorLayout, kernels_for
 from peftkernels.allocation.layers.gated import FACTORS, GatedLayer, factors_of
+from peftkernels.backends.registry import kernels_for
+from peftkernels.ops.factor_layout import FactorLayout
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from peftkernels.allocation.budget.budgets import Shares
 from peftkernels.allocation.budget.selection import select_under_cost
-from peftkernels.allocation.kernels import AllocationKernels
 from peftkernels.allocation.layers.adapted import AdaptedLayers
+from peftkernels.ops.allocation_kernels import AllocationKernels
 
 
 class Statistics:

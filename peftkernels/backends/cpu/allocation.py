@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkernels.backends import cpu
 from peftkernels.ops import allocation  # noqa: F401  (declares the operators)
+from peftkernels.ops.factor_layout import FactorLayout
 from peftkernels.ops.rank_plan import RankPlan
-
-if TYPE_CHECKING:
-    from peftkernels.ops.factor_layout import FactorLayout
+from peftkernels.ops.selection import select_ranks
 
 _OPERATORS: Any = torch.ops.peftkernels
-
-
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when the C++ kernels can serve averages of `dtype` on `device`, else why not."""
-    if device.type != "cpu":
-        return f"it runs on the CPU, found {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"its averages are float32 or float64, found {dtype}"
-    return cpu.unavailable_reason()
 
 
 class _Scores:
@@ -41,15 +30,14 @@ class _Scores:
 
 
 class CpuKernels:
-    """`AllocationKernels` says what each function takes and returns; `select` is that of plain tensor code.
+    """`AllocationKernels` says what each function takes and returns; `select` is the tensor code of all backends.
 
     Where scores were asked for after the last update, the next one takes them along while the averages are in cache.
     """
 
     name = "cpu"
 
-    def __init__(self, select: Callable[[Tensor, int | Tensor, bool], tuple[Tensor, Tensor]]) -> None:
-        self.select = select
+    def __init__(self) -> None:
         self._layout: FactorLayout | None = None
         self._table = torch.empty(0, 3, dtype=torch.int64)
         self._scores_wanted = False
@@ -92,6 +80,9 @@ class CpuKernels:
         if kept is not None and not sensitivity.is_inference() and kept.were_made_of(table, sensitivity, uncertainty):
             return kept.scores.clone()
         return _OPERATORS.allocation_scores.cpu(table, sensitivity, uncertainty)
+
+    def select(self, scores: Tensor, budget: int | Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+        return select_ranks(scores, budget, exact=exact)
 
     @torch.no_grad()
     def apply(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftkernels._tracing import constant_when_traced
 from peftkernels.backends import cpu
-from peftkernels.backends.backend import Backend
+from peftkernels.backends.backend import Allocation, Backend
+from peftkernels.backends.cpu.allocation import CpuKernels
 from peftkernels.ops.call import Call, Request, Shrink
 from peftkernels.ops.rank_plan import RankPlan
 from peftkernels.ops.rules import FLOATS
@@ -96,12 +97,21 @@ def direct_call(
     return cpu.direct_call(fast if automatic else [], named, RankPlan, second_derivatives)
 
 
+def _averages_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, found {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"its averages are float32 or float64, found {dtype}"
+    return _unavailable_reason()
+
+
 BACKEND = Backend(
     "cpu",
     disadvantage=_disadvantage,
     unavailable_reason=_unavailable_reason,
     refusal=_refusal,
     sharing_disadvantage=_sharing_disadvantage,
+    allocation=Allocation(_averages_refusal, _averages_refusal, CpuKernels),
     devices=("cpu",),
     compiled=True,
 )

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from peftkernels.backends import triton
-from peftkernels.backends.backend import Backend
+from peftkernels.backends.backend import Allocation, Backend
+from peftkernels.backends.triton import allocation
 from peftkernels.backends.triton.linear import routes
 from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 
@@ -86,6 +87,7 @@ BACKEND = Backend(
     unavailable_reason=triton.unavailable_reason,
     refusal=_refusal,
     sharing_disadvantage=_sharing_disadvantage,
+    allocation=Allocation(allocation.refusal, allocation.disadvantage, allocation.kernels),
     routes=_routes,
     devices=("cuda",),
     compiled=True,

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkernels.allocation.kernels import AllocationKernels, FactorLayout, kernels_for
 from peftkernels.allocation.layers.gated import FACTORS
+from peftkernels.backends.registry import kernels_for
+from peftkernels.ops.allocation_kernels import AllocationKernels
+from peftkernels.ops.factor_layout import FactorLayout
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkernels.allocation.kernels.plans import update_plans, zero_gates
-from peftkernels.allocation.kernels.selection import select_ranks
+from peftkernels.backends.eager.plans import update_plans, zero_gates
 from peftkernels.ops.factor_layout import FACTORS_PER_LAYER, FactorLayout
 from peftkernels.ops.rank_plan import RankPlan, RankState
+from peftkernels.ops.selection import select_ranks
 
 
 class EagerKernels:

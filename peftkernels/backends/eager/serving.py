@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.backends.backend import Backend
+from peftkernels.backends.backend import Allocation, Backend
+from peftkernels.backends.eager.allocation import EagerKernels
 from peftkernels.ops.call import Adapter, Backward, Forward, Needs, Request, Shrink
 from peftkernels.ops.reference import dropout_factor
 from peftkernels.ops.rules import rank_dtype
@@ -163,4 +164,15 @@ def _no_disadvantage(request: Request) -> None:
     return None
 
 
-BACKEND = Backend("eager", disadvantage=_no_disadvantage, forward=_forward, backward=_backward, shrink=_shrink)
+def _serves_averages(device: torch.device, dtype: torch.dtype) -> None:
+    return None
+
+
+BACKEND = Backend(
+    "eager",
+    disadvantage=_no_disadvantage,
+    forward=_forward,
+    backward=_backward,
+    shrink=_shrink,
+    allocation=Allocation(_serves_averages, _serves_averages, EagerKernels),
+)
