@@ -61,7 +61,7 @@ def test_launches_that_overlap(device: torch.device, size: str, seed: int) -> No
     call = _call(seed, size).on(device)
     for way in _ways(call):
         with routes.forced(way):
-            with launch.apart():
+            with launch.without_overlap():
                 expected = run(call, "triton")
             for turn in range(20):
                 _assert_same(run(call, "triton"), expected, f"{way}, {call.label}, run {turn}")

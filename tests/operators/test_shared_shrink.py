@@ -71,7 +71,7 @@ def test_k_is_split_where_rows_are_few(seed: int) -> None:
     k, device = 1900 if device_of("triton") != CPU else 300, device_of("triton")
     kinds = Kinds(torch.float32, torch.float32)
     shared = importlib.import_module("peftkernels.backends.triton.linear.shared_shrink")
-    assert shared.parts_of(kinds, device, 3, k, 38).splits > 1
+    assert shared.parts_of(kinds, device, 3, k, 38).split.splits > 1
     for call in sharing(calls(seed, leading=(3,), k=k), "triton"):
         within_budget(call, "triton")
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkernels.backends.triton.common import launch, tiles
+from peftkernels.backends.triton.common.arguments import Frozen, LowRank, Sizes
 from peftkernels.backends.triton.common.kinds import Kinds
 from peftkernels.backends.triton.common.tiles import Tile
 from peftkernels.backends.triton.linear import routes
@@ -153,15 +154,17 @@ class Parts:
     def _plain(self, tile: Tile) -> Call:
         # Ranks are read on the device: that there are none is no other kernel.
         kinds = Kinds(self._dtype, self._dtype, plan=True)
-        m, n, k = self.product.m, self.product.n, self.product.k
-        product: TailProduct = plan_tail(kinds, self._device.place, tile, m, n, k, transposed=not self._forward)
+        m = self.product.m
+        sizes = Sizes(m, self.product.n, self.product.k, r=16, width=16)
+        product: TailProduct = plan_tail(kinds, self._device.place, tile, sizes, transposed=not self._forward)
         left = self._inputs[0].new_zeros((m, 16))
         right = left.new_zeros((self._columns, 16) if self._forward else (16, self._columns))
+        low_rank = LowRank(left, right, None, self._nothing)
 
         def call(i: int) -> Tensor:
             operand, weight = self._operands(i)
             out = operand.new_empty((m, self._columns))
-            product(operand, weight, out, None, left, right, None, self._nothing, 1.0, 16)
+            product(Frozen(operand, weight), low_rank, out, 1.0)
             return out
 
         return call
@@ -178,7 +181,7 @@ class Parts:
         rest = (None, None, None, None, None, SCALING, None, 0.0, None, False)
 
         def call(i: int) -> Tensor:
-            with routes.forced(choice), nullcontext() if overlap else launch.apart():
+            with routes.forced(choice), nullcontext() if overlap else launch.without_overlap():
                 y: Tensor = forward(*self._operands(i), self._lora_A, self._lora_B, *rest)[0]
             return y
 

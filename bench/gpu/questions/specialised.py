@@ -18,13 +18,13 @@ from peftkernels.backends.triton.common.launch import (
     INTERPRETED,
     Variant,
     descriptor,
-    descriptor_of,
     integers,
     options,
     pointer,
 )
 from peftkernels.backends.triton.common.products import store_tile, tile_at
 from peftkernels.backends.triton.common.tiles import GROUP, TMA, Tile
+from peftkernels.backends.triton.common.tma import descriptor_of
 from peftkernels.backends.triton.linear.frozen_product import resident_programs
 
 # Four warps that Triton doubles for wide tiles, beside the one that loads.
@@ -34,19 +34,19 @@ COMPILE_SECONDS = 120
 
 @triton.jit
 def specialised_gemm(
-    x_desc, w_desc, y_ptr, M, P, Q,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr,
+    x_desc, w_desc, y_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y (M, P) = x (M, Q) · Wᵀ. Its stores go through pointers: Triton 3.6 compiles no others here."""
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(P, BLOCK_P)
+    """y (M, N) = x (M, K) · Wᵀ. Its stores go through pointers: Triton 3.6 compiles no others here."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
-        row_block, column_block = tile_at(number, M, P, BLOCK_M, BLOCK_P, GROUP)
+        row_block, column_block = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP)
         row = row_block * BLOCK_M
-        column = column_block * BLOCK_P
-        sums = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        for start in range(0, Q, BLOCK_Q):
+        column = column_block * BLOCK_N
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
             sums = tl.dot(x_desc.load([row, start]), w_desc.load([column, start]).T, sums)
-        store_tile(sums, y_ptr, row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_P), M, P)
+        store_tile(sums, y_ptr, row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), M, N)
 
 
 def _blocks(tile: Tile) -> tuple[list[int], list[int]]:
@@ -61,14 +61,14 @@ def variant(dtype: torch.dtype, tile: Tile) -> Variant:
         "x_desc": descriptor(dtype, x),
         "w_desc": descriptor(dtype, w),
         "y_ptr": pointer(dtype),
-        **integers("M", "P", "Q"),
+        **integers("M", "N", "K"),
     }
-    constants = {"BLOCK_M": tile.rows, "BLOCK_P": tile.columns, "BLOCK_Q": tile.depth, "GROUP": GROUP}
+    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": GROUP}
     return Variant(
         specialised_gemm,
         types,
         constants,
-        aligned=("y_ptr", "P", "Q"),
+        aligned=("y_ptr", "N", "K"),
         options=options(tile.warps, tile.stages),
         wgmma=True,
         label=f"{dtype} {tile.name}".removeprefix("torch."),

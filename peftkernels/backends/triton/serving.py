@@ -19,7 +19,6 @@ from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 SHARED_FROM = 2**24
 
 
-
 @functools.cache
 def _forward_pass() -> Callable[[Forward], tuple[Tensor, Tensor | None]]:
     forward: Callable[[Forward], tuple[Tensor, Tensor | None]]

@@ -84,7 +84,7 @@ def _others(everything: Kinds, plain: Kinds, blocks: Blocks, brief: bool) -> Ite
         yield shrink.variant(everything, blocks, places, True, True, False, True)
         yield shrink.variant(plain, blocks, places, False, True, True, False)
         yield precomputed_shrink.variant(everything, blocks, places, True)
-    for places in _places(blocks.column_places, brief):
+    for places in _places(blocks.sums_places, brief):
         yield row_sums.variant(everything, blocks, places, False, True, True)
         yield row_sums.variant(everything, blocks, places, True, True, False)
         if plain is not everything:

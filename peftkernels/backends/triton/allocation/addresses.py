@@ -12,7 +12,7 @@ Tensors: TypeAlias = Sequence[Tensor | None]
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph."""
+    """Return True if the current stream records a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -26,16 +26,19 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 class Addresses:
     """A table of the addresses of a list of tensors, sent to the device again only when one of them has moved.
 
-    table    int64 (tensors,), 0 for None and for tensors without elements
-    dtypes   of each tensor, None for None
-    aligned  whether all addresses are multiples of 16
-    kept     tables and copies that CUDA graphs read
-
     A tensor whose numbers do not lie one after the other is copied to a place of its own, before the launch and, where
     a kernel writes it, by `write_back` after it. That a tensor's address is the old one is taken to mean that dtype and
     strides are, too: while one tensor is made from another both exist.
 
-    take: called with tensors that lie elsewhere than those before; where it raises, nothing changes.
+    Args:
+        name: What errors call the tensors.
+        take: Called with tensors that lie elsewhere than those before; where it raises, nothing changes.
+
+    Attributes:
+        table: int64 (tensors,), 0 for None and for tensors without elements.
+        dtypes: The dtype of each tensor, None for None.
+        aligned: True if all addresses are multiples of 16.
+        kept: Tables and copies that CUDA graphs read.
     """
 
     def __init__(self, name: str, take: Callable[[Tensors], None]) -> None:
@@ -54,9 +57,15 @@ class Addresses:
         self._found = None
 
     def update(self, tensors: Tensors, device: torch.device, recording: bool) -> bool:
-        """Whether the table is another than before.
+        """Bring the table up to date, and return True if it is another than before.
 
-        recording: whether a CUDA graph records; then RuntimeError is raised where the table would have to change.
+        Args:
+            tensors: As many as the kernels expect.
+            device: Where the table goes.
+            recording: True while a CUDA graph records.
+
+        Raises:
+            RuntimeError: Where the table would have to change while a CUDA graph records.
         """
         try:
             found = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from peftkernels.backends.triton.allocation import masks, threshold
 from peftkernels.backends.triton.allocation.addresses import Addresses, Tensors, capturing, sent
 from peftkernels.backends.triton.allocation.smoothing import Smoothing
 from peftkernels.backends.triton.allocation.term import Term
-from peftkernels.backends.triton.common.operands import place
+from peftkernels.backends.triton.common.operands import device_guard
 from peftkernels.ops.rank_plan import RankPlan, RankState
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class TritonKernels:
         beta2: float,
         skip: Tensor | None = None,
     ) -> Tensor:
-        with place(sensitivity):
+        with device_guard(sensitivity):
             smoothing = self._smoothing_of(layout, sensitivity)
             return smoothing.update(parameters, gradients, sensitivity, uncertainty, beta1, beta2, skip)
 
     def rank_scores(self, layout: FactorLayout, sensitivity: Tensor, uncertainty: Tensor) -> Tensor:
-        with place(sensitivity):
+        with device_guard(sensitivity):
             return self._smoothing_of(layout, sensitivity).scores(sensitivity, uncertainty)
 
     def _smoothing_of(self, layout: FactorLayout, average: Tensor) -> Smoothing:
@@ -74,7 +74,7 @@ class TritonKernels:
             on_device = budget if budget.dtype in (torch.int32, torch.int64) else budget.to(torch.int64)
         else:
             number = min(max(budget, 0), count)
-        with place(scores):
+        with device_guard(scores):
             keep = torch.empty(count, dtype=torch.bool, device=scores.device)
             limit = torch.empty((), dtype=torch.float32, device=scores.device)
             variant = threshold.variant(exact, None if on_device is None else on_device.dtype)
@@ -102,7 +102,7 @@ class TritonKernels:
         if layout is not self._layout:
             self._layout = layout
             self._written.forget()
-        with torch.no_grad(), place(keep):
+        with torch.no_grad(), device_guard(keep):
             self._written.update(written, keep.device, recording)
             most = triton.next_power_of_2(max(*layout.ranks, _FEWEST_RANKS))
             masks.variant(most, mask_now is not None, int(RankState.ACTIVE))(
@@ -127,7 +127,7 @@ class TritonKernels:
         scale: float = 1.0,
         gradients: bool = True,
     ) -> tuple[Tensor, list[Tensor] | None]:
-        with torch.no_grad(), place(lora_A[0]):
+        with torch.no_grad(), device_guard(lora_A[0]):
             return self._term.compute(lora_A, lora_B, weight, keep, add_to, scale, gradients)
 
     def _take_layers(self, tensors: Tensors) -> None:

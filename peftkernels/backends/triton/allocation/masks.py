@@ -18,12 +18,18 @@ LAYER_FIELDS = 4
 def write_masks(
     layers_ptr, addresses_ptr, keep_ptr, mask_now_ptr, layers, masked_state, ACTIVE: tl.constexpr, RANKS: tl.constexpr
 ):
-    """Programs: layers.
+    """Zero the gates of masked ranks, and write every layer's plan.
 
-    layers     int64 (layers, 4): first rank, r, 16-bit words of an element of the gate
-    addresses  int64 (4 · layers,): of all gates, then of all states (u8), orders (i32) and counts (i32)
-    keep       u8 (Σ r,)
-    mask_now   u8 or None; where 0 the gates stay and every rank is ACTIVE
+    Grid: layers.
+
+    Args:
+        layers_ptr: int64 (layers, 4): first rank, r, 16-bit words of an element of the gate.
+        addresses_ptr: int64 (4 · layers,): of all gates (16 or 32 bits), states (u8), orders (i32) and counts (i32);
+            what lies there is written.
+        keep_ptr: u8 (Σ r,), 1 where a rank stays.
+        mask_now_ptr: One u8, or None; where 0 the gates stay and every rank is ACTIVE.
+        layers: How many layers there are.
+        masked_state: The state of a masked rank, PROBE or DEAD.
     """
     layer = tl.program_id(0)
     fields = layers_ptr + layer * 4

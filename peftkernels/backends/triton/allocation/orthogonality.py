@@ -62,7 +62,7 @@ def factor_tile(
     factor_ptr, keep_ptr, first, line_block, rank_block, lines, r,
     WIDE_TILE: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(lines, ranks) of a factor, zeros for ranks that take no part, whatever they hold."""
+    """(lines, ranks) of a factor in its dtype, zeros for ranks that take no part, whatever they hold."""
     _, rank, offsets, inside = lines_and_ranks(line_block, rank_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN)
     if keep_ptr is not None:
         inside = inside & kept_ranks(keep_ptr, first, rank, r)[None, :]
@@ -95,10 +95,17 @@ def gram_matrices(
     FACTOR: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, ONE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs: factors. Factor numbers[program]'s M goes to matrices, where its table says, ‖M‖_F to norms.
+    """M = A·Aᵀ - I, or Bᵀ·B - I, and ‖M‖_F of every factor, in fp32.
 
-    addresses  int64 (factors,)
-    keep       u8 (Σ r,) or None
+    Grid: factors of one dtype.
+
+    Args:
+        factors_ptr: int64 (all factors, 8), `parts.factor_table`.
+        numbers_ptr: int32, the number of each program's factor.
+        addresses_ptr: int64 (all factors,), where the factors lie.
+        keep_ptr: u8 (Σ r,), 0 for ranks that take no part; or None.
+        matrices_ptr: fp32, M (r, r) of every factor where its row of the table says; written.
+        norms_ptr: fp32 (all factors,), ‖M‖_F; written.
     """
     factor = tl.load(numbers_ptr + tl.program_id(0))
     fields = factors_ptr + factor * 8
@@ -181,10 +188,24 @@ def add_gradients(
     share, scale, count,
     FACTOR: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: one that adds up `count` norms where value is given, then tiles.
+    """The term, and its gradient (w/n)·M·A/‖M‖_F, or B·M, in fp32.
 
-    to_addresses  int64 (factors,): tensors that the gradient is added to
-    out           fp32, flat: where gradients are written
+    Grid: one program that adds up the norms where value is given; then tiles of factors of one dtype.
+
+    Args:
+        tiles_ptr: int32 (tiles, 4), `parts.tile_table`.
+        factors_ptr: int64 (all factors, 8), `parts.factor_table`.
+        addresses_ptr: int64 (all factors,), where the factors lie.
+        to_addresses_ptr: int64 (all factors,), where the tensors lie that `scale` times the gradient is added to, in
+            the factors' dtype; or None.
+        out_ptr: fp32, flat, where gradients are written; or None.
+        keep_ptr: u8 (Σ r,), 0 for ranks that take no part; or None.
+        matrices_ptr: What `gram_matrices` wrote.
+        norms_ptr: What `gram_matrices` wrote.
+        value_ptr: One fp32, the term; written, or None.
+        share: w/(2n).
+        scale: What a gradient is multiplied by where it is added.
+        count: How many norms there are.
     """
     program = tl.program_id(0)
     if value_ptr is not None:

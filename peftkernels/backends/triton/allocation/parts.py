@@ -96,7 +96,7 @@ def tile_of(tiles_ptr, factors_ptr, program):
 
 
 @triton.jit
-def fours(number):
+def multiple_of_four(number):
     """A multiple of 4, known to the compiler as one: hints on a function's arguments are lost on its way to loads."""
     return number // 4 * 4
 
@@ -113,11 +113,11 @@ def lines_and_ranks(
     rank = rank_block * RANKS + tl.arange(0, RANKS)
     if WIDE:
         if EVEN:
-            lines = fours(lines)
+            lines = multiple_of_four(lines)
         offsets = rank[None, :] * lines + line[:, None]
     else:
         if EVEN:
-            r = fours(r)
+            r = multiple_of_four(r)
         offsets = line[:, None] * r + rank[None, :]
     return line, rank, offsets, (line < lines)[:, None] & (rank < r)[None, :]
 

@@ -25,13 +25,13 @@ def block_words(seed, block):
 
 
 @triton.jit
-def random_words(seed_ptr, rows, first, COLUMNS_OF_X, COUNT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
+def random_words(seed_ptr, rows, first, K, COUNT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
     """The words of elements (rows, first … first + COUNT), uint32 (rows, COUNT).
 
     WHOLE_BLOCKS: K, `first` and COUNT are multiples of 4, so that each Philox block serves four neighbours.
     """
     seed = tl.load(seed_ptr)
-    wide = rows.to(tl.int64) * COLUMNS_OF_X + first
+    wide = rows.to(tl.int64) * K + first
     if WHOLE_BLOCKS:
         block = (wide // 4)[:, None] + tl.arange(0, COUNT // 4)[None, :]
     else:
@@ -48,18 +48,16 @@ def random_words(seed_ptr, rows, first, COLUMNS_OF_X, COUNT: tl.constexpr, WHOLE
 
 
 @triton.jit
-def dropout_factor(
-    seed_ptr, rows, first, COLUMNS_OF_X, least, keep_scale, COUNT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr
-):
+def dropout_factor(seed_ptr, rows, first, K, least, keep_scale, COUNT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
     """What elements of x are multiplied by: 0 or 1/(1-p), fp32 (rows, COUNT)."""
-    words = random_words(seed_ptr, rows, first, COLUMNS_OF_X, COUNT, WHOLE_BLOCKS)
+    words = random_words(seed_ptr, rows, first, K, COUNT, WHOLE_BLOCKS)
     return tl.where(words >= least.to(tl.uint32), keep_scale, 0.0)
 
 
 @triton.jit
-def factor_from_bits(bits_ptr, rows, first, M, COLUMNS_OF_X, keep_scale, COUNT: tl.constexpr):
+def factor_from_bits(bits_ptr, rows, first, M, K, keep_scale, COUNT: tl.constexpr):
     """The same from the bits that `keep_bits` wrote; `first` and COUNT are multiples of 32."""
-    row_words = tl.cdiv(COLUMNS_OF_X, 32)
+    row_words = tl.cdiv(K, 32)
     word = first // 32 + tl.arange(0, COUNT // 32)
     inside = (rows < M)[:, None] & (word < row_words)[None, :]
     words = tl.load(bits_ptr + rows.to(tl.int64)[:, None] * row_words + word[None, :], mask=inside, other=0)

@@ -14,18 +14,19 @@ _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", t
 class Kinds(NamedTuple):
     """The call as the compiler sees it; no sizes and no values.
 
-    x          dtype of x, the frozen weight and the bias: the dtype of computation
-    factor     dtype of A and B
-    gate       dtype of the gate, None without
-    scaling    dtype of a scaling tensor, None for a number
-    plan       whether there is a rank plan
-    dropout    whether elements are dropped
-    bias       whether there is a bias
-    aligned    rows of x, G, W, A and B start at multiples of 16 bytes, and N and K are multiples of 16
-    even_rank  r is a multiple of 16
-    whole      K is a multiple of 4: four neighbours share a Philox block
-    precision  of fp32 products: "ieee", or "tf32" where the user allowed it; see `rank_precision`
-    pdl        launches overlap (compute capability 9.0 and later)
+    Attributes:
+        x: The dtype of x, the frozen weight and the bias: the dtype of computation.
+        factor: The dtype of A and B.
+        gate: The dtype of the gate; None without.
+        scaling: The dtype of a scaling tensor; None for a number.
+        plan: True if there is a rank plan.
+        dropout: True if elements are dropped.
+        bias: True if there is a bias.
+        aligned: True if rows of x, G, W, A and B start at multiples of 16 bytes, and N and K are multiples of 16.
+        even_rank: True if r is a multiple of 16.
+        whole: True if K is a multiple of 4, so that four neighbours share a Philox block.
+        precision: How fp32 products are taken: "ieee", or "tf32" where the user allowed it; see `rank_precision`.
+        pdl: True if launches overlap (compute capability 9.0 and later).
     """
 
     x: torch.dtype
@@ -41,11 +42,11 @@ class Kinds(NamedTuple):
     precision: str = "ieee"
     pdl: bool = False
 
-    def aligned_names(self, own: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
-        """The arguments that are multiples of 16: `own` tensors and sizes always are, what a call brings may be."""
+    def aligned_names(self, own: tuple[str, ...], of_call: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the arguments that are multiples of 16: `own` always, those that a call brings where it is aligned."""
         if not self.aligned:
             return own
-        return (*own, *given, "r") if self.even_rank else (*own, *given)
+        return (*own, *of_call, "r") if self.even_rank else (*own, *of_call)
 
     @property
     def rank(self) -> torch.dtype:

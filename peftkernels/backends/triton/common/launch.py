@@ -16,9 +16,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from peftkernels.backends.triton.common.kinds import Kinds
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETER, _LOADING = threading.Lock(), threading.Lock()
@@ -43,16 +40,6 @@ def descriptor(dtype: torch.dtype, block: list[int]) -> str:
     return f"tensordesc<{TYPES[dtype]}[{', '.join(map(str, block))}]>"
 
 
-def rank_arguments(kinds: Kinds) -> dict[str, str | None]:
-    """The types of the arguments that say what ranks do."""
-    return {
-        "order_ptr": "*i32" if kinds.plan else None,
-        "counts_ptr": "*i32" if kinds.plan else None,
-        "gate_ptr": pointer(kinds.gate),
-        "scaling_ptr": pointer(kinds.scaling),
-    }
-
-
 def integers(*names: str) -> dict[str, str | None]:
     """Sizes and strides; products of them are taken in 64 bits."""
     return dict.fromkeys(names, "i32")
@@ -66,15 +53,20 @@ def options(warps: int, stages: int, pdl: bool = False) -> dict[str, Any]:
 class Variant:
     """A kernel with the types of its arguments, its constants and its compile options fixed.
 
-    function   made by `triton.jit`; arguments first, then the constants (annotated `tl.constexpr`)
-    types      for each argument its type ("*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>"), or None for an optional
-               one that is not there
-    constants  for each constant its value
-    aligned    arguments that are multiples of 16 (pointers: of 16 bytes)
-    options    num_warps, num_stages, launch_pdl, …
-    awaited    arguments whose memory the launch before this one writes: where launches overlap (launch_pdl), the
-               compiled code may read them, and write anything at all, only after its wait
-    wgmma      whether the compiled code must multiply with a warpgroup's instructions where the GPU has them
+    Args:
+        function: Made by `triton.jit`; arguments first, then the constants (annotated `tl.constexpr`).
+        types: For each argument its type ("*bf16", "i32", "fp32", "tensordesc<bf16[128, 64]>"), or None for an optional
+            one that is not there.
+        constants: For each constant its value.
+        aligned: Arguments that are multiples of 16 (pointers: of 16 bytes).
+        options: num_warps, num_stages, launch_pdl, …
+        awaited: Arguments whose memory the launch before this one writes: where launches overlap (launch_pdl), the
+            compiled code may read them, and write anything at all, only after its wait.
+        wgmma: True if the compiled code must multiply with a warpgroup's instructions where the GPU has them.
+        label: What sets this form apart from others of the kernel.
+
+    Raises:
+        TypeError: Where types and constants are not the function's parameters in their order.
     """
 
     def __init__(
@@ -110,15 +102,15 @@ class Variant:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a launch of it may begin before the one before it has ended."""
+        """True if a launch of it may begin before the one before it has ended."""
         return bool(self.options.get("launch_pdl"))
 
     def expects_wgmma(self, capability: tuple[int, int]) -> bool:
-        """Whether the code for this compute capability must hold wgmma (9.x) or tcgen05 (10.x) instructions."""
+        """Return True if code for this compute capability must hold wgmma (9.x) or tcgen05 (10.x) instructions."""
         return self.wgmma and capability[0] in (9, 10)
 
     def compile(self, capability: tuple[int, int]) -> CompiledKernel:
-        """The machine code for a compute capability; needs no GPU."""
+        """Return the machine code for a compute capability; needs no GPU."""
         names = list(self.function.arg_names)
         signature = {name: kind or "constexpr" for name, kind in self.types.items()}
         signature |= dict.fromkeys(self.constants, "constexpr")
@@ -130,7 +122,15 @@ class Variant:
         return triton.compile(source, target=target, options=self.options)
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """Launch `programs` programs on the current device and stream. Arguments in the order of `types`."""
+        """Launch `programs` programs on the current device and stream.
+
+        Args:
+            programs: The size of the grid.
+            arguments: The kernel's arguments in the order of `types`.
+
+        Raises:
+            RuntimeError: Where a CUDA graph is captured and the kernel is not loaded yet.
+        """
         if INTERPRETED:
             # The interpreter keeps the program that it runs in globals.
             with _INTERPRETER:
@@ -171,7 +171,7 @@ class Variant:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the device has; the interpreter stands for one."""
+    """Return how many multiprocessors the device has; the interpreter stands for one."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -179,48 +179,30 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    """As the driver calls it, the name of a table."""
+    """Return the device's name as the driver has it, which is also that of a table."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-def descriptor_of(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """What the tensor memory accelerator needs to move blocks of a (rows, columns) tensor.
-
-    The class checks alignment, strides and block when it is constructed, at a cost of 3 µs each time; the plan of a
-    call has settled them, so the fields are set without it.
-    """
-    made = object.__new__(TensorDescriptor)
-    vars(made).update(
-        base=tensor,
-        shape=list(tensor.shape),
-        strides=list(tensor.stride()),
-        block_shape=block,
-        padding="zero",
-        round_f32_to_tf32=False,
-    )
-    return made
 
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The device's compute capability; the interpreter can do what 9.0 can, but overlaps no launches."""
+    """Return the device's compute capability; the interpreter can do what 9.0 can, but overlaps no launches."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-_apart = False
+_without_overlap = False
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def without_overlap() -> Iterator[None]:
     """In the block no launch begins before the one before it has ended; for tests and for measuring, in all threads."""
-    global _apart
-    before, _apart = _apart, True
+    global _without_overlap
+    before, _without_overlap = _without_overlap, True
     try:
         yield
     finally:
-        _apart = before
+        _without_overlap = before
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
-    return not (_apart or INTERPRETED) and capability(device) >= (9, 0)
+    """Return True if a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return not (_without_overlap or INTERPRETED) and capability(device) >= (9, 0)

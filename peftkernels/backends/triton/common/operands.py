@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
+from peftkernels.backends.triton.common.arguments import AdapterArguments, Numbers
 from peftkernels.backends.triton.common.dropout import threshold
 from peftkernels.backends.triton.common.kinds import Kinds
 from peftkernels.backends.triton.common.launch import overlaps
+from peftkernels.ops.call import Backward, Forward
 
 _LARGEST = 2**31 - 1
-NO_DROPOUT = (0, 1.0)
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -29,14 +31,12 @@ def rows_of(tensor: Tensor) -> Tensor:
     return rows.contiguous().as_strided(rows.shape, (columns, 1))
 
 
-def is_aligned(tensors: Iterable[Tensor], *sizes: int) -> bool:
-    """Whether all tensors start at multiples of 16 bytes and all sizes are multiples of 16."""
-    bits = 0
+def is_aligned(tensors: Iterable[Tensor | None], sizes: int) -> bool:
+    """Return True if all tensors start at multiples of 16 bytes, and sizes, joined by `|`, are multiples of 16."""
     for tensor in tensors:
-        bits |= tensor.data_ptr()
-    for size in sizes:
-        bits |= size
-    return bits & 15 == 0
+        if tensor is not None:
+            sizes |= tensor.data_ptr()
+    return sizes & 15 == 0
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -44,9 +44,28 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def dropped(p: float, seed: Tensor | None) -> tuple[int, float]:
-    """The least word that keeps an element and the factor of kept ones, as kernels take them."""
-    return NO_DROPOUT if seed is None else threshold(p)
+@functools.lru_cache(maxsize=1024)
+def numbers_of(scaling: float, p: float | None) -> Numbers:
+    """What a call brings as numbers, as kernels take it; p: None without dropout."""
+    if p is None:
+        return Numbers(scaling)
+    least, keep_scale = threshold(p)
+    return Numbers(scaling, keep_scale, least)
+
+
+def adapter_of(call: Forward | Backward) -> AdapterArguments:
+    """The adapter of a call, as kernels take it."""
+    seed = call.dropout_seed
+    return AdapterArguments(
+        call.lora_A.contiguous(),
+        call.lora_B.contiguous(),
+        dense(call.rank_order),
+        dense(call.rank_counts),
+        dense(call.gate),
+        call.scaling_tensor,
+        seed,
+        numbers_of(call.scaling, None if seed is None else call.dropout_p),
+    )
 
 
 def fp32_precision(dtype: torch.dtype) -> str:
@@ -56,43 +75,42 @@ def fp32_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def kinds_of(
-    rows: Tensor,
-    lora_A: Tensor,
-    gate: Tensor | None,
-    scaling_tensor: Tensor | None,
-    counts: Tensor | None,
-    seed: Tensor | None,
-    bias: Tensor | None,
-    aligned: bool,
-) -> Kinds:
+def kinds_of(rows: Tensor, adapter: AdapterArguments, bias: Tensor | None, aligned: bool) -> Kinds:
     """The call of which these are the operands, as the compiler sees it; rows: of x, or of G."""
+    lora_A, _, _, counts, gate, scaling_tensor, seed, _ = adapter
     r, k = lora_A.shape
-    return Kinds(
-        x=rows.dtype,
-        factor=lora_A.dtype,
-        gate=None if gate is None else gate.dtype,
-        scaling=None if scaling_tensor is None else scaling_tensor.dtype,
-        plan=counts is not None,
-        dropout=seed is not None,
-        bias=bias is not None,
-        aligned=aligned,
-        even_rank=r % 16 == 0,
-        whole=k % 4 == 0,
-        precision=fp32_precision(rows.dtype),
-        pdl=overlaps(rows.device),
+    dtype = rows.dtype
+    return _kinds(
+        dtype,
+        lora_A.dtype,
+        None if gate is None else gate.dtype,
+        None if scaling_tensor is None else scaling_tensor.dtype,
+        counts is not None,
+        seed is not None,
+        bias is not None,
+        aligned,
+        r % 16 == 0,
+        k % 4 == 0,
+        fp32_precision(dtype),
+        overlaps(rows.device),
     )
 
 
-_HERE = nullcontext()
+# Looked up in half the time that it takes to make them anew.
+_kinds = functools.lru_cache(maxsize=4096)(Kinds)
 
 
-def place(tensor: Tensor) -> Any:
-    """A context in which kernels run on the tensor's device, with the operators' own dtypes."""
-    kind = "cuda" if tensor.is_cuda else "cpu"
-    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
-        return _elsewhere(tensor.device)
-    return without_autocast(kind) if torch.is_autocast_enabled(kind) else _HERE
+NOTHING_TO_DO = nullcontext()
+
+
+def device_guard(tensor: Tensor) -> Any:
+    """Return a context in which kernels run on the tensor's device, with the operators' own dtypes."""
+    kind = "cpu"
+    if tensor.is_cuda:
+        kind = "cuda"
+        if tensor.get_device() != torch.cuda.current_device():
+            return _elsewhere(tensor.device)
+    return without_autocast(kind) if torch.is_autocast_enabled(kind) else NOTHING_TO_DO
 
 
 @contextmanager

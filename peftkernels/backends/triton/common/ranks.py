@@ -94,8 +94,8 @@ def store_by_rank(
 ):
     """Write S or H (fp32, rows × places) as they are saved, and as the next product takes them.
 
-    shrink_ptr  (M, r) in the order of the factors, zeros for DEAD ranks
-    left_ptr    (M, WIDTH) compact, times scaling·ĝ; a place that is not ACTIVE holds 0 whatever its value was
+    What shrink_ptr points to, (M, r), is in the order of the factors, with zeros for DEAD ranks; what left_ptr points
+    to, (M, WIDTH), is compact and times scaling·ĝ: a place that is not ACTIVE holds 0 whatever its value was.
     """
     ranks = rank_at(order_ptr, places, r)
     wide = rows.to(tl.int64)

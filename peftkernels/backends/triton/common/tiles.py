@@ -16,16 +16,17 @@ _NAME = re.compile(r"([a-z]+)-(\d+)x(\d+)x(\d+)-(\d+)w-(\d+)s")
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program walks a product out (M, P) = in (M, Q) · Wop (Q, P).
+    """How one program walks a product out = in · Wop (see `products`).
 
-    kind      "tma": tiles come through the tensor memory accelerator (compute capability 9.0 and later) to programs
-              that stay and take one tile after another; "pointer": ordinary loads, one program a tile, any GPU, any
-              alignment; "decode": all rows of a call with few of them, one program for `columns` columns
-    rows      of the tile of out
-    columns   of the tile of out
-    depth     of Q in one step
-    warps     of a program
-    stages    of steps that are in flight
+    Attributes:
+        kind: "tma": tiles come through the tensor memory accelerator (compute capability 9.0 and later) to programs
+            that stay and take one tile after another; "pointer": ordinary loads, one program a tile, any GPU, any
+            alignment; "decode": all rows of a call with few of them, one program for `columns` columns.
+        rows: Rows of the tile of out.
+        columns: Columns of the tile of out.
+        depth: How much of the product's depth one step takes.
+        warps: Warps of a program.
+        stages: Steps that are in flight.
     """
 
     kind: str
@@ -52,13 +53,20 @@ class Tile:
         return f"{self.kind}-{self.rows}x{self.columns}x{self.depth}-{self.warps}w-{self.stages}s"
 
     def suits_wgmma(self, dtype: torch.dtype) -> bool:
-        """Whether a warpgroup's matrix instructions fit: at least 64 rows of 16-bit operands."""
+        """Return True if a warpgroup's matrix instructions fit: at least 64 rows of 16-bit operands."""
         return dtype.itemsize == 2 and self.rows >= 64
 
 
 @functools.lru_cache(maxsize=256)
 def tile(name: str) -> Tile:
-    """The tile of that name. Raises ValueError for anything else."""
+    """Return the tile of that name.
+
+    Args:
+        name: Such as "tma-128x256x64-8w-3s".
+
+    Raises:
+        ValueError: For anything else.
+    """
     parts = _NAME.fullmatch(name)
     if parts is None or parts[1] not in KINDS:
         raise ValueError(f"tile: found {name!r}, expected a name such as 'tma-128x256x64-8w-3s'")
@@ -98,49 +106,48 @@ _NARROW_FP32 = Tile(POINTER, 16, 64, 64, 4, 3)
 _DECODE_FP32 = (Tile(DECODE_TILE, 16, 32, 32, 4, 4),)
 
 
-def descriptor_blocks(tile: Tile, transposed: bool) -> tuple[list[int], list[int], list[int]]:
-    """The blocks of x, W and y that the tensor memory accelerator moves."""
-    w = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
-    return [tile.rows, tile.depth], w, [tile.rows, tile.columns // 2]
-
-
 @dataclass(frozen=True)
 class Blocks:
     """How the kernels beside the GEMM cut their work.
 
-    shrink_rows, shrink_depth      of x in one step of the shrink
-    shrink_places, column_places   ranks that a program holds at the most; programs beside it hold the others, and find
-                                   x or G in the L2
-    fewest_steps                   of a split of K: shorter ones cost more than they spread
-    column_rows, column_columns    of G or x in one step of the sums over rows
-    finish_rows, reduce_places     lines and ranks of a program that adds slots
-    pack                           columns of B or A of a program that packs them
-    piece                          rows of x in a piece of the single launch
-    shrink_spread, column_spread   programs a multiprocessor that splits of K and of the rows aim at
+    Where ranks are more than a program holds, programs beside it hold the others, and find x or G in the L2.
+
+    Attributes:
+        shrink_rows: Rows of x in one step of the shrink.
+        shrink_depth: Columns of x in one step of the shrink.
+        shrink_places: Ranks that a program of the shrink holds at the most.
+        fewest_steps: Steps of a split of K: shorter ones cost more than they spread.
+        sums_rows: Rows of G or x in one step of the sums over rows.
+        sums_columns: Columns of G or x in one step of the sums over rows.
+        sums_places: Ranks that a program of the sums over rows holds at the most.
+        reduce_lines: Lines of a program that reduces splits.
+        reduce_places: Ranks that a program that reduces splits holds at the most.
+        pack: Columns of B or A of a program that packs them.
+        piece: Rows of x in a piece of the single launch.
+        shrink_spread: Programs a multiprocessor that splits of K aim at.
+        sums_spread: Programs a multiprocessor that splits of the rows aim at.
     """
 
     shrink_rows: int = 64
     shrink_depth: int = 64
     shrink_places: int = 64
     fewest_steps: int = 16
-    column_rows: int = 64
-    column_columns: int = 256
-    column_places: int = 64
-    finish_rows: int = 32
+    sums_rows: int = 64
+    sums_columns: int = 256
+    sums_places: int = 64
+    reduce_lines: int = 32
     reduce_places: int = 128
     pack: int = 128
     piece: int = 32
     shrink_spread: int = 1
-    column_spread: int = 2
+    sums_spread: int = 2
 
 
 BLOCKS = Blocks()
 # Products of fp32 operands hold them in registers.
-BLOCKS_FP32 = Blocks(
-    shrink_depth=32, shrink_places=32, fewest_steps=32, column_rows=16, column_columns=64, column_places=32
-)
+BLOCKS_FP32 = Blocks(shrink_depth=32, shrink_places=32, fewest_steps=32, sums_rows=16, sums_columns=64, sums_places=32)
 # G and x are widened to float32 beside their ranks, in registers.
-BLOCKS_FP16 = Blocks(column_columns=128, column_places=32)
+BLOCKS_FP16 = Blocks(sums_columns=128, sums_places=32)
 # Small enough that small matrices have edges, several tiles and several splits in every dimension.
 BLOCKS_INTERPRETED = Blocks(16, 32, 64, 1, 32, 32, 32, 32, 128, 32, 16, 4, 4)
 

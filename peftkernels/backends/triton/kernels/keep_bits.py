@@ -6,9 +6,12 @@ this works them out once.
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import AdapterArguments, Sizes
 from peftkernels.backends.triton.common.dropout import block_words, random_words
 from peftkernels.backends.triton.common.kinds import Kinds
 from peftkernels.backends.triton.common.launch import Variant, integers, options
@@ -28,7 +31,16 @@ def keep_bits(
     BLOCK_WORDS: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
 ):
-    """Bit j of word w in a row: whether element 32·w + j is kept. bits int32 (M, ⌈K/32⌉)."""
+    """Decide for each element of x (M, K) whether dropout keeps it.
+
+    Grid: row blocks × blocks of words.
+
+    Args:
+        seed_ptr: One int64.
+        bits_ptr: int32 (M, ⌈K / 32⌉); written: bit j of word w in a row is 1 where element 32·w + j is kept.
+        M, K: Rows and columns of x.
+        least: The least word of Philox that keeps an element.
+    """
     row_words = tl.cdiv(K, 32)
     blocks = tl.cdiv(row_words, BLOCK_WORDS)
     rows = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,6 +62,17 @@ def keep_bits(
         packed = tl.sum(kept << tl.arange(0, 32)[None, None, :], axis=2)
     inside = (rows < M)[:, None] & (word < row_words)[None, :]
     tl.store(bits_ptr + rows.to(tl.int64)[:, None] * row_words + word[None, :], packed, mask=inside)
+
+
+def launch(variant: Variant, adapter: AdapterArguments, sizes: Sizes) -> Tensor:
+    """Launch `keep_bits` for the adapter's seed, and return the bits."""
+    seed = adapter.seed
+    assert seed is not None
+    m, k = sizes.m, sizes.k
+    words = -(-k // 32)
+    bits = seed.new_empty((m, words), dtype=torch.int32)
+    variant(-(-m // BITS_ROWS) * -(-words // BITS_WORDS), seed, bits, m, k, adapter.numbers.least)
+    return bits
 
 
 @functools.cache

@@ -5,11 +5,15 @@ for nobody; a tile waits, just before its tail, until the pieces of its rows are
 number of programs, resident together or not, one included.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import Types, adapter_types, number_types, size_types
 from peftkernels.backends.triton.common.kinds import Kinds
-from peftkernels.backends.triton.common.launch import integers, pointer, rank_arguments
+from peftkernels.backends.triton.common.launch import integers, pointer
 from peftkernels.backends.triton.common.ranks import active_and_live, store_by_rank
 from peftkernels.backends.triton.common.shrink_rows import shrink_rows
 from peftkernels.backends.triton.common.tiles import Blocks, Tile
@@ -25,7 +29,7 @@ def shrink_pieces(
     BLOCK_M: tl.constexpr, PIECE: tl.constexpr, PIECE_K: tl.constexpr, BLOCK_R: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Draw and work off pieces of PIECE rows. progress int32: the next ticket, then pieces done for each row block."""
+    """Draw and work off pieces of PIECE rows: S in fp32, written as it is saved and as the tail takes it."""
     n_active, n_live = active_and_live(counts_ptr, r)
     pieces = tl.cdiv(M, PIECE)
     piece = tl.atomic_add(progress_ptr, 1, sem="relaxed")
@@ -57,30 +61,34 @@ def wait_for_rows(progress_ptr, row_block, M, BLOCK_M: tl.constexpr, PIECE: tl.c
     tl.debug_barrier()
 
 
-def types(kinds: Kinds, keep: bool) -> dict[str, str | None]:
-    """The arguments that both kernels have from A on."""
+class Results(NamedTuple):
+    """What the shrink's pieces write.
+
+    Attributes:
+        shrink: S (M, r) as it is saved, or None.
+        left: (M, WIDTH), compact, S·scaling·ĝ.
+        progress: int32 (1 + row blocks), zeros before: the next ticket, then pieces done for each row block.
+    """
+
+    shrink: Tensor | None
+    left: Tensor
+    progress: Tensor
+
+
+def types(kinds: Kinds, keep: bool) -> Types:
+    """The types of `AdapterArguments` and `Results`; keep: S is saved."""
     rank = pointer(kinds.rank)
-    return {
-        "a_ptr": pointer(kinds.factor),
-        "b_ptr": pointer(kinds.factor),
-        **rank_arguments(kinds),
-        "seed_ptr": "*i64" if kinds.dropout else None,
-        "shrink_ptr": rank if keep else None,
-        "left_ptr": rank,
-        "progress_ptr": "*i32",
-    }
+    results = {"shrink_ptr": rank if keep else None, "left_ptr": rank, "progress_ptr": "*i32"}
+    return {**adapter_types(kinds), **results}
 
 
-def numbers() -> dict[str, str | None]:
-    return {
-        "scaling": "fp32",
-        "keep_scale": "fp32",
-        "least": "i64",
-        **integers("M", "N", "K", "r", "WIDTH", "stride_x"),
-    }
+def numbers() -> Types:
+    """The types of the numbers behind them."""
+    return {**number_types(), **size_types(), **integers("stride_x")}
 
 
 def constants(kinds: Kinds, blocks: Blocks, tile: Tile, block_of_places: int) -> dict[str, object]:
+    """The constants behind those of the tile."""
     return {
         "PIECE": min(blocks.piece, tile.rows),
         "PIECE_K": blocks.shrink_depth,

@@ -4,7 +4,9 @@ import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import AdapterArguments, Sizes, plan_types, size_types
 from peftkernels.backends.triton.common.kinds import Kinds
 from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer
 from peftkernels.backends.triton.common.ranks import active_and_live, rank_at
@@ -13,12 +15,27 @@ from peftkernels.backends.triton.common.tiles import Blocks
 
 
 @triton.jit
-def finish_grad_A(
+def reduce_grad_A(
     slots_ptr, gate_parts_ptr, order_ptr, counts_ptr, scaling_ptr, grad_ptr, grad_gate_ptr,
-    scaling, K, r, WIDTH, slots, gate_parts,
+    scaling, M, N, K, r, WIDTH, slots, gate_parts,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """∂A (r, K), zeros for ranks that are not ACTIVE; the programs of the first columns also add up ∂gate (r,)."""
+    """∂A, and ∂gate by the programs of the first columns; both in fp32.
+
+    Grid: column blocks of x (one without grad) × blocks of places.
+
+    Args:
+        slots_ptr: The parts of ∂A, fp32 (slots, K, WIDTH), or None without grad.
+        gate_parts_ptr: What `reduce_grad_B` wrote, fp32 (gate_parts, WIDTH), or None without grad_gate.
+        order_ptr, counts_ptr: The plan, or None.
+        scaling_ptr: One float, or None.
+        grad_ptr: ∂A (r, K) in A's dtype, zeros for ranks that are not ACTIVE; written, or None.
+        grad_gate_ptr: ∂gate (r,) in the gate's dtype, zeros for DEAD ranks; written, or None.
+        scaling: The scaling where it is no tensor.
+        M … WIDTH: `Sizes`.
+        slots: How many parts of ∂A there are.
+        gate_parts: How many parts of ∂gate there are.
+    """
     n_active, n_live = active_and_live(counts_ptr, r)
     place_blocks = tl.cdiv(WIDTH, BLOCK_R)
     program = tl.program_id(0)
@@ -46,23 +63,47 @@ def finish_grad_A(
             tl.store(grad_gate_ptr + ranks, grad.to(grad_gate_ptr.dtype.element_ty), mask=places < r)
 
 
+def launch(
+    variant: Variant,
+    programs: int,
+    parts: tuple[Tensor | None, Tensor | None],
+    adapter: AdapterArguments,
+    results: tuple[Tensor | None, Tensor | None],
+    sizes: Sizes,
+) -> None:
+    """Launch `reduce_grad_A`; parts: of ∂A and of ∂gate, each or None; results: ∂A and ∂gate, each or None."""
+    slots, gate_parts = (0 if part is None else part.shape[0] for part in parts)
+    variant(
+        programs,
+        *parts,
+        adapter.order,
+        adapter.counts,
+        adapter.scaling_tensor,
+        *results,
+        adapter.numbers.scaling,
+        *sizes,
+        slots,
+        gate_parts,
+    )
+
+
 @functools.cache
 def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, grad: bool, gate: bool) -> Variant:
-    """`finish_grad_A` that writes ∂A (grad) and ∂gate (gate)."""
+    """`reduce_grad_A` that writes ∂A (grad) and ∂gate (gate)."""
     types = {
         "slots_ptr": "*fp32" if grad else None,
         "gate_parts_ptr": "*fp32" if gate else None,
-        "order_ptr": "*i32" if kinds.plan else None,
-        "counts_ptr": "*i32" if kinds.plan else None,
+        **plan_types(kinds),
         "scaling_ptr": pointer(kinds.scaling),
         "grad_ptr": pointer(kinds.factor) if grad else None,
         "grad_gate_ptr": pointer(kinds.gate) if gate else None,
         "scaling": "fp32",
-        **integers("K", "r", "WIDTH", "slots", "gate_parts"),
+        **size_types(),
+        **integers("slots", "gate_parts"),
     }
-    constants = {"BLOCK_K": blocks.finish_rows, "BLOCK_R": block_of_places, "BLOCK_PARTS": 32}
+    constants = {"BLOCK_K": blocks.reduce_lines, "BLOCK_R": block_of_places, "BLOCK_PARTS": 32}
     return Variant(
-        finish_grad_A,
+        reduce_grad_A,
         types,
         constants,
         aligned=kinds.aligned_names(("slots_ptr", "gate_parts_ptr", "grad_ptr", "grad_gate_ptr", "WIDTH"), ()),

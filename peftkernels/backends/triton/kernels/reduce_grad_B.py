@@ -4,23 +4,35 @@ import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import AdapterArguments, Sizes, rank_types, size_types
 from peftkernels.backends.triton.common.kinds import Kinds
-from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer, rank_arguments
+from peftkernels.backends.triton.common.launch import Variant, integers, options, pointer
 from peftkernels.backends.triton.common.ranks import active_and_live, rank_at, scaled_gate
 from peftkernels.backends.triton.common.sums import added_lines, added_slots
 from peftkernels.backends.triton.common.tiles import Blocks
 
 
 @triton.jit
-def finish_grad_B(
+def reduce_grad_B(
     slots_ptr, b_ptr, order_ptr, counts_ptr, gate_ptr, scaling_ptr, grad_ptr, gate_parts_ptr,
-    scaling, N, r, WIDTH, slots,
+    scaling, M, N, K, r, WIDTH, slots,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """∂B (N, r) = scaling·ĝ·Gᵀ·S, zeros for ranks that are not ACTIVE, and a part of ∂gate from each column block of B.
+    """∂B = scaling·ĝ·Gᵀ·S, and from each column block of G a part of ∂gate, Σ B·(Gᵀ·S); both in fp32.
 
-    gate_parts fp32 (⌈N / BLOCK_N⌉, WIDTH): Σ over the block's columns of B·(Gᵀ·S), for live ranks.
+    Grid: column blocks of G × blocks of places.
+
+    Args:
+        slots_ptr: The parts of Gᵀ·S, fp32 (slots, N, WIDTH).
+        b_ptr: B (N, r), or None without gate_parts.
+        order_ptr … scaling_ptr: `AdapterArguments.ranks`.
+        grad_ptr: ∂B (N, r) in B's dtype, zeros for ranks that are not ACTIVE; written, or None.
+        gate_parts_ptr: fp32 (⌈N / BLOCK_N⌉, WIDTH), for live ranks; written, or None.
+        scaling: The scaling where it is no tensor.
+        M … WIDTH: `Sizes`.
+        slots: How many parts there are.
     """
     n_active, n_live = active_and_live(counts_ptr, r)
     place_blocks = tl.cdiv(WIDTH, BLOCK_R)
@@ -41,21 +53,38 @@ def finish_grad_B(
         tl.store(gate_parts_ptr + block.to(tl.int64) * WIDTH + places, part, mask=places < WIDTH)
 
 
+def launch(
+    variant: Variant,
+    programs: int,
+    slots: Tensor,
+    adapter: AdapterArguments,
+    results: tuple[Tensor | None, Tensor | None],
+    sizes: Sizes,
+) -> None:
+    """Launch `reduce_grad_B`; results: ∂B and the parts of ∂gate, each or None."""
+    gate_parts = results[1]
+    variant(
+        programs, slots, None if gate_parts is None else adapter.lora_B, *adapter.ranks, *results,
+        adapter.numbers.scaling, *sizes, slots.shape[0],
+    )  # fmt: skip
+
+
 @functools.cache
 def variant(kinds: Kinds, blocks: Blocks, block_of_places: int, grad: bool, gate: bool) -> Variant:
-    """`finish_grad_B` that writes ∂B (grad) and the parts of ∂gate (gate)."""
+    """`reduce_grad_B` that writes ∂B (grad) and the parts of ∂gate (gate)."""
     types = {
         "slots_ptr": "*fp32",
         "b_ptr": pointer(kinds.factor) if gate else None,
-        **rank_arguments(kinds),
+        **rank_types(kinds),
         "grad_ptr": pointer(kinds.factor) if grad else None,
         "gate_parts_ptr": "*fp32" if gate else None,
         "scaling": "fp32",
-        **integers("N", "r", "WIDTH", "slots"),
+        **size_types(),
+        **integers("slots"),
     }
-    constants = {"BLOCK_N": blocks.finish_rows, "BLOCK_R": block_of_places}
+    constants = {"BLOCK_N": blocks.reduce_lines, "BLOCK_R": block_of_places}
     return Variant(
-        finish_grad_B,
+        reduce_grad_B,
         types,
         constants,
         aligned=kinds.aligned_names(("slots_ptr", "grad_ptr", "gate_parts_ptr", "WIDTH"), ("b_ptr",)),

@@ -9,11 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import AdapterArguments, Frozen, LowRank, Sizes
 from peftkernels.backends.triton.common.kinds import Kinds
 from peftkernels.backends.triton.common.launch import INTERPRETED, Variant
-from peftkernels.backends.triton.common.operands import dense, dropped, is_aligned, kinds_of, place, rows_of
+from peftkernels.backends.triton.common.operands import (
+    adapter_of,
+    device_guard,
+    is_aligned,
+    kinds_of,
+    rows_of,
+)
 from peftkernels.backends.triton.common.ranks import block_of_places, width
-from peftkernels.backends.triton.common.tiles import TMA, Tile, blocks_for, tile
+from peftkernels.backends.triton.common.tiles import DECODE_TILE, TMA, Tile, blocks_for, tile
 from peftkernels.backends.triton.kernels import (
     decode,
     expand,
@@ -25,13 +32,7 @@ from peftkernels.backends.triton.kernels import (
     single_tma,
 )
 from peftkernels.backends.triton.linear import routes
-from peftkernels.backends.triton.linear.frozen_product import (
-    TailProduct,
-    descriptors,
-    plan_tail,
-    resident_programs,
-    route,
-)
+from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail, resident_programs, route
 from peftkernels.backends.triton.linear.shared_shrink import Parts, parts_of
 from peftkernels.ops.call import Forward
 from peftkernels.ops.rules import rank_dtype
@@ -41,53 +42,84 @@ from peftkernels.ops.rules import rank_dtype
 class _Shrink:
     """The launch that makes the operands of the tail.
 
-    parts   how the shrink shares out x, and what `finish` has to do; None where S is given
-    finish  follows where the shrink's parts lie in slots
-    packs   whether it packs B
+    Attributes:
+        variant: `shrink`, or `precomputed_shrink`.
+        programs: Its grid.
+        packs: True if it packs B; else B itself is what the tail reads.
+        parts: How the shrink shares out x; None where S is precomputed.
+        reduce: `reduce_rows`, which follows where the shrink's parts lie in slots.
     """
 
     variant: Variant
     programs: int
-    parts: Parts | None
-    finish: Variant | None
     packs: bool
+    parts: Parts | None = None
+    reduce: Variant | None = None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The one launch that does everything: `decode`, `single_pointer` or `single_tma`."""
+
+    variant: Variant
+    programs: int
+    tile: Tile
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launches of a call: `whole` alone (decode, single), or the shrink and `tail`; without a tail the library, and
-    `expand` where its `addmm_` does not take left and right."""
+    """The launches of a call: `whole` alone, or the shrink and then a frozen product.
 
-    choice: routes.Choice
-    width: int
+    Attributes:
+        sizes: The call's sizes.
+        rank: The dtype of S and of compact operands.
+        whole: The launch that does everything.
+        shrink: The launch before the frozen product.
+        tail: The frozen product with its tail; None where the library's GEMM takes its place.
+        expand: What follows the library's GEMM where its `addmm_` does not take left and right.
+    """
+
+    sizes: Sizes
+    rank: torch.dtype
+    whole: _Whole | None = None
     shrink: _Shrink | None = None
     tail: TailProduct | None = None
     expand: Variant | None = None
-    whole: Variant | None = None
-    tile: Tile | None = None
-    programs: int = 0
 
 
-def _plan_shrink(
-    kinds: Kinds, device: torch.device, m: int, n: int, k: int, r: int, keep: bool, given: bool
-) -> _Shrink:
+def _plan_shrink(kinds: Kinds, device: torch.device, sizes: Sizes, keep: bool, precomputed: bool) -> _Shrink:
+    m, n, k, r, _ = sizes
     blocks = blocks_for(kinds.x, INTERPRETED)
-    # B as it lies will do where its columns are already what the tail reads.
+    # Columns of B that nobody picks, converts or pads are what the tail reads.
     packs = kinds.plan or kinds.factor is not kinds.rank or r % 16 != 0
     packing = -(-n // blocks.pack) if packs else 0
-    if given:
+    if precomputed:
         places = block_of_places(r, blocks.shrink_places)
-        placing = -(-m // blocks.finish_rows) * -(-width(r) // places)
-        return _Shrink(precomputed_shrink.variant(kinds, blocks, places, packs), placing + packing, None, None, packs)
+        gating = -(-m // blocks.reduce_lines) * -(-width(r) // places)
+        return _Shrink(precomputed_shrink.variant(kinds, blocks, places, packs), gating + packing, packs)
     parts = parts_of(kinds, device, m, k, r)
-    split = parts.splits > 1
+    split = parts.split.splits > 1
     return _Shrink(
         shrink.variant(kinds, blocks, parts.places, keep, True, split, packs),
         parts.programs + packing,
-        parts,
-        reduce_rows.variant(kinds, blocks, parts.finish_places, keep, True, False) if split else None,
         packs,
+        parts,
+        reduce_rows.variant(kinds, blocks, parts.reduce_places, keep, True, False) if split else None,
     )
+
+
+def _plan_whole(kinds: Kinds, device: torch.device, choice: routes.Choice, sizes: Sizes, keep: bool) -> _Whole:
+    m, n, k, r, _ = sizes
+    taken = tile(choice.tile)
+    if choice.route == routes.DECODE:
+        variant = decode.variant(kinds, taken, block_of_places(r, decode.most_places(kinds)), keep)
+        return _Whole(variant, -(-n // taken.columns), taken)
+    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, pieces.MOST_PLACES)
+    if taken.kind == TMA:
+        variant = single_tma.variant(kinds, blocks, taken, places, keep)
+    else:
+        variant = single_pointer.variant(kinds, blocks, taken, places, keep, k % taken.depth == 0)
+    return _Whole(variant, resident_programs(device, taken, m, n), taken)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,135 +131,32 @@ def _plan(
     k: int,
     r: int,
     keep: bool,
-    given: bool,
+    precomputed: bool,
     plain_weight: bool,
     state: tuple[routes.Choice | None, int],
 ) -> _Plan:
-    choice = route(kinds, device, routes.FORWARD, m, n, k, plain_weight)
+    sizes = Sizes(m, n, k, r, width(r))
+    choice = route(kinds, device, routes.FORWARD, sizes, plain_weight)
+    if choice.route in (routes.DECODE, routes.SINGLE):
+        return _Plan(sizes, kinds.rank, whole=_plan_whole(kinds, device, choice, sizes, keep))
+    shrinking = _plan_shrink(kinds, device, sizes, keep, precomputed)
     if choice.route == routes.LIBRARY:
         expanding = None if kinds.rank is kinds.x else expand.variant(kinds, False)
-        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given), expand=expanding)
-    taken = tile(choice.tile)
-    if choice.route == routes.TAIL:
-        tail = plan_tail(kinds, device, taken, m, n, k, transposed=False)
-        return _Plan(choice, width(r), _plan_shrink(kinds, device, m, n, k, r, keep, given), tail)
-    if choice.route == routes.DECODE:
-        whole = decode.variant(kinds, taken, block_of_places(r, decode.most_places(kinds)), keep)
-        return _Plan(choice, width(r), whole=whole, tile=taken, programs=-(-n // taken.columns))
-    blocks, places = blocks_for(kinds.x, INTERPRETED), block_of_places(r, pieces.MOST_PLACES)
-    if taken.kind == TMA:
-        whole = single_tma.variant(kinds, blocks, taken, places, keep)
-    else:
-        whole = single_pointer.variant(kinds, blocks, taken, places, keep, k % taken.depth == 0)
-    return _Plan(choice, width(r), whole=whole, tile=taken, programs=resident_programs(device, taken, m, n))
-
-
-def _shrink_and_pack(
-    plan: _Plan,
-    rows: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    order: Tensor | None,
-    counts: Tensor | None,
-    gate: Tensor | None,
-    scaling: float,
-    scaling_tensor: Tensor | None,
-    least: int,
-    keep_scale: float,
-    seed: Tensor | None,
-    saved: Tensor | None,
-    given: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Make S, or take the one that is given; left (M, width) and right (N, width) of the tail."""
-    launch = plan.shrink
-    assert launch is not None
-    (m, k), (n, r) = rows.shape, lora_B.shape
-    rank = rank_dtype(rows.dtype)
-    left = rows.new_empty((m, plan.width), dtype=rank)
-    right = rows.new_empty((n, plan.width), dtype=rank) if launch.packs else lora_B
-    if launch.parts is None:
-        assert given is not None
-        launch.variant(
-            launch.programs,
-            given,
-            lora_B,
-            order,
-            counts,
-            gate,
-            scaling_tensor,
-            left,
-            right if launch.packs else None,
-            scaling,
-            m,
-            n,
-            r,
-            plan.width,
-            given.stride(0),
-        )
-        return left, right
-    split = launch.finish is not None
-    slots = rows.new_empty((launch.parts.splits, m, plan.width), dtype=torch.float32) if split else None
-    launch.variant(
-        launch.programs,
-        rows,
-        lora_A,
-        lora_B if launch.packs else None,
-        order,
-        counts,
-        gate,
-        scaling_tensor,
-        seed,
-        None if split else saved,
-        None if split else left,
-        slots,
-        right if launch.packs else None,
-        scaling,
-        keep_scale,
-        least,
-        m,
-        n,
-        k,
-        r,
-        plan.width,
-        rows.stride(0),
-        launch.parts.splits,
-        launch.parts.chunk,
-    )
-    if launch.finish is not None:
-        launch.finish(
-            launch.parts.finish_programs,
-            slots,
-            order,
-            counts,
-            gate,
-            scaling_tensor,
-            saved,
-            left,
-            None,
-            None,
-            scaling,
-            m,
-            k,
-            r,
-            plan.width,
-            launch.parts.splits,
-        )
-    return left, right
+        return _Plan(sizes, kinds.rank, shrink=shrinking, expand=expanding)
+    tail = plan_tail(kinds, device, tile(choice.tile), sizes, transposed=False)
+    return _Plan(sizes, kinds.rank, shrink=shrinking, tail=tail)
 
 
 def forward(call: Forward) -> tuple[Tensor, Tensor | None]:
-    """y, and S where it is to be saved and not given.
+    """y, and S where it is to be saved and not precomputed.
 
-    Where one launch does everything, S costs no read of x, and one that is given is not looked at.
+    Where one launch does everything, S costs no read of x, and one that is precomputed is not looked at.
     """
-    (
-        x, weight, lora_A, lora_B, bias, gate, _, rank_order, rank_counts, scaling, scaling_tensor, dropout_p,
-        dropout_seed, _, given_shrink,
-    ) = call  # fmt: skip
-    save_shrink = call.saves_shrink
-    with place(x):
+    x, weight, bias, shrink = call.x, call.weight, call.bias, call.given_shrink
+    saves = call.save_shrink and shrink is None
+    with device_guard(x):
         n, k = weight.shape
-        r = lora_A.shape[0]
+        r = call.lora_A.shape[0]
         flat = x.dim() == 2
         m = x.shape[0] if flat else x.shape[:-1].numel()
         dtype = x.dtype
@@ -236,70 +165,90 @@ def forward(call: Forward) -> tuple[Tensor, Tensor | None]:
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         if not (m and n and k and r):
-            shrink_of_nothing = x.new_zeros((m, r), dtype=rank_dtype(dtype)) if save_shrink else None
-            return F.linear(x, weight, bias), shrink_of_nothing
-        rows = rows_of(x)
-        lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), dense(gate)
-        rank_order, rank_counts = dense(rank_order), dense(rank_counts)
-        aligned = is_aligned((rows, weight, lora_A, lora_B), n, k, rows.stride(0))
-        kinds = kinds_of(rows, lora_A, gate, scaling_tensor, rank_counts, dropout_seed, bias, aligned)
-        plain_weight = weight.stride() == (k, 1)
-        given = None if given_shrink is None else rows_of(given_shrink)
-        plan = _plan(kinds, x.device, m, n, k, r, save_shrink, given is not None, plain_weight, routes.state())
-        least, keep_scale = dropped(dropout_p, dropout_seed)
-        saved = x.new_empty((m, r), dtype=kinds.rank) if save_shrink else None
-        y = _run(
-            plan, rows, weight, lora_A, lora_B, bias, gate, rank_order, rank_counts, scaling, scaling_tensor,
-            least, keep_scale, dropout_seed, saved, given,
-        )  # fmt: skip
+            return F.linear(x, weight, bias), x.new_zeros((m, r), dtype=rank_dtype(dtype)) if saves else None
+        rows, adapter = rows_of(x), adapter_of(call)
+        precomputed = None if shrink is None else rows_of(shrink)
+        aligned = is_aligned((rows, weight, adapter.lora_A, adapter.lora_B), n | k | rows.stride(0))
+        plan = _plan(
+            kinds_of(rows, adapter, bias, aligned),
+            x.device,
+            m,
+            n,
+            k,
+            r,
+            saves,
+            precomputed is not None,
+            weight.stride() == (k, 1),
+            routes.state(),
+        )
+        saved = x.new_empty((m, r), dtype=plan.rank) if saves else None
+        y = _run(plan, Frozen(rows, weight, bias), adapter, saved, precomputed)
         return (y if flat else y.view(*x.shape[:-1], n)), saved
 
 
 def _run(
-    plan: _Plan,
-    rows: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    order: Tensor | None,
-    counts: Tensor | None,
-    scaling: float,
-    scaling_tensor: Tensor | None,
-    least: int,
-    keep_scale: float,
-    seed: Tensor | None,
-    saved: Tensor | None,
-    given: Tensor | None,
+    plan: _Plan, frozen: Frozen, adapter: AdapterArguments, saved: Tensor | None, precomputed: Tensor | None
 ) -> Tensor:
-    (m, k), (n, r) = rows.shape, lora_B.shape
+    sizes = plan.sizes
     if plan.whole is not None:
-        assert plan.tile is not None
-        numbers = (scaling, keep_scale, least, m, n, k, r, plan.width, rows.stride(0))
-        factors = (lora_A, lora_B, order, counts, gate, scaling_tensor, seed, saved)
-        y = rows.new_empty((m, n))
-        if plan.choice.route == routes.DECODE:
-            plan.whole(plan.programs, rows, weight, bias, *factors, y, *numbers)
-            return y
-        left = rows.new_empty((m, plan.width), dtype=rank_dtype(rows.dtype))
-        # The next ticket, then the pieces done in each row block.
-        progress = torch.zeros(1 + -(-m // plan.tile.rows), dtype=torch.int32, device=rows.device)
-        if plan.tile.kind == TMA:
-            x_w_y = descriptors(plan.tile, rows, weight, y, transposed=False)
-            plan.whole(plan.programs, *x_w_y, rows, bias, *factors, left, progress, *numbers)
-        else:
-            plan.whole(plan.programs, rows, weight, bias, *factors, left, progress, y, *numbers)
+        y = frozen.rows.new_empty((sizes.m, sizes.n))
+        _launch_whole(plan.whole, plan.rank, frozen, adapter, saved, y, sizes)
         return y
-    left, right = _shrink_and_pack(
-        plan, rows, lora_A, lora_B, order, counts, gate, scaling, scaling_tensor, least, keep_scale, seed, saved, given
-    )
-    if plan.tail is None:
-        y = F.linear(rows, weight, bias)
-        if plan.expand is None:
-            return y.addmm_(left, right.T)
-        plan.expand(expand.programs(m, n), y, left, right, None, counts, 1.0, m, n, r, plan.width)
+    left, right = _shrink_and_pack(plan, frozen.rows, adapter, saved, precomputed)
+    if plan.tail is not None:
+        y = frozen.rows.new_empty((sizes.m, sizes.n))
+        plan.tail(frozen, LowRank(left, right, None, adapter.counts), y, 1.0)
         return y
-    y = rows.new_empty((m, n))
-    plan.tail(rows, weight, y, bias, left, right, None, counts, 1.0, r)
+    y = F.linear(*frozen)
+    if plan.expand is None:
+        return y.addmm_(left, right.T)
+    expand.launch(plan.expand, y, LowRank(left, right, None, adapter.counts), 1.0, sizes)
     return y
+
+
+def _launch_whole(
+    whole: _Whole,
+    rank: torch.dtype,
+    frozen: Frozen,
+    adapter: AdapterArguments,
+    saved: Tensor | None,
+    y: Tensor,
+    sizes: Sizes,
+) -> None:
+    """Write y, and S where it is saved."""
+    taken = whole.tile
+    if taken.kind == DECODE_TILE:
+        decode.launch(whole.variant, whole.programs, frozen, adapter, saved, y, sizes)
+        return
+    left = y.new_empty((sizes.m, sizes.width), dtype=rank)
+    progress = torch.zeros(1 + -(-sizes.m // taken.rows), dtype=torch.int32, device=y.device)
+    results = pieces.Results(saved, left, progress)
+    if taken.kind == TMA:
+        single_tma.launch(whole.variant, whole.programs, taken, frozen, adapter, results, y, sizes)
+    else:
+        single_pointer.launch(whole.variant, whole.programs, frozen, adapter, results, y, sizes)
+
+
+def _shrink_and_pack(
+    plan: _Plan, rows: Tensor, adapter: AdapterArguments, saved: Tensor | None, precomputed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Make S, or take the precomputed one; left (M, width) and right (N, width) of the tail."""
+    making, sizes = plan.shrink, plan.sizes
+    assert making is not None and adapter.lora_B is not None
+    left = rows.new_empty((sizes.m, sizes.width), dtype=plan.rank)
+    packed = rows.new_empty((sizes.n, sizes.width), dtype=plan.rank) if making.packs else None
+    right = adapter.lora_B if packed is None else packed
+    if making.parts is None:
+        assert precomputed is not None
+        precomputed_shrink.launch(making.variant, making.programs, precomputed, adapter, left, packed, sizes)
+        return left, right
+    parts = making.parts
+    if making.reduce is None:
+        outputs = shrink.Outputs(saved, left, None, packed)
+        shrink.launch(making.variant, making.programs, rows, adapter, outputs, sizes, parts.split)
+        return left, right
+    slots = rows.new_empty((parts.split.splits, sizes.m, sizes.width), dtype=torch.float32)
+    outputs = shrink.Outputs(slots=slots, right=packed)
+    shrink.launch(making.variant, making.programs, rows, adapter, outputs, sizes, parts.split)
+    reduce_rows.launch(making.reduce, parts.reduce_programs, slots, adapter, (saved, left, None), sizes)
+    return left, right

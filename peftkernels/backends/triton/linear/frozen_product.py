@@ -7,21 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkernels.backends.triton.common.arguments import Frozen, LowRank, Sizes
 from peftkernels.backends.triton.common.kinds import Kinds
-from peftkernels.backends.triton.common.launch import Variant, capability, descriptor_of, gpu_name, multiprocessors
-from peftkernels.backends.triton.common.tiles import TMA, Tile, descriptor_blocks, tile
+from peftkernels.backends.triton.common.launch import Variant, capability, gpu_name, multiprocessors
+from peftkernels.backends.triton.common.tiles import TMA, Tile, tile
 from peftkernels.backends.triton.kernels import gemm_pointer, gemm_tma
 from peftkernels.backends.triton.linear import routes
 
 
-def route(
-    kinds: Kinds, device: torch.device, direction: str, m: int, n: int, k: int, plain_weight: bool
-) -> routes.Choice:
-    """The choice that serves a call: the table's, or the library where a view's layout rules it out.
+def route(kinds: Kinds, device: torch.device, direction: str, sizes: Sizes, plain_weight: bool) -> routes.Choice:
+    """Return the choice that serves a call: the table's, or the library where a view's layout rules it out.
 
-    RuntimeError where a forced choice cannot serve.
+    Args:
+        kinds: The call as the compiler sees it.
+        device: Where it runs.
+        direction: `routes.FORWARD` or `routes.BACKWARD`.
+        sizes: M, N and K.
+        plain_weight: True if W is contiguous.
+
+    Raises:
+        RuntimeError: Where a forced choice cannot serve.
     """
-    product = routes.Product(direction, str(kinds.x).removeprefix("torch."), m, n, k)
+    product = routes.Product(direction, str(kinds.x).removeprefix("torch."), sizes.m, sizes.n, sizes.k)
     choice, reason = routes.choose(product, gpu_name(device), capability(device))
     if choice.route == routes.LIBRARY:
         return choice
@@ -39,60 +46,50 @@ def route(
     return routes.Choice(routes.LIBRARY)
 
 
-def resident_programs(device: torch.device, tile: Tile, m: int, p: int) -> int:
-    """Programs that stay and share the tiles of out (m, p) among them."""
-    return min(tiles_of(tile, m, p), multiprocessors(device) * tile.programs)
+def resident_programs(device: torch.device, tile: Tile, m: int, columns: int) -> int:
+    """Programs that stay and share the tiles of out (m, columns) among them."""
+    return min(tiles_of(tile, m, columns), multiprocessors(device) * tile.programs)
 
 
-def tiles_of(tile: Tile, m: int, p: int) -> int:
-    """Tiles of out (m, p)."""
-    return -(-m // tile.rows) * -(-p // tile.columns)
+def tiles_of(tile: Tile, m: int, columns: int) -> int:
+    """Tiles of out (m, columns)."""
+    return -(-m // tile.rows) * -(-columns // tile.columns)
 
 
 @dataclass(frozen=True)
 class TailProduct:
-    """out (M, P) = in (M, Q) · Wop + left·right in one launch; transposed: the backward direction (see `products`)."""
+    """out = in · Wop + left·right in one launch (see `products`).
+
+    Attributes:
+        variant: `gemm_tma` or `gemm_pointer`, as the tile's kind says.
+        tile: How a program walks the product.
+        programs: The grid.
+        transposed: True for the backward direction.
+        sizes: The product's sizes.
+    """
 
     variant: Variant
     tile: Tile
     programs: int
     transposed: bool
+    sizes: Sizes
 
-    def __call__(
-        self,
-        rows: Tensor,
-        weight: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        left: Tensor,
-        right: Tensor,
-        bits: Tensor | None,
-        counts: Tensor | None,
-        keep_scale: float,
-        r: int,
-    ) -> None:
-        """Write y; bits: `dropout.keep_bits` over y, through which left·right passes."""
-        (m, q), p = rows.shape, y.shape[1]
-        low_rank = (left, right, bits, counts)
+    def __call__(self, frozen: Frozen, low_rank: LowRank, out: Tensor, keep_scale: float) -> None:
+        """Write out; keep_scale: what dropout multiplies an element by that it keeps, where low_rank has its bits."""
         if self.tile.kind == TMA:
-            x_w_y = descriptors(self.tile, rows, weight, y, self.transposed)
-            self.variant(self.programs, *x_w_y, bias, *low_rank, keep_scale, m, p, q, r, left.shape[1])
+            gemm_tma.launch(
+                self.variant, self.programs, self.tile, frozen, low_rank, out, self.transposed, keep_scale, self.sizes
+            )
         else:
-            numbers = (keep_scale, m, p, q, r, left.shape[1], rows.stride(0))
-            self.variant(self.programs, rows, weight, bias, *low_rank, y, *numbers)
+            gemm_pointer.launch(self.variant, self.programs, frozen, low_rank, out, keep_scale, self.sizes)
 
 
-def plan_tail(kinds: Kinds, device: torch.device, tile: Tile, m: int, n: int, k: int, transposed: bool) -> TailProduct:
-    """The launch for x (m, k) · Wᵀ, or transposed for G (m, n) · W."""
-    p, q = (k, n) if transposed else (n, k)
+def plan_tail(kinds: Kinds, device: torch.device, tile: Tile, sizes: Sizes, transposed: bool) -> TailProduct:
+    """Return the launch for x·Wᵀ, or transposed for G·W."""
+    m, n, k, _, _ = sizes
+    columns, depth = (k, n) if transposed else (n, k)
     if tile.kind == TMA:
         variant = gemm_tma.variant(kinds, tile, transposed)
-        return TailProduct(variant, tile, resident_programs(device, tile, m, p), transposed)
-    variant = gemm_pointer.variant(kinds, tile, transposed, q % tile.depth == 0)
-    return TailProduct(variant, tile, tiles_of(tile, m, p), transposed)
-
-
-def descriptors(tile: Tile, rows: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> list[object]:
-    """What the tensor memory accelerator needs of in, W and out."""
-    blocks = descriptor_blocks(tile, transposed)
-    return [descriptor_of(tensor, block) for tensor, block in zip((rows, weight, y), blocks, strict=True)]
+        return TailProduct(variant, tile, resident_programs(device, tile, m, columns), transposed, sizes)
+    variant = gemm_pointer.variant(kinds, tile, transposed, depth % tile.depth == 0)
+    return TailProduct(variant, tile, tiles_of(tile, m, columns), transposed, sizes)

@@ -33,9 +33,10 @@ FORCED = "forced"
 class Choice:
     """A way to serve a product.
 
-    route  "library": the library's GEMM, then `addmm_`; "tail": a shrink launch, then a GEMM whose last steps are the
-           low-rank product; "single": both in one launch; "decode": one launch for few rows
-    tile   the name of a `tiles.Tile`; empty for the library
+    Attributes:
+        route: "library": the library's GEMM, then `addmm_`; "tail": a shrink launch, then a GEMM whose last steps are
+            the low-rank product; "single": both in one launch; "decode": one launch for few rows.
+        tile: The name of a `tiles.Tile`; empty for the library.
     """
 
     route: str
@@ -86,8 +87,10 @@ class Entry:
 class Table:
     """The measurements of one GPU.
 
-    gpu       as the driver names it, "NVIDIA H200"
-    measured  date, commit and versions of the run
+    Attributes:
+        gpu: Its name as the driver has it, "NVIDIA H200".
+        measured: Date, commit and versions of the run.
+        entries: What was measured for each product.
     """
 
     gpu: str
@@ -215,7 +218,14 @@ def forget_tables() -> None:
 
 
 def read_table(path: Path) -> Table:
-    """Raises ValueError, naming the file, for one that holds no table or a choice that does not exist."""
+    """Read a table.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: For a file that holds no table, or a choice that does not exist; it names the file.
+    """
     try:
         content = json.loads(path.read_text())
         entries = tuple(
