@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -23,15 +24,21 @@ BUILD = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the checkout, with the kernels that this one has, since compiling them takes minutes."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build may look at: it leaves files behind."""
+    folder = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
     for name in ("peftkernels", "csrc", "bench", "demo"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in BUILD:
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with the kernels that this checkout has, since compiling them takes minutes."""
+    folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", source]
     subprocess.run([*build, "--wheel-dir", folder], env={**os.environ, "PEFTKERNELS_BUILD": "off"}, check=True)
     (built,) = folder.glob("*.whl")
@@ -69,3 +76,15 @@ def test_the_wheel_works_by_itself(wheel: Path) -> None:
     has_kernels = bool(list(Path(peftkernels.__file__).parent.glob("_C*.so")))
     assert ("\n  cpu           runs" in printed) == has_kernels
     assert f"imported from {ROOT}" not in printed
+
+
+@pytest.mark.alone
+def test_the_source_distribution_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=source, env={**os.environ, "PEFTKERNELS_BUILD": "off"}, check=True)
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert wanted <= names and {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
+    assert not {name.partition("/")[0] for name in names} & {"bench", "demo", "tests"}
