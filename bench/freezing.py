@@ -43,7 +43,7 @@ def _step(width: int, depth: int, rows: int, frozen: int) -> Callable[[], None]:
         layers += [AdaLoRALinear.from_linear(nn.Linear(width, width), RANK), nn.Tanh()]
     model = nn.Sequential(*layers)
     allocator = BudgetAllocator(model, Magnitude(), total_step=10**9, target_r=RANK // 2, tinit=10**9 - 2)
-    for name in list(allocator.masks.layers)[:frozen]:
+    for name in list(allocator.layers)[:frozen]:
         allocator.freeze(name)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     x, target = torch.randn(rows, width), torch.randn(rows, width)

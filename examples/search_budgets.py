@@ -63,7 +63,7 @@ class CandidateRun(Run):
 
     def active_parameters(self) -> float:
         """What the ACTIVE ranks are made of, in numbers."""
-        layers = self.allocator.masks.layers
+        layers = self.allocator.layers
         costs = {
             name: float(sum(layer.lora_A.shape[1:] + layer.lora_B.shape[:1]) + 1) for name, layer in layers.items()
         }

@@ -104,7 +104,7 @@ class LiveRanks:
     def _positions(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], buffer: Tensor) -> Tensor | None:
         owners = {
             id(getattr(layer, factor)): (name, factor)
-            for name, layer in self.allocator.masks.layers.items()
+            for name, layer in self.allocator.layers.items()
             for factor in FACTORS
         }
         taking_part = torch.ones(buffer.numel(), dtype=torch.bool)

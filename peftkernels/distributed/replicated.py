@@ -35,7 +35,7 @@ def average_adapter_gradients(live_ranks: LiveRanks) -> None:
     that processes whose batches used different layers still agree; frozen factors are left out.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for layer in live_ranks.allocator.masks.layers.values():
+    for layer in live_ranks.allocator.layers.values():
         for factor in FACTORS:
             parameter = getattr(layer, factor)
             if parameter.requires_grad:

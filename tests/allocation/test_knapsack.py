@@ -92,7 +92,7 @@ def two_widths(scores: list[float], method: str = "greedy") -> BudgetAllocator:
 
 def last_decision(allocator: BudgetAllocator) -> dict[str, list[bool]]:
     for _ in range(2):
-        draw_gradients(allocator.masks.layers)
+        draw_gradients(allocator.layers)
         allocator.step()
     return allocator.rank_pattern()
 

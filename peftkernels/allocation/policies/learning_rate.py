@@ -81,9 +81,7 @@ class LearningRateMultipliers:
         optimizer = allocator.optimizer
         if optimizer is None:
             raise RuntimeError("the allocator is attached to no optimizer; call allocator.attach(optimizer) first")
-        module_of = {
-            id(getattr(layer, factor)): name for name, layer in allocator.masks.layers.items() for factor in FACTORS
-        }
+        module_of = {id(getattr(layer, factor)): name for name, layer in allocator.layers.items() for factor in FACTORS}
         for number, group in enumerate(optimizer.param_groups):
             found = {module_of.get(id(parameter)) for parameter in group["params"]}
             if len(found) > 1 and found != {None}:
@@ -93,7 +91,7 @@ class LearningRateMultipliers:
                     "peftkernels.allocation.policies.learning_rate.module_groups makes such groups"
                 )
 
-        names = list(allocator.masks.layers)
+        names = list(allocator.layers)
         if self._names is None:
             # Multipliers from before the first of these can only be loaded ones.
             self._current = _with_own_names(self._current, names)

@@ -34,7 +34,7 @@ class AllocatorTraining:
     @property
     def factors(self) -> dict[str, Tensor]:
         """lora_A (r, K), lora_B (N, r) and lora_E (r, 1) of the layers by name."""
-        layers = self.allocator.masks.layers
+        layers = self.allocator.layers
         return {f"{n}.{f}": getattr(layer, f) for n, layer in layers.items() for f in ("lora_A", "lora_B", "lora_E")}
 
     @property
