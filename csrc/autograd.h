@@ -17,8 +17,8 @@ namespace peftkernels {
 // function `LoraLinearFunction` does, and sets the call's `save_shrink`.
 at::Tensor lora_linear(Forward& call, const Backend& backend);
 
-// The tensors by which gradients may be differentiated again: grad_y, x, weight, lora_A, lora_B and gate; undefined where
-// there is none.
+// The tensors by which gradients may be differentiated again: grad_y, x, weight, lora_A, lora_B and gate; undefined
+// where there is none.
 using Inputs = std::array<at::Tensor, 6>;
 Inputs inputs_of(const Backward& call);
 

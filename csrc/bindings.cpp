@@ -90,7 +90,7 @@ py::dict pack_cache_stats() {
 
 // Why the weight's packs are refused; none when they are not.
 std::optional<std::string> pack_refusal(const at::Tensor& weight) {
-  const auto refusal = cpu::is_refused(weight) ? cpu::ask_again(weight) : cpu::Refusal::None;
+  const auto refusal = cpu::is_refused(weight) ? cpu::request_again(weight) : cpu::Refusal::None;
   if (refusal == cpu::Refusal::None) {
     return std::nullopt;
   }

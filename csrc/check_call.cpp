@@ -48,7 +48,8 @@ bool fits_plan(const Ranks& ranks, int64_t r, const Backend& backend) {
   const auto &state = *ranks.state, &order = *ranks.order, &counts = *ranks.counts;
   const Name names[]{"rank_plan.state", "rank_plan.order", "rank_plan.counts"};
   return is_dense<fault>(names[0], state, backend.key) && is_dense<fault>(names[1], order, backend.key) &&
-      is_dense<fault>(names[2], counts, backend.key) && has_dtype<fault>(names[0], state, at::kByte) && has_dtype<fault>(names[1], order, at::kInt) &&
+      is_dense<fault>(names[2], counts, backend.key) && has_dtype<fault>(names[0], state, at::kByte) &&
+      has_dtype<fault>(names[1], order, at::kInt) &&
       has_dtype<fault>(names[2], counts, at::kInt) && has_shape<fault>(names[0], state, {r}, "(r,)") &&
       has_shape<fault>(names[1], order, {r}, "(r,)") && has_shape<fault>(names[2], counts, {2}, "(2,)") &&
       is_readable<fault>(names[0], state) && is_readable<fault>(names[1], order) &&

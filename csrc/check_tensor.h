@@ -47,7 +47,8 @@ constexpr bool is_float(at::ScalarType dtype) {
 // The bytes of its storage that a strided tensor reaches up to, or -1 where that is more than there can be.
 int64_t reach(const at::Tensor& tensor);
 
-// Returns true if the storage is there and holds all elements: it may have been freed, or made smaller, under the tensor.
+// Returns true if the storage is there and holds all elements: it may have been freed, or made smaller, under the
+// tensor.
 inline bool is_backed(const at::Tensor& tensor) {
   const auto* const impl = tensor.unsafeGetTensorImpl();
   if (C10_UNLIKELY(!impl->has_storage())) {

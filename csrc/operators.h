@@ -51,7 +51,8 @@ struct Operator<Record, std::tuple<Fields&...>> {
   static typename Record::Results dispatch(const Record& call, const Backend& backend) {
     const auto overload =
         c10::Dispatcher::singleton().findSchemaOrThrow(Record::kOperator, backend.name).template typed<Function>();
-    return std::apply([&overload](const auto&... arguments) { return overload.call(arguments...); }, Record::arguments(call));
+    return std::apply(
+        [&overload](const auto&... arguments) { return overload.call(arguments...); }, Record::arguments(call));
   }
 };
 

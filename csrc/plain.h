@@ -1,4 +1,4 @@
-// Whether anything but plain tensors and plain autograd is at work on a call: what only torch's dispatcher follows.
+// What is at work on a call beside plain tensors and plain autograd, which only torch's dispatcher follows.
 #pragma once
 
 #include <ATen/core/Tensor.h>

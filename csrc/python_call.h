@@ -10,9 +10,9 @@
 
 namespace peftkernels {
 
-// What `peftkernels.backends.registry` decided once for the process: the dtypes of x in which `backend` serves impl="auto"
-// and its own name, for x on its device and a frozen weight. `rank_plan` is the class RankPlan, `second_derivatives` the
-// function of `peftkernels.ops.composition`.
+// What `peftkernels.backends.registry` decided once for the process: the dtypes of x in which `backend` serves
+// impl="auto" and its own name, for x on its device and a frozen weight. `rank_plan` is the class RankPlan,
+// `second_derivatives` the function of `peftkernels.ops.composition`.
 void set_direct_call(
     const Backend& backend, const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named,
     PyObject* rank_plan, PyObject* second_derivatives);

@@ -272,7 +272,7 @@ class Scores {
   std::vector<T> means_;
 };
 
-// Whether every p·g is finite.
+// Returns true if every p·g is finite.
 template <typename T>
 bool all_finite(const std::vector<Factor>& factors, int64_t threads) {
   std::atomic<bool> finite_so_far{true};

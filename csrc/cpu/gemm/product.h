@@ -13,6 +13,8 @@ namespace peftkernels::cpu {
 // Columns of a right operand that lie side by side in a packed weight: four 512-bit vectors of fp32 sums.
 constexpr int64_t kPanelColumns = 64;
 
+// A product's own sizes, whatever it is of: the depth of x·Wᵀ is K, that of G·W is N.
+//
 // left (rows x depth) · right (depth x width) + tail_left (rows x tail_depth) · tail_right (tail_depth x width) + start
 template <typename T>
 struct Product {
@@ -54,7 +56,7 @@ void sum_over_rows(const RowSums<T>& sums, float* to, int64_t to_stride, bool ac
 template <typename T>
 int64_t depth_group();
 
-// Whether T is served by our own AVX-512 kernels. PEFTKERNELS_CPU_ISA=portable says no for all types.
+// Returns true if T is served by our own AVX-512 kernels. PEFTKERNELS_CPU_ISA=portable says no for all types.
 template <typename T>
 bool has_avx512_kernels();
 

@@ -5,10 +5,10 @@
 
 namespace peftkernels::cpu::avx512 {
 
-// Whether this build holds the kernels and this processor runs them.
+// Returns true if this build holds the kernels and this processor runs them.
 bool supports_fp32();
 bool supports_bf16();
-// Whether the processor has matrix tiles for bf16, which these kernels do not use.
+// Returns true if the processor has matrix tiles for bf16, which these kernels do not use.
 bool supports_amx_bf16();
 
 void multiply(const Product<float>& product, float* to, int64_t to_stride);

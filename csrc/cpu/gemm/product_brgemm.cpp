@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kDepthStep = 384;
 constexpr int64_t kSumRows = 256;
 
-// Whether the product of two rows with operands in pairs comes out right; ATen raises where it has no such kernel.
+// Returns true if the product of two rows with operands in pairs comes out right; ATen raises where it has no such
+// kernel.
 template <typename T>
 bool multiplies_pairs() {
   const T a[2][4] = {{T(1.0f), T(2.0f), T(3.0f), T(4.0f)}, {T(5.0f), T(6.0f), T(7.0f), T(8.0f)}};

@@ -194,8 +194,8 @@ void take_means(bool of_rows, const T* a, const T* b, int64_t rows, int64_t colu
   }
 }
 
-// Whether sums in this order have at::mean's bits. Two orders agree in nearly half of all sums by chance, so many are
-// compared.
+// Returns true if sums in this order have at::mean's bits. Two orders agree in nearly half of all sums by chance, so
+// many are compared.
 template <typename T>
 bool has_order(bool of_rows, int64_t rows, int64_t columns, int order) {
   constexpr int64_t kSums = 64;

@@ -72,7 +72,7 @@ struct KnownWeight {
         data(weight.const_data_ptr()),
         version(version_of(weight)) {}
 
-  // Whether the weight is as it was, as far as its address and its version counter tell.
+  // Returns true if the weight is as it was, as far as its address and its version counter tell.
   bool is(const at::Tensor& weight) const {
     return data == weight.const_data_ptr() && version == version_of(weight);
   }
@@ -101,7 +101,7 @@ struct KnownWeight {
     return share;
   }
 
-  // Whether it lies in memory that `other` has a part of.
+  // Returns true if it lies in memory that `other` has a part of.
   bool shares_memory_with(const c10::Storage& other) const {
     const auto begin = reinterpret_cast<uintptr_t>(memory), other_begin = reinterpret_cast<uintptr_t>(other.data());
     return storage._unsafe_get_target() == other.unsafeGetStorageImpl() ||
@@ -138,9 +138,9 @@ struct KnownWeight {
   int64_t next_diagonal = 0, next_block = 0; // what is read again next
   std::vector<Pack> packs;
   int64_t used = 0;
-  // Of a refused weight: the bytes there was no room for, whether it was the system that had none, and how often they
-  // have been asked for since when.
-  int64_t wanted = 0, asked = 0, asked_since = 0;
+  // Of a refused weight: the bytes there was no room for, whether it was the system that had none, and how many requests
+  // of them there have been since when.
+  int64_t missing_bytes = 0, requests = 0, requests_since = 0;
   bool out_of_memory = false;
 };
 

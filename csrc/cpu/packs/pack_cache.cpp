@@ -1,210 +1,18 @@
 #include "pack_cache.h"
 
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
-#include <atomic>
-#include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <unordered_map>
 #include <utility>
-#include <vector>
 
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
-
+#include "cache_state.h"
 #include "known_weight.h"
-#include "memory.h"
 
 namespace peftkernels::cpu {
 namespace {
 
 // Weights that died without a word (see `watch`) are looked for this often, and before a pack is made.
 constexpr int64_t kCallsPerSweep = 1024;
-
-using Weights = std::unordered_map<WeightKey, KnownWeight, WeightKeyHash>;
-
-// What was taken out of the cache while it was locked, to be freed when it no longer is: unmapping memory takes its
-// time, and the last reference to a storage may need Python's lock.
-struct Remains {
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  std::vector<Pack> packs;
-};
-using Dropped = std::vector<Remains>;
-
-bool keeps(PackMode mode, Direction direction) {
-  return mode == PackMode::Both || (mode == PackMode::ForwardOnly && direction == Direction::Forward);
-}
-
-// Its functions want the mutex held.
-struct Cache {
-  std::mutex mutex;
-  Weights weights;
-  std::atomic<PackMode> mode{PackMode::Both}; // read without the mutex too
-  PackLimit limit;
-  int64_t promised = 0; // bytes of packs that are being made
-  int64_t hits = 0, misses = 0, clock = 0, serials = 0;
-  std::atomic<int64_t> refused{0}; // weights; read without the mutex too
-
-  int64_t held() const {
-    int64_t sum = 0;
-    for (const auto& [key, weight] : weights) {
-      sum += weight.bytes();
-    }
-    return sum;
-  }
-
-  std::optional<int64_t> allowed() const {
-    if (!limit.share) {
-      return limit.bytes;
-    }
-    const auto available = available_memory();
-    if (!available) {
-      return std::nullopt;
-    }
-    return static_cast<int64_t>(*limit.share * static_cast<double>(*available + held()));
-  }
-
-  int64_t room() const {
-    const auto bytes = allowed();
-    return bytes ? *bytes - held() - promised : std::numeric_limits<int64_t>::max();
-  }
-
-  void drop_packs(KnownWeight& weight, Dropped& dropped) {
-    dropped.push_back({weight.storage, std::move(weight.packs)});
-    weight.packs.clear();
-    weight.checksums.reset();
-  }
-
-  Weights::iterator erase(Weights::iterator it, Dropped& dropped) {
-    refused -= it->second.wanted > 0 ? 1 : 0;
-    drop_packs(it->second, dropped);
-    return weights.erase(it);
-  }
-
-  template <typename Predicate>
-  void erase_if(const Predicate& predicate, Dropped& dropped) {
-    for (auto it = weights.begin(); it != weights.end();) {
-      it = predicate(it->second) ? erase(it, dropped) : std::next(it);
-    }
-  }
-
-  void erase_dead(Dropped& dropped) {
-    erase_if([](const KnownWeight& weight) { return weight.storage.expired(); }, dropped);
-  }
-
-  // What is known of the weight as it is now. What was known of it as it was before a change is dropped.
-  KnownWeight* find(const WeightKey& key, const at::Tensor& weight, Dropped& dropped) {
-    const auto found = weights.find(key);
-    if (found == weights.end()) {
-      return nullptr;
-    }
-    if (!found->second.is(weight)) {
-      erase(found, dropped);
-      return nullptr;
-    }
-    return &found->second;
-  }
-
-  // Whether `bytes` more may be kept for the weight; they are promised then.
-  bool admit(KnownWeight& weight, int64_t bytes, Dropped& dropped) {
-    if (weight.wanted > 0 && !asked_enough(weight, dropped)) {
-      return false;
-    }
-    if (room() < bytes) {
-      refuse(weight, bytes, /*out_of_memory=*/false, dropped);
-      return false;
-    }
-    promised += bytes;
-    return true;
-  }
-
-  void refuse(KnownWeight& weight, int64_t bytes, bool out_of_memory, Dropped& dropped) {
-    refused += weight.wanted > 0 ? 0 : 1;
-    weight.wanted = std::max<int64_t>(1, weight.bytes() + bytes);
-    weight.out_of_memory = out_of_memory;
-    weight.asked = 0;
-    weight.asked_since = clock;
-    drop_packs(weight, dropped);
-  }
-
-  // Counts a request of a refused weight; true when there is room for it, made at the cost of others if need be.
-  bool asked_enough(KnownWeight& weight, Dropped& dropped) {
-    if (++weight.asked < kPatience) {
-      return false;
-    }
-    const auto missing = weight.wanted - room();
-    int64_t idle = 0;
-    for (const auto& [key, other] : weights) {
-      idle += other.used < weight.asked_since ? other.bytes() : 0;
-    }
-    if (idle < missing) {
-      weight.asked = 0;
-      weight.asked_since = clock;
-      return false;
-    }
-    drop_oldest(missing, dropped);
-    weight.wanted = 0;
-    --refused;
-    return true;
-  }
-
-  // Drops the packs of weights, those first that have not been used for longest, until `bytes` are dropped.
-  void drop_oldest(int64_t bytes, Dropped& dropped) {
-    std::vector<KnownWeight*> oldest;
-    for (auto& [key, weight] : weights) {
-      oldest.push_back(&weight);
-    }
-    std::sort(oldest.begin(), oldest.end(), [](const auto* a, const auto* b) { return a->used < b->used; });
-    for (auto* const weight : oldest) {
-      if (bytes <= 0) {
-        return;
-      }
-      bytes -= weight->bytes();
-      drop_packs(*weight, dropped);
-    }
-  }
-};
-
-Cache& cache() {
-  // Never destroyed: threads may still run kernels while static objects are torn down.
-  static Cache* const instance = [] {
-#if !defined(_WIN32)
-    // A child gets the cache as it is while no thread has it locked; threads that were making packs are gone there.
-    const auto in_child = [] {
-      cache().promised = 0;
-      cache().mutex.unlock();
-    };
-    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, in_child);
-#endif
-    return new Cache;
-  }();
-  return *instance;
-}
-
-// Forgets every weight that lies in the memory at `memory`.
-void forget(const void* memory) {
-  auto& state = cache();
-  Dropped dropped;
-  const std::lock_guard<std::mutex> guard(state.mutex);
-  state.erase_if([memory](const KnownWeight& weight) { return weight.memory == memory; }, dropped);
-}
-
-// Takes the packs along when the weight's memory is freed. Only memory of torch's own allocator can tell, whose way of
-// freeing is known; weights in other memory (a mapped file, numpy's) are found dead later.
-void watch(const at::Tensor& weight) {
-  static const auto plain = c10::GetDefaultCPUAllocator()->raw_deleter();
-  auto& memory = weight.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
-  if (memory.get() == memory.get_context()) {
-    static_cast<void>(memory.compare_exchange_deleter(plain, [](void* freed) {
-      forget(freed);
-      plain(freed);
-    }));
-  }
-}
 
 // Gives promised bytes back, which a kept pack has taken up by then.
 struct Promise {
@@ -213,7 +21,7 @@ struct Promise {
     state.promised -= bytes;
   }
 
-  Cache& state;
+  CacheState& state;
   int64_t bytes;
 };
 
@@ -272,9 +80,7 @@ std::optional<int64_t> request(const at::Tensor& weight, const PackKind& kind, i
   state.erase_dead(dropped);
   auto* known = state.find(key, weight, dropped);
   if (known == nullptr) {
-    known = &state.weights.emplace(key, KnownWeight(weight, ++state.serials)).first->second;
-    known->used = state.clock;
-    watch(weight);
+    known = &state.add(key, weight);
   }
   return state.admit(*known, bytes, dropped) ? std::optional<int64_t>(known->serial) : std::nullopt;
 }
@@ -308,9 +114,9 @@ at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Directi
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
   auto* const known = state.find(WeightKey(weight), weight, dropped);
-  // Meanwhile the cache may have been cleared, set to another mode, or filled up and asked by another thread; and the
-  // weight may have changed and been met again by another thread, as it is now and not as it was packed.
-  if (known == nullptr || known->serial != *serial || known->wanted > 0 || !keeps(state.mode, direction)) {
+  // Meanwhile the cache may have been cleared, set to another mode, or filled up and its room requested by another
+  // thread; and the weight may have changed and been met again by another thread, as it is now and not as it was packed.
+  if (known == nullptr || known->serial != *serial || known->missing_bytes > 0 || !keeps(state.mode, direction)) {
     return panels;
   }
   if (!panels.defined()) {
@@ -337,16 +143,16 @@ bool is_refused(const at::Tensor& weight) {
   }
   const std::lock_guard<std::mutex> guard(state.mutex);
   const auto found = state.weights.find(WeightKey(weight));
-  return found != state.weights.end() && found->second.wanted > 0;
+  return found != state.weights.end() && found->second.missing_bytes > 0;
 }
 
-Refusal ask_again(const at::Tensor& weight) {
+Refusal request_again(const at::Tensor& weight) {
   auto& state = cache();
   Dropped dropped;
   const std::lock_guard<std::mutex> guard(state.mutex);
   ++state.clock;
   const auto found = state.weights.find(WeightKey(weight));
-  if (found == state.weights.end() || found->second.wanted == 0 || state.asked_enough(found->second, dropped)) {
+  if (found == state.weights.end() || found->second.missing_bytes == 0 || state.request_room(found->second, dropped)) {
     return Refusal::None;
   }
   return found->second.out_of_memory ? Refusal::Memory : Refusal::Limit;

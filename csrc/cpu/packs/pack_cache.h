@@ -37,20 +37,20 @@ struct PackCacheStats {
 //
 // A weight is kept whole or not at all. Where a pack would exceed the limit, or the system has no memory for it, it is
 // made for the call alone, and the weight's other pack is dropped too: a weight is served either from packs or by an
-// implementation that needs none. No pack gives way to another weight's until that weight has been refused kPatience
-// times since the pack's last use, by which time the refused calls have cost more than packing. So a loop over more
-// weights than fit keeps the same ones.
+// implementation that needs none. No pack gives way to another weight's until that weight has been refused
+// kRefusalsBeforeEviction times since the pack's last use, by which time the refused calls have cost more than packing.
+// So a loop over more weights than fit keeps the same ones.
 at::Tensor packed_weight(const at::Tensor& weight, at::ScalarType dtype, Direction direction, int64_t rows);
 
-constexpr int64_t kPatience = 16;
+constexpr int64_t kRefusalsBeforeEviction = 16;
 
-// Whether there was no room for the weight's packs, so that every call would pack it for itself.
+// Returns true if there was no room for the weight's packs, so that every call would pack it for itself.
 bool is_refused(const at::Tensor& weight);
 
 enum class Refusal : int64_t { None, Limit, Memory }; // there is no room within the limit, the system has no memory
 
 // As a call would on a refused weight, without packing: counts a refusal, and says why it is refused still.
-Refusal ask_again(const at::Tensor& weight);
+Refusal request_again(const at::Tensor& weight);
 
 PackMode pack_mode();
 void set_pack_mode(PackMode mode);

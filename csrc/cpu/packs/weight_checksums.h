@@ -34,7 +34,7 @@ class WeightChecksums {
   int64_t bytes() const {
     return lines_ * line_bytes_;
   }
-  // Whether a share of the weight, which begins at `data` now, is as it was.
+  // Returns true if a share of the weight, which begins at `data` now, is as it was.
   bool match(const void* data, const Share& share) const;
 
   bool operator==(const WeightChecksums& other) const {
