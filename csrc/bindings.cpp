@@ -99,9 +99,8 @@ std::optional<std::string> pack_refusal(const at::Tensor& weight) {
 
 // The entry that `functional.lora_linear` tries first; the arguments are what `backends.registry` says of this process.
 py::object direct_call(
-    const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named, const py::type& rank_plan,
-    const py::function& second_derivatives) {
-  set_direct_call(cpu::backend, automatic, named, rank_plan.ptr(), second_derivatives.ptr());
+    const std::vector<at::ScalarType>& automatic, const py::type& rank_plan, const py::function& second_derivatives) {
+  set_direct_call(cpu::backend, automatic, rank_plan.ptr(), second_derivatives.ptr());
   return py::reinterpret_steal<py::object>(make_direct_call());
 }
 

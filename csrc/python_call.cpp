@@ -24,7 +24,7 @@ namespace {
 
 struct Served {
   const Backend* backend = nullptr;
-  DtypeSet automatic, named;
+  DtypeSet automatic;
   PyTypeObject* rank_plan = nullptr;
 };
 
@@ -170,7 +170,7 @@ bool read(PyObject* const* arguments, Forward* call) {
   auto& adapter = call->adapter;
   return choice != Choice::Other && is_plain_thread(*served.backend) && !at::impl::torch_function_mode_enabled() &&
       read_tensor(arguments[0], &call->x) &&
-      (choice == Choice::Automatic ? served.automatic : served.named).contains(call->x.scalar_type()) &&
+      (choice == Choice::Automatic ? served.automatic : served.backend->dtypes).contains(call->x.scalar_type()) &&
       read_tensor(arguments[1], &call->weight.dense) && read_tensor(arguments[2], &adapter.A) &&
       read_tensor(arguments[3], &adapter.B) && read_optional_tensor(arguments[4], &call->bias) &&
       read_optional_tensor(arguments[5], &adapter.gate) && read_rank_plan(arguments[6], &adapter.ranks) &&
@@ -224,12 +224,12 @@ std::vector<at::Tensor> call_second_derivatives(
 } // namespace
 
 void set_direct_call(
-    const Backend& backend, const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named,
-    PyObject* rank_plan, PyObject* second_derivatives) {
+    const Backend& backend, const std::vector<at::ScalarType>& automatic, PyObject* rank_plan,
+    PyObject* second_derivatives) {
   TORCH_CHECK_TYPE(PyType_Check(rank_plan), "rank_plan: expected the class RankPlan");
   Py_INCREF(rank_plan);
   Py_XDECREF(reinterpret_cast<PyObject*>(served.rank_plan));
-  served = {&backend, DtypeSet(automatic), DtypeSet(named), reinterpret_cast<PyTypeObject*>(rank_plan)};
+  served = {&backend, DtypeSet(automatic), reinterpret_cast<PyTypeObject*>(rank_plan)};
   // Never released: threads may run a backward pass while the interpreter goes down.
   Py_INCREF(second_derivatives);
   set_second_derivatives([second_derivatives](const Gradients& grads, const Backward& call, bool x_left_out) {

@@ -10,12 +10,12 @@
 
 namespace peftkernels {
 
-// What `peftkernels.backends.registry` decided once for the process: the dtypes of x in which `backend` serves
-// impl="auto" and its own name, for x on its device and a frozen weight. `rank_plan` is the class RankPlan,
-// `second_derivatives` the function of `peftkernels.ops.composition`.
+// What `peftkernels.backends.registry` decided for the process: the dtypes of x in which `backend` serves impl="auto",
+// for x on its device and a frozen weight; by its name it serves all that it computes in. `rank_plan` is the class
+// RankPlan, `second_derivatives` the function of `peftkernels.ops.composition`.
 void set_direct_call(
-    const Backend& backend, const std::vector<at::ScalarType>& automatic, const std::vector<at::ScalarType>& named,
-    PyObject* rank_plan, PyObject* second_derivatives);
+    const Backend& backend, const std::vector<at::ScalarType>& automatic, PyObject* rank_plan,
+    PyObject* second_derivatives);
 
 // The callable `(x, weight, lora_A, lora_B, bias, gate, rank_plan, scaling, dropout_p, dropout_seed, shrink, impl)`: y,
 // or None with nothing done where the call is not for the backend, an argument is wrong, or anything but plain tensors

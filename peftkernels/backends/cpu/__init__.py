@@ -70,16 +70,15 @@ def keeps_packs() -> bool:
 
 def direct_call(
     automatic: Sequence[torch.dtype],
-    named: Sequence[torch.dtype],
     rank_plan: type,
     second_derivatives: Callable[..., list[Tensor | None]],
 ) -> Callable[..., torch.Tensor | None]:
-    """The C++ entry for plain calls, for the dtypes of x that are served when "auto" and when "cpu" is asked for.
+    """The C++ entry for plain calls, told for which dtypes of x it is taken when "auto" is asked for.
 
     It takes lora_linear's arguments by position and returns y, or None with nothing done. Its gradients are
     differentiated by `second_derivatives`, that of `composition`.
     """
-    return _extension().direct_call(automatic, named, rank_plan, second_derivatives)
+    return _extension().direct_call(automatic, rank_plan, second_derivatives)
 
 
 def pack_refusal(weight: Tensor) -> str | None:

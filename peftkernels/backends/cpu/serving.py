@@ -92,9 +92,8 @@ def direct_call(
     """
     if _unavailable_reason() is not None:
         return None
-    named = [dtype for dtype in FLOATS if _unserved_dtype(dtype) is None]
-    fast: list[Any] = [dtype for dtype in named if _slow_dtype(dtype) is None]
-    return cpu.direct_call(fast if automatic else [], named, RankPlan, second_derivatives)
+    fast: list[Any] = [dtype for dtype in FLOATS if (_unserved_dtype(dtype) or _slow_dtype(dtype)) is None]
+    return cpu.direct_call(fast if automatic else [], RankPlan, second_derivatives)
 
 
 def _averages_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
