@@ -24,7 +24,7 @@ class CapturedStepper:
             before, last = self._parts.progress.steps, self._parts.settings.last_allocation
             if checked_step(step, before) > last > before:
                 raise ValueError(f"step: found {step} after {before}, expected at most {last} before the one after")
-            self._schedule.step.fill_(step - 1)
+            self._schedule.count_from(step - 1)
         self._make(None)
 
     def after_optimizer_step(self, overflow: Tensor | None) -> bool:

@@ -43,12 +43,16 @@ class DeviceSchedule:
         self.step += ~skipped
         self.skipped += skipped
 
+    def count_from(self, step: int) -> None:
+        """Take `step` as the last step that was made."""
+        self.step.fill_(step)
+
     def budgets(self) -> Tensor:
         """Return the budget of every share, (S,)."""
         return self._budgets.index_select(0, self._row()).reshape(-1)
 
     def skips_update(self, overflow: Tensor | None) -> Tensor:
-        """Return True if statistics stay as they are: from the last allocation on, and in a skipped step."""
+        """Return True, 0-dim bool, if statistics stay as they are: from the last allocation on, and in a skipped step."""
         settled = self.step >= self._last
         return settled if overflow is None else settled | (overflow.reshape(()) != 0)
 
