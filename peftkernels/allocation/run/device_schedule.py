@@ -52,7 +52,7 @@ class DeviceSchedule:
         return self._budgets.index_select(0, self._row()).reshape(-1)
 
     def skips_update(self, overflow: Tensor | None) -> Tensor:
-        """Return True, 0-dim bool, if statistics stay as they are: from the last allocation on, and in a skipped step."""
+        """Return True, 0-dim bool, if statistics stay as they are: in a skipped step, and after the last allocation."""
         settled = self.step >= self._last
         return settled if overflow is None else settled | (overflow.reshape(()) != 0)
 
