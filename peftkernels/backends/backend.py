@@ -62,6 +62,7 @@ class Backend:
         routes: for `explain`: what ways a call goes inside the backend, in words.
         allocation: its kernels for rank allocation; None where it has none.
         devices: the types of device whose calls impl="auto" asks it about; None for all.
+        serves: the names of arguments that it serves and that not every backend does: `Call.later_arguments`.
         compiled: True where its functions read the memory of tensors themselves, instead of by torch's operators. What
             torch.func and forward-mode differentiation need of a call, such a backend cannot give.
     """
@@ -77,4 +78,5 @@ class Backend:
     routes: Callable[[Call], dict[str, str]] = _no_words
     allocation: Allocation | None = None
     devices: tuple[str, ...] | None = None
+    serves: frozenset[str] = frozenset()
     compiled: bool = False

@@ -17,7 +17,7 @@ from peftkernels.backends.eager import serving as eager
 from peftkernels.backends.triton import serving as triton
 from peftkernels.ops import schemas
 from peftkernels.ops.allocation_kernels import AllocationKernels
-from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
+from peftkernels.ops.call import Backward, Call, Forward, Record, Request, Shrink
 
 _OURS = (reference.BACKEND, eager.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND)
 _BACKENDS = {backend.name: backend for backend in _OURS}
@@ -37,46 +37,65 @@ class Operators(NamedTuple):
     functions: tuple[schemas.ForwardFunction, schemas.BackwardFunction] | None = None
 
 
-def _implemented(backend: Backend, library: torch.library.Library) -> Operators:
-    """Declared operators, implemented where that is done in Python."""
+def _served(name: str, call: Record) -> Backend:
+    """The backend behind an overload. Refuses what `choose` would refuse: an operator may be called by anybody."""
+    reason = refusal(name, call.request()) if name in _BACKENDS else "it was taken out of the registry"
+    if reason is not None:
+        raise RuntimeError(f"impl={name!r} cannot serve this call: {reason}")
+    return _BACKENDS[name]
+
+
+def _implement(name: str) -> None:
+    """Implement a backend's overloads by the functions that it has when they are called."""
+
+    def forward(call: Forward) -> tuple[Tensor, Tensor | None]:
+        function = _served(name, call).forward
+        assert function is not None
+        return function(call)
+
+    def backward(call: Backward) -> tuple[Tensor, ...]:
+        function = _served(name, call).backward
+        assert function is not None
+        return function(call)
+
+    def shrink(call: Shrink) -> Tensor:
+        function = _served(name, call).shrink
+        assert function is not None
+        return function(call)
+
+    schemas.implement(name, forward, backward, shrink)
+
+
+def _operators(backend: Backend) -> Operators:
     functions = None
     if backend.forward is not None and backend.backward is not None:
-
-        def serve(call: Forward | Backward | Shrink) -> None:
-            """Refuse what `choose` would refuse: an operator may be called by anybody."""
-            reason = refusal(backend.name, call.request())
-            if reason is not None:
-                raise RuntimeError(f"impl={backend.name!r} cannot serve this call: {reason}")
-
-        schemas.implement(backend.name, backend.forward, backend.backward, backend.shrink, serve, library)
         functions = backend.forward, backend.backward
     forward, backward, shrink = schemas.overloads(backend.name)
     return Operators(forward, backward, shrink, functions)
 
 
 # The operators of each backend that has them.
-OPERATORS = {name: _implemented(_BACKENDS[name], schemas.library) for name in schemas.IMPLEMENTATIONS}
+OPERATORS = {name: _operators(_BACKENDS[name]) for name in schemas.IMPLEMENTATIONS}
+# Whose overloads are declared. They outlive a backend that is taken out: torch forgets no operator.
+_DECLARED = set(OPERATORS)
+for _name, _ours in OPERATORS.items():
+    if _ours.functions is not None:
+        _implement(_name)
 
 
 class Registration:
     """A backend that was registered, until `remove` is called."""
 
-    def __init__(self, backend: Backend, library: torch.library.Library) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._library: torch.library.Library | None = library
 
     def remove(self) -> None:
         """Take the backend out of the registry; does nothing when it is out."""
-        if self._library is None:
-            return
         name = self.backend.name
+        if _BACKENDS.get(name) is not self.backend:
+            return
         del _BACKENDS[name], OPERATORS[name]
         _AUTOMATIC.remove(name)
-        self._library._destroy()
-        self._library = None
-        for operator in schemas.NAMES:
-            # The packet keeps every overload that it was asked for.
-            vars(getattr(torch.ops.peftkernels, operator)).pop(name, None)
         _renew_direct_call()
 
 
@@ -109,13 +128,15 @@ def register(backend: Backend) -> Registration:
         raise ValueError(
             f"backend: found the name {name!r}, expected lower-case letters, digits and underscores, and not {taken}"
         )
-    library = torch.library.Library("peftkernels", "FRAGMENT")
-    schemas.declare(name, library)
+    if name not in _DECLARED:
+        schemas.declare(name)
+        _implement(name)
+        _DECLARED.add(name)
     _BACKENDS[name] = backend
-    OPERATORS[name] = _implemented(backend, library)
+    OPERATORS[name] = _operators(backend)
     _AUTOMATIC.insert(0, name)
     _renew_direct_call()
-    return Registration(backend, library)
+    return Registration(backend)
 
 
 def names() -> tuple[str, ...]:
@@ -138,6 +159,8 @@ def refusal(impl: str, request: Request) -> str | None:
     backend = _BACKENDS[impl]
     if isinstance(request, Shrink) and backend.forward is not None and backend.shrink is None:
         return f"{impl!r} makes no S of several adapters at once"
+    if isinstance(request, Call) and (unserved := request.later_arguments() - backend.serves):
+        return f"it does not serve {', '.join(sorted(unserved))}"
     return backend.refusal(request)
 
 
@@ -234,7 +257,7 @@ class Explanation:
     """What `impl="auto"` takes for a call, and why each faster backend was not taken.
 
     Attributes:
-        chosen: the backend's name.
+        chosen: the backend's name, or "composition" where the call is made of operations of torch.
         why_not: for each faster one, the reason.
         routes: on "triton", for the forward and the backward product, which way it goes, and why.
     """
@@ -250,8 +273,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_choice(call: Call) -> Explanation:
-    """`choose("auto", …)` with its reasons, fastest backend first."""
+def explain_choice(call: Call, transform: str | None = None) -> Explanation:
+    """`choose("auto", …)` with its reasons, fastest backend first; what a transform keeps from backends is composed."""
+    if transform is not None:
+        reason = f"the call is differentiated by {transform}, which kernels do not follow"
+        return Explanation("composition", dict.fromkeys(_AUTOMATIC, reason))
     chosen = choose("auto", call)
     why_not = {name: disadvantage(name, call) for name in _AUTOMATIC[: _AUTOMATIC.index(chosen)]}
     reasons = {name: reason for name, reason in why_not.items() if reason is not None}

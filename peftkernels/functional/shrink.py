@@ -20,15 +20,19 @@ def shared_shrink(x: Tensor, lora_A: Sequence[Tensor], *, impl: str = "auto") ->
         for projection, shrink in zip(projections, shared_shrink(x, [p.lora_A for p in projections])):
             y = lora_linear(x, projection.weight, projection.lora_A, projection.lora_B, shrink=shrink)
 
-    x       (..., K) float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only), without dropout
-    lora_A  one (r_j, K) of each adapter, any float dtype
-    impl    as for `lora_linear`
+    Args:
+        x: (..., K), float32, bfloat16, float16, or float64 (float64 on "reference" and "eager" only), without dropout.
+        lora_A: one (r_j, K) of each adapter, any float dtype.
+        impl: as for `lora_linear`.
 
-    Returns (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast; in float32
-    where that is float16. They carry no gradient: `lora_linear` gives that of x and of A_j as if it had made S_j.
+    Returns:
+        (M, r_j) for each, views of one tensor, in x's dtype, or in the autocast dtype under autocast; in float32 where
+        that is float16. They carry no gradient: `lora_linear` gives that of x and of A_j as if it had made S_j.
 
-    Raises TypeError or ValueError, before any kernel runs, for an argument that cannot be used; RuntimeError when a
-    named `impl` cannot serve.
+    Raises:
+        TypeError: an argument of the wrong type or dtype, before any kernel runs.
+        ValueError: an argument of the wrong shape or device, before any kernel runs.
+        RuntimeError: a backend that was named cannot serve the call.
     """
     check_shared_shrink(x, lora_A)
     x = x.detach()

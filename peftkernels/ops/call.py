@@ -67,6 +67,11 @@ class Call(NamedTuple):
     bias: Tensor | None = None
     shrink: Tensor | None = None
 
+    def later_arguments(self) -> set[str]:
+        """Names of what was given of the optional arguments that not every backend serves."""
+        given = {name for name in _LATER_OF_CALL if getattr(self, name) is not None}
+        return given | {name for name in _LATER_OF_ADAPTER if getattr(self.adapter, name) is not None}
+
     def forward(self, weight: Tensor, save_shrink: bool) -> Forward:
         """The call for the operator, with its weight as a tensor."""
         adapter = self.adapter
@@ -89,6 +94,20 @@ class Call(NamedTuple):
             save_shrink,
             self.shrink,
         )
+
+
+# The optional arguments that every backend serves. One that joins later is served by those backends that name it.
+_SERVED_BY_ALL = frozenset(
+    ("gate", "rank_state", "rank_order", "rank_counts", "scaling_tensor", "dropout_seed", "bias", "shrink")
+)
+
+
+def _later(record: type[Adapter] | type[Call]) -> tuple[str, ...]:
+    defaults = record._field_defaults
+    return tuple(name for name, value in defaults.items() if value is None and name not in _SERVED_BY_ALL)
+
+
+_LATER_OF_ADAPTER, _LATER_OF_CALL = _later(Adapter), _later(Call)
 
 
 class Forward(NamedTuple):
@@ -248,6 +267,9 @@ class Shrink(NamedTuple):
 # What a backend is asked whether it can serve.
 Request = Call | Shrink
 
+# What an operator is called with.
+Record = Forward | Backward | Shrink
+
 # What errors call an argument of an operator.
 _SPOKEN = {
     "rank_state": "rank_plan.state",
@@ -258,7 +280,7 @@ _SPOKEN = {
 }
 
 
-def named_tensors(record: Adapter | Call | Forward | Backward | Shrink) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(record: Adapter | Call | Record) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a call, by the name that errors give it."""
     for name, value in zip(record._fields, record, strict=True):
         if isinstance(value, Tensor):

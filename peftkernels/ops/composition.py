@@ -20,6 +20,9 @@ from peftkernels.ops.rank_plan import RankState
 from peftkernels.ops.reference import dropout_factor
 from peftkernels.ops.rules import rank_dtype
 
+# What it serves of the arguments that not every backend does: `Call.later_arguments`.
+SERVES: frozenset[str] = frozenset()
+
 
 class _Factors:
     """Factors and gates in the adapter's dtype; DEAD ranks are zero, and nothing of theirs gets through."""

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from peftkernels.ops.call import Backward, Forward, Needs, Shrink, schema
+from peftkernels.ops.call import Backward, Forward, Needs, Record, Shrink, schema
 from peftkernels.ops.checks import check_backward, check_forward, check_shrink, checked
 from peftkernels.ops.rules import rank_dtype as rank_dtype
 
@@ -27,7 +27,6 @@ IMPLEMENTATIONS = ("reference", "eager", "cpu", "triton")
 
 library = torch.library.Library("peftkernels", "DEF")
 
-_Library = torch.library.Library
 ForwardFunction = Callable[[Forward], tuple[Tensor, "Tensor | None"]]
 BackwardFunction = Callable[[Backward], tuple[Tensor, ...]]
 ShrinkFunction = Callable[[Shrink], Tensor]
@@ -49,24 +48,50 @@ def _shrink_fake(call: Shrink) -> Tensor:
     return call.x.new_empty((math.prod(call.x.shape[:-1]), ranks), dtype=rank_dtype(call.x.dtype))
 
 
-class _Operator(NamedTuple):
-    """A declared operator: its arguments, its results, what it asks of arguments, and its fake."""
+# What a FLOP counter hands over has the arguments' shapes in the place of tensors.
+def _forward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
+    """2MNK + 2MrN, and 2MrK for an S that is not given; every rank counts: no formula reads a mask on the device."""
+    call: Any = Forward(*shapes, **named)
+    rows, (n, k), rank = math.prod(call.x[:-1]), call.weight, call.lora_A[0]
+    return 2 * rows * n * k + 2 * rows * rank * (n if call.given_shrink is not None else n + k)
 
-    record: type[Forward] | type[Backward] | type[Shrink]
+
+def _shrink_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
+    """2MK·Σr."""
+    call: Any = Shrink(*shapes, **named)
+    return 2 * math.prod(call.x) * sum(shape[0] for shape in call.lora_A)
+
+
+def _backward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
+    """2MNK for ∂x and as much for ∂W, 2MrN for H, 2MrK for the adapter's share of ∂x, 2MrK for ∂A, 2MrN for ∂B."""
+    call: Any = Backward(*shapes, **named)
+    needs = Needs(*call.needs)
+    rows, (n, k), rank = math.prod(call.grad_y[:-1]), call.weight, call.lora_A[0]
+    flops = 2 * rows * n * k * (needs.x + needs.weight)
+    flops += 2 * rows * rank * n * (needs.x or needs.lora_A or needs.gate) + 2 * rows * rank * k * needs.x
+    return flops + 2 * rows * rank * (k * needs.lora_A + n * needs.lora_B)
+
+
+class _Operator(NamedTuple):
+    """A declared operator: its arguments, its results, what it asks of arguments, its fake, and its FLOP formula."""
+
+    record: type[Record]
     results: str
     check: Callable[[Any], None]
     fake: Callable[[Any], Any]
+    flops: Callable[..., int]
 
 
 _OPERATORS = {
-    "lora_linear_fwd": _Operator(Forward, "(Tensor y, Tensor shrink)", check_forward, _forward_fake),
+    "lora_linear_fwd": _Operator(Forward, "(Tensor y, Tensor shrink)", check_forward, _forward_fake, _forward_flops),
     "lora_linear_bwd": _Operator(
         Backward,
         "(Tensor grad_x, Tensor grad_weight, Tensor grad_A, Tensor grad_B, Tensor grad_bias, Tensor grad_gate)",
         check_backward,
         _backward_fake,
+        _backward_flops,
     ),
-    "lora_shrink": _Operator(Shrink, "Tensor", check_shrink, _shrink_fake),
+    "lora_shrink": _Operator(Shrink, "Tensor", check_shrink, _shrink_fake, _shrink_flops),
 }
 NAMES = tuple(_OPERATORS)
 
@@ -76,31 +101,26 @@ def overloads(backend: str) -> tuple[Any, ...]:
     return tuple(getattr(getattr(torch.ops.peftkernels, operator), backend) for operator in NAMES)
 
 
-def declare(backend: str, to: _Library = library) -> None:
-    """Define a backend's overloads of the three operators, and their fakes, in a library that holds them."""
+def declare(backend: str) -> None:
+    """Define a backend's overloads of the three operators, and their fakes."""
     for name, operator in _OPERATORS.items():
-        to.define(f"{name}.{backend}{schema(operator.record)} -> {operator.results}")
+        library.define(f"{name}.{backend}{schema(operator.record)} -> {operator.results}")
         fake = checked(operator.record, operator.check, operator.fake)
-        torch.library.register_fake(f"peftkernels::{name}.{backend}", fake, lib=to)
+        torch.library.register_fake(f"peftkernels::{name}.{backend}", fake, lib=library)
+        packet = getattr(torch.ops.peftkernels, name)
+        # A new overload changes the hash of its packet, by which FLOP counters look formulas up.
+        if packet not in flop_registry:
+            register_flop_formula(packet)(operator.flops)
 
 
-def implement(
-    backend: str,
-    forward: ForwardFunction,
-    backward: BackwardFunction,
-    shrink: ShrinkFunction | None,
-    serve: Callable[[Any], None],
-    to: _Library = library,
-) -> None:
+def implement(backend: str, forward: ForwardFunction, backward: BackwardFunction, shrink: ShrinkFunction) -> None:
     """Implement a backend's overloads on every device by functions of Python, which need not check arguments.
 
     Args:
         backend: its name, as given to `declare`.
         forward: gives y, and S where `Forward.saves_shrink` asks for it, else None.
-        backward: gives the six gradients; whatever it gives for one that is not needed is left out.
-        shrink: gives S of several adapters; None where the backend has no such kernel.
-        serve: raises RuntimeError for a call that the backend cannot serve.
-        to: the library that declared them.
+        backward: gives the six gradients, `Backward.empty_gradients` for those that are not needed.
+        shrink: gives S of several adapters.
     """
 
     def whole_forward(call: Forward) -> tuple[Tensor, Tensor]:
@@ -108,48 +128,16 @@ def implement(
         nothing = saved if saved is not None else y.new_empty((0, call.lora_A.shape[0]), dtype=rank_dtype(y.dtype))
         return y, nothing
 
-    functions = {"lora_linear_fwd": whole_forward, "lora_linear_bwd": backward, "lora_shrink": shrink}
+    functions: dict[str, Callable[[Any], Any]] = {
+        "lora_linear_fwd": whole_forward,
+        "lora_linear_bwd": backward,
+        "lora_shrink": shrink,
+    }
     for name, function in functions.items():
-        if function is not None:
-            operator = _OPERATORS[name]
-            guarded = checked(operator.record, operator.check, _served(serve, function))
-            to.impl(f"{name}.{backend}", guarded, "CompositeExplicitAutograd")
-
-
-def _served(serve: Callable[[Any], None], function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def serve_and_compute(call: Any) -> Any:
-        serve(call)
-        return function(call)
-
-    return serve_and_compute
+        operator = _OPERATORS[name]
+        guarded = checked(operator.record, operator.check, function)
+        library.impl(f"{name}.{backend}", guarded, "CompositeExplicitAutograd")
 
 
 for _name in IMPLEMENTATIONS:
     declare(_name)
-
-
-# What a FLOP counter hands over has the arguments' shapes in the place of tensors.
-@register_flop_formula(torch.ops.peftkernels.lora_linear_fwd)
-def _forward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
-    """2MNK + 2MrN, and 2MrK for an S that is not given; every rank counts: no formula reads a mask on the device."""
-    call: Any = Forward(*shapes, **named)
-    rows, (n, k), rank = math.prod(call.x[:-1]), call.weight, call.lora_A[0]
-    return 2 * rows * n * k + 2 * rows * rank * (n if call.given_shrink is not None else n + k)
-
-
-@register_flop_formula(torch.ops.peftkernels.lora_shrink)
-def _shrink_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
-    """2MK·Σr."""
-    call: Any = Shrink(*shapes, **named)
-    return 2 * math.prod(call.x) * sum(shape[0] for shape in call.lora_A)
-
-
-@register_flop_formula(torch.ops.peftkernels.lora_linear_bwd)
-def _backward_flops(*shapes: Any, out_shape: Any = None, **named: Any) -> int:
-    """2MNK for ∂x and as much for ∂W, 2MrN for H, 2MrK for the adapter's share of ∂x, 2MrK for ∂A, 2MrN for ∂B."""
-    call: Any = Backward(*shapes, **named)
-    needs = Needs(*call.needs)
-    rows, (n, k), rank = math.prod(call.grad_y[:-1]), call.weight, call.lora_A[0]
-    flops = 2 * rows * n * k * (needs.x + needs.weight)
-    flops += 2 * rows * rank * n * (needs.x or needs.lora_A or needs.gate) + 2 * rows * rank * k * needs.x
-    return flops + 2 * rows * rank * (k * needs.lora_A + n * needs.lora_B)

