@@ -16,6 +16,7 @@ from torch.func import functional_call
 import peftkernels
 from peftkernels.integrations.peft import dora, frozen, norms
 from peftkernels.integrations.peft.norms import row_norms
+from peftkernels.ops.call import Adapter
 
 Change = Callable[[Any], None]
 
@@ -55,7 +56,7 @@ def test_norms_need_no_product(dtype: torch.dtype) -> None:
     exact = (weight.double() + 0.7 * lora_B.double() @ lora_A.double()).norm(dim=1)
     for scaling in (0.7, torch.tensor(0.7)):
         with torch.autocast("cpu", torch.bfloat16):
-            found = row_norms(weight, lora_A, lora_B, scaling)
+            found = row_norms(weight, Adapter(lora_A, lora_B, scaling=scaling))
         assert found.dtype is torch.promote_types(dtype, torch.float32)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 

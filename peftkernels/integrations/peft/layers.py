@@ -18,14 +18,17 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from peftkernels.backends.registry import sharing_disadvantage
-from peftkernels.functional import lora_linear
 from peftkernels.functional.frozen_weights import weights_changed
 from peftkernels.integrations.peft.bypass import PLAIN, bypass_reason
 from peftkernels.integrations.peft.dora import dora_linear
-from peftkernels.integrations.peft.operands import Operands, argument_reason
+from peftkernels.integrations.peft.operands import (
+    adapted_linear,
+    argument_reason,
+    weight_and_bias,
+)
 from peftkernels.integrations.peft.served import ATTRIBUTE, Service
 from peftkernels.integrations.peft.sharing import can_share
-from peftkernels.ops.call import Shrink
+from peftkernels.ops.call import Adapter, Shrink
 
 _BASES = (nn.Linear, Conv1D)
 _FACTORS = (nn.Linear,)
@@ -95,16 +98,16 @@ class Served:
     def _adapter_reason(self, name: str) -> str | None:
         raise NotImplementedError
 
-    def _operands(self, name: str) -> Operands:
-        """What the operator is called with."""
+    def _adapter(self, name: str) -> Adapter:
+        """The adapter that the operator is called with."""
         raise NotImplementedError
 
-    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
+    def _serve(self, x: Tensor, name: str, adapter: Adapter, service: Service) -> Tensor:
         raise NotImplementedError
 
-    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
+    def _argument_reason(self, x: Tensor, adapter: Adapter) -> str | None:
         """What the operator says of the arguments of a call, None where it takes them."""
-        return argument_reason(x, operands)
+        return argument_reason(x, *weight_and_bias(self), adapter)
 
     def _get_name(self) -> str:
         # Models print as they did.
@@ -135,28 +138,23 @@ class PeftKernelsLinear(Served, Linear):
             return "DoRA with lora_bias"
         return dropout_reason(parts["lora_dropout"]._modules[name])
 
-    def _operands(self, name: str) -> Operands:
-        weight, bias = weight_and_bias(self)
+    def _adapter(self, name: str) -> Adapter:
         parts: Any = self._modules
         # DoRA drops in training alone, whatever mode the dropout module is in.
         drops = self.training or name not in self.lora_variant
-        return {
-            "weight": weight,
-            "lora_A": parts["lora_A"]._modules[name]._parameters["weight"],
-            "lora_B": parts["lora_B"]._modules[name]._parameters["weight"],
-            "bias": bias,
-            "scaling": self.scaling[name],
-            "dropout_p": dropout_of(parts["lora_dropout"]._modules[name]) if drops else 0.0,
-        }
+        return Adapter(
+            parts["lora_A"]._modules[name]._parameters["weight"],
+            parts["lora_B"]._modules[name]._parameters["weight"],
+            scaling=self.scaling[name],
+            dropout_p=dropout_of(parts["lora_dropout"]._modules[name]) if drops else 0.0,
+        )
 
-    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
-        shrink = _shared_shrink(self, x, operands, service)
+    def _serve(self, x: Tensor, name: str, adapter: Adapter, service: Service) -> Tensor:
+        shrink = _shared_shrink(self, x, adapter, service)
         if name in self.lora_variant:
-            return dora_linear(self, x, operands, name, shrink, service)
-        y = lora_linear(x, **operands, shrink=shrink, impl=service.impl)
-        parts: Any = self._modules
-        bias = parts["lora_B"]._modules[name]._parameters["bias"]
-        return y if bias is None else y + (bias * self.scaling[name]).to(y.dtype)
+            return dora_linear(self, x, adapter, name, shrink, service)
+        weight, bias = weight_and_bias(self)
+        return with_lora_bias(self, adapted_linear(x, weight, bias, adapter, shrink, service.impl), name)
 
 
 class PeftKernelsSVDLinear(Served, SVDLinear):
@@ -174,26 +172,25 @@ class PeftKernelsSVDLinear(Served, SVDLinear):
         parts: Any = self._modules
         return dropout_reason(parts["lora_dropout"]._modules[name])
 
-    def _operands(self, name: str) -> Operands:
-        weight, bias = weight_and_bias(self)
+    def _adapter(self, name: str) -> Adapter:
         parts: Any = self._modules
-        return {
-            "weight": weight,
-            "lora_A": svd_factor(self, "lora_A", name),
-            "lora_B": svd_factor(self, "lora_B", name),
-            "bias": bias,
-            "gate": svd_factor(self, "lora_E", name),
-            "scaling": adalora_scale(self, name),
-            "dropout_p": dropout_of(parts["lora_dropout"]._modules[name]),
-        }
+        return Adapter(
+            svd_factor(self, "lora_A", name),
+            svd_factor(self, "lora_B", name),
+            svd_factor(self, "lora_E", name),
+            scaling=adalora_scale(self, name),
+            dropout_p=dropout_of(parts["lora_dropout"]._modules[name]),
+        )
 
-    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
-        return lora_linear(x, **operands, shrink=_shared_shrink(self, x, operands, service), impl=service.impl)
+    def _serve(self, x: Tensor, name: str, adapter: Adapter, service: Service) -> Tensor:
+        shrink = _shared_shrink(self, x, adapter, service)
+        weight, bias = weight_and_bias(self)
+        return adapted_linear(x, weight, bias, adapter, shrink, service.impl)
 
 
 def theirs(kind: Any) -> Any:
     """peft's class of layer for one of ours, any other for itself."""
-    return kind.__mro__[2] if issubclass(kind, Served) else kind
+    return kind.__mro__[kind.__mro__.index(Served) + 1] if issubclass(kind, Served) else kind
 
 
 def served_or_reason(
@@ -206,34 +203,41 @@ def served_or_reason(
     reason = call_reason(kind, module, x, names, args, kwargs)
     if reason is not None:
         return reason
-    operands = kind._operands(module, names[0])
+    adapter = kind._adapter(module, names[0])
     # Counted before it is made: a checkpointed forward pass is broken off inside its last call.
     service.serve()
     try:
-        served: Tensor = kind._serve(module, x, names[0], operands, service)
+        served: Tensor = kind._serve(module, x, names[0], adapter, service)
     except (TypeError, ValueError):
         # Only now: a call that the operator takes does not pay for a second look at its arguments.
-        reason = kind._argument_reason(module, x, operands)
+        reason = kind._argument_reason(module, x, adapter)
         # With a factor that is not there yet peft's code would compute from memory that was never written.
-        if reason is None or _without_memory(x, operands):
+        if reason is None or _without_memory(module, x, adapter):
             raise
         service.take_back()
         return reason
     return served
 
 
-def _without_memory(x: Tensor, operands: Operands) -> bool:
+def with_lora_bias(module: Any, y: Tensor, name: str) -> Tensor:
+    """y with the bias that peft's ``lora_bias`` gives the factor B."""
+    bias = module._modules["lora_B"]._modules[name]._parameters["bias"]
+    return y if bias is None else y + (bias * module.scaling[name]).to(y.dtype)
+
+
+def _without_memory(module: Any, x: Tensor, adapter: Adapter) -> bool:
     """Return True if x is there and an operand lies on the meta device."""
-    return not x.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in operands.values())
+    operands = (*module._modules["base_layer"]._parameters.values(), *adapter)
+    return not x.is_meta and any(isinstance(value, Tensor) and value.is_meta for value in operands)
 
 
-def _shared_shrink(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor | None:
+def _shared_shrink(module: Any, x: Tensor, adapter: Adapter, service: Service) -> Tensor | None:
     """S (M, r) where it was made for several projections of x at once. Each has a dropout mask of its own."""
-    if service.input is None or operands["dropout_p"] > 0 or not can_share():
+    if service.input is None or adapter.dropout_p > 0 or not can_share():
         return None
-    if sharing_disadvantage(service.impl, Shrink(x, (operands["lora_A"],))) is not None:
+    if sharing_disadvantage(service.impl, Shrink(x, (adapter.lora_A,))) is not None:
         return None
-    shrink = service.input.shrink(module, x, operands["lora_A"], service.impl, _factor_without_dropout)
+    shrink = service.input.shrink(module, x, adapter.lora_A, service.impl, _factor_without_dropout)
     service.shared += shrink is not None
     return shrink
 
@@ -249,11 +253,10 @@ def _factor_without_dropout(module: Any, x: Tensor) -> Tensor | None:
         return None
     if call_reason(type(module), module, x, names, (), {}) is not None:
         return None
-    operands: Operands = module._operands(names[0])
-    if argument_reason(x, operands) is not None or operands["dropout_p"] > 0:
+    adapter: Adapter = module._adapter(names[0])
+    if module._argument_reason(x, adapter) is not None or adapter.dropout_p > 0:
         return None
-    factor: Tensor = operands["lora_A"]
-    return factor
+    return adapter.lora_A
 
 
 def svd_factor(module: Any, kind: str, name: str) -> Tensor:
@@ -263,20 +266,16 @@ def svd_factor(module: Any, kind: str, name: str) -> Tensor:
     return there[name] if found is None else found
 
 
-def adalora_scale(module: Any, name: str) -> float | Tensor:
-    """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer, read anew: on a CPU that costs a fifth of a µs."""
+def adalora_scale(module: Any, name: str) -> Any:
+    """σ/(ranknum + 1e-5) of one adapter of peft's AdaLoRA layer, a float or a 0-dim tensor.
+
+    It is read anew in every call: on a CPU that costs a fifth of a µs.
+    """
     number = svd_factor(module, "ranknum", name)
     if torch.compiler.is_dynamo_compiling() or number.device.type != "cpu":
         # Read where the kernel runs: the host never waits for it.
         return (module.scaling[name] / (number.detach() + 1e-5)).reshape(())
     return module.scaling[name] / (float(number) + 1e-5)
-
-
-def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, K) and bias of the base layer; a Conv1D's weight is kept transposed."""
-    base = module._modules["base_layer"]
-    weight = base._parameters["weight"]
-    return (weight.t() if type(base) is Conv1D else weight), base._parameters["bias"]
 
 
 def call_reason(kind: Any, module: Any, x: Tensor, names: list[str], args: Any, kwargs: Any) -> str | None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from peftkernels._autocast import without_autocast
 from peftkernels.functional.frozen_weights import generation
+from peftkernels.ops.call import Adapter
 
 # Rows of a weight of low precision that are in float32 at a time.
 _ROWS = 1024
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+def row_norms(weight: Tensor, adapter: Adapter) -> Tensor:
     """‖W_n + s·B_n·A‖ (N,) in float32, or in float64 where the weight or the factors are.
 
     From the factors, without the N·K numbers of a product B·A: with U = s·B,
@@ -24,12 +25,13 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | T
         ‖W_n + U_n·A‖² = ‖W_n‖² + U_n·(2·A·W_nᵀ + A·Aᵀ·U_nᵀ)
     """
     with without_autocast(weight.device.type):
-        return _row_norms(weight, lora_A, lora_B, scaling)
+        return _row_norms(weight, adapter)
 
 
-def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+def _row_norms(weight: Tensor, adapter: Adapter) -> Tensor:
+    lora_A, lora_B = adapter.lora_A, adapter.lora_B
     dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    lora_A, up = lora_A.to(dtype), lora_B.to(dtype) * scaling
+    lora_A, up = lora_A.to(dtype), lora_B.to(dtype) * adapter.scale
     # As many columns as ranks, and as rows.
     across, gram = lora_A.t(), lora_A @ lora_A.t()
     if weight.dtype is dtype or weight.shape[0] <= _ROWS:
@@ -62,13 +64,12 @@ class KeptNorms:
     def __init__(self) -> None:
         self._kept: dict[str, _Norms] = {}
 
-    def of(
-        self, name: str, base: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
-    ) -> Tensor:
+    def of(self, name: str, base: Tensor, weight: Tensor, adapter: Adapter) -> Tensor:
         """`row_norms` of the adapter ``name``; base: the weight as its module holds it, which may be transposed."""
+        scaling = adapter.scale
         if isinstance(scaling, Tensor):
-            return row_norms(weight, lora_A, lora_B, scaling)
-        read = base, lora_A, lora_B
+            return row_norms(weight, adapter)
+        read = base, adapter.lora_A, adapter.lora_B
         versions = tuple(None if tensor.is_inference() else tensor._version for tensor in read)
         kept = self._kept.get(name)
         if (
@@ -79,6 +80,6 @@ class KeptNorms:
             or any(one() is not tensor for one, tensor in zip(kept.read, read, strict=True))
         ):
             made_in = generation()
-            norms = row_norms(weight, lora_A, lora_B, scaling)
+            norms = row_norms(weight, adapter)
             kept = self._kept[name] = _Norms(norms, tuple(map(weakref.ref, read)), versions, made_in, scaling)
         return kept.norms

@@ -6,7 +6,7 @@ only where bitsandbytes is installed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -17,97 +17,66 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from peftkernels._autocast import without_autocast
-from peftkernels.functional import lora_linear
 from peftkernels.integrations.peft.bypass import KNOWN_FORWARDS, bypass_reason
 from peftkernels.integrations.peft.cpu_packing import keep_from_packing, unpack_for_gradients
-from peftkernels.integrations.peft.layers import (
-    PeftKernelsLinear,
-    PeftKernelsSVDLinear,
-    Served,
-    adalora_scale,
-    dropout_of,
-    svd_factor,
-)
-from peftkernels.integrations.peft.operands import Operands, argument_reason
+from peftkernels.integrations.peft.layers import PeftKernelsLinear, PeftKernelsSVDLinear, Served, with_lora_bias
+from peftkernels.integrations.peft.operands import adapted_linear, argument_reason
 from peftkernels.integrations.peft.served import Service
+from peftkernels.ops.call import Adapter
 from peftkernels.ops.weights import FrozenWeight
 
 KNOWN_FORWARDS[QuantisedLinear] = QuantisedLinear.forward
 
 
-class PeftKernelsLinear4bit(Served, Linear4bit):
-    """peft's `lora.Linear4bit` in training; what `PeftKernelsLinear` computes, over the dequantised weight."""
+class Served4bit(Served):
+    """What both layers share: the dequantised weight, in training."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `Served.forward`."""
-        unpack_for_gradients(self.base_layer)
+        unpack_for_gradients(cast(Linear4bit, self).base_layer)
         return Served.forward(self, x, *args, **kwargs)
 
     def _prepare(self, service: Service) -> None:
-        service.undo.update(keep_from_packing(self.base_layer))
+        service.undo.update(keep_from_packing(cast(Linear4bit, self).base_layer))
 
     def _moment_reason(self) -> str | None:
         return _moment_reason()
 
     def _base_reason(self) -> str | None:
         return _base_reason(self)
+
+    def _argument_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        weight, bias = _base_operands(self, x)
+        with without_autocast(x.device.type):
+            return argument_reason(x.to(weight.dtype), weight, bias, adapter)
+
+
+class PeftKernelsLinear4bit(Served4bit, Linear4bit):
+    """peft's `lora.Linear4bit` in training; what `PeftKernelsLinear` computes, over the dequantised weight."""
 
     def _adapter_reason(self, name: str) -> str | None:
         if name in self.lora_variant:
             return f"the variant {type(self.lora_variant[name]).__name__} on a quantised base"
         return PeftKernelsLinear._adapter_reason(self, name)
 
-    def _operands(self, name: str) -> Operands:
-        return {
-            "lora_A": self.lora_A[name].weight,
-            "lora_B": self.lora_B[name].weight,
-            "scaling": self.scaling[name],
-            "dropout_p": dropout_of(self.lora_dropout[name]),
-        }
+    def _adapter(self, name: str) -> Adapter:
+        return PeftKernelsLinear._adapter(self, name)
 
-    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
-        return _argument_reason(self, x, operands)
-
-    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
-        y = _product(self, x, operands, service)
-        bias = self.lora_B[name].bias
-        return y if bias is None else y + (bias * self.scaling[name]).to(y.dtype)
+    def _serve(self, x: Tensor, name: str, adapter: Adapter, service: Service) -> Tensor:
+        return with_lora_bias(self, _product(self, x, adapter, service), name)
 
 
-class PeftKernelsSVDLinear4bit(Served, SVDLinear4bit):
+class PeftKernelsSVDLinear4bit(Served4bit, SVDLinear4bit):
     """peft's AdaLoRA layer over a 4-bit weight; what `PeftKernelsSVDLinear` computes, over the dequantised weight."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Served.forward`."""
-        unpack_for_gradients(self.base_layer)
-        return Served.forward(self, x, *args, **kwargs)
-
-    def _prepare(self, service: Service) -> None:
-        service.undo.update(keep_from_packing(self.base_layer))
-
-    def _moment_reason(self) -> str | None:
-        return _moment_reason()
-
-    def _base_reason(self) -> str | None:
-        return _base_reason(self)
 
     def _adapter_reason(self, name: str) -> str | None:
         return PeftKernelsSVDLinear._adapter_reason(self, name)
 
-    def _operands(self, name: str) -> Operands:
-        return {
-            "lora_A": svd_factor(self, "lora_A", name),
-            "lora_B": svd_factor(self, "lora_B", name),
-            "gate": svd_factor(self, "lora_E", name),
-            "scaling": adalora_scale(self, name),
-            "dropout_p": dropout_of(self.lora_dropout[name]),
-        }
+    def _adapter(self, name: str) -> Adapter:
+        return PeftKernelsSVDLinear._adapter(self, name)
 
-    def _argument_reason(self, x: Tensor, operands: Operands) -> str | None:
-        return _argument_reason(self, x, operands)
-
-    def _serve(self, x: Tensor, name: str, operands: Operands, service: Service) -> Tensor:
-        return _product(self, x, operands, service)
+    def _serve(self, x: Tensor, name: str, adapter: Adapter, service: Service) -> Tensor:
+        return _product(self, x, adapter, service)
 
 
 def _base_reason(module: Any) -> str | None:
@@ -131,18 +100,12 @@ def _moment_reason() -> str | None:
     return None
 
 
-def _product(module: Any, x: Tensor, operands: Operands, service: Service) -> Tensor:
+def _product(module: Any, x: Tensor, adapter: Adapter, service: Service) -> Tensor:
     """y (..., N) in x's dtype, computed in the base layer's dtype of computation, as its own product is."""
     weight, bias = _base_operands(module, x)
     # bitsandbytes' product follows the base layer's dtype, not autocast's.
     with without_autocast(x.device.type):
-        return lora_linear(x.to(weight.dtype), weight, **operands, bias=bias, impl=service.impl).to(x.dtype)
-
-
-def _argument_reason(module: Any, x: Tensor, operands: Operands) -> str | None:
-    weight, bias = _base_operands(module, x)
-    with without_autocast(x.device.type):
-        return argument_reason(x.to(weight.dtype), {**operands, "weight": weight, "bias": bias})
+        return adapted_linear(x.to(weight.dtype), weight, bias, adapter, None, service.impl).to(x.dtype)
 
 
 class _Weight4bit(FrozenWeight):
