@@ -18,7 +18,7 @@ _OFF = ("", "0", "false", "off", "no", "n", "f")
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
+    """Return True if Triton interprets its kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() not in _OFF
 
 

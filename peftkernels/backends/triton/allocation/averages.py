@@ -59,7 +59,7 @@ def any_not_finite(
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, WIDE_TILE: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Whether some |p·g| of a tile is infinite or NaN."""
+    """1 if some |p·g| of a tile is infinite or NaN, else 0."""
     _, _, offsets, inside = lines_and_ranks(line_block, rank_block, lines, r, WIDE_TILE, LINES, RANKS, EVEN)
     importance = products(parameters_ptr, gradients_ptr, factor, offsets, inside, PARAMETER, GRADIENT, EVEN)
     bad = tl.where(importance < float("inf"), 0, 1)
@@ -72,7 +72,17 @@ def check_finite(
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, WIDE_LINES: tl.constexpr, WIDE_RANKS: tl.constexpr,
     NARROW_LINES: tl.constexpr, NARROW_RANKS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles. finite (1,) int32 holds 1 before, and 0 afterwards where some p·g of any tile is not finite."""
+    """Find products p·g that are not finite.
+
+    Grid: tiles of factors whose parameters have one dtype, and whose gradients have one.
+
+    Args:
+        tiles_ptr: int32 (tiles, 4), `parts.tile_table`.
+        factors_ptr: int64 (all factors, 8), `parts.factor_table`.
+        parameters_ptr: int64 (all factors,), where the parameters lie.
+        gradients_ptr: int64 (all factors,), where the gradients lie, 0 without one.
+        finite_ptr: One int32, 1 before, and 0 afterwards where some p·g of any tile is not finite.
+    """
     program = tl.program_id(0)
     factor, line_block, rank_block, _, lines, r, wide, _, _ = tile_of(tiles_ptr, factors_ptr, program)
     if wide != 0:
@@ -125,9 +135,22 @@ def update_averages(
     PARAMETER: tl.constexpr, GRADIENT: tl.constexpr, WIDE_LINES: tl.constexpr, WIDE_RANKS: tl.constexpr,
     NARROW_LINES: tl.constexpr, NARROW_RANKS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles. Without parameters the averages stay and are summed alone.
+    """Keep the averages and sum Ī·Ū over lines, in fp32; without parameters the averages stay and are summed alone.
 
-    sums fp32: for every factor (blocks of lines, r), where its table says
+    Grid: tiles of factors whose parameters have one dtype, and whose gradients have one.
+
+    Args:
+        tiles_ptr: int32 (tiles, 4), `parts.tile_table`.
+        factors_ptr: int64 (all factors, 8), `parts.factor_table`.
+        parameters_ptr: int64 (all factors,), where the parameters lie; or None.
+        gradients_ptr: int64 (all factors,), where the gradients lie, 0 without one; or None.
+        sensitivity_ptr: Ī, fp32, flat; read and written.
+        uncertainty_ptr: Ū, fp32, flat; read and written.
+        finite_ptr: What `check_finite` left: where 0 the averages stay; or None.
+        skip_ptr: One u8: where not 0 the averages stay; or None.
+        sums_ptr: fp32, for every factor (blocks of lines, r) where its row of the table says; written.
+        beta1, rest1: β1 and 1-β1.
+        beta2, rest2: β2 and 1-β2.
     """
     program = tl.program_id(0)
     factor, line_block, rank_block, start, lines, r, wide, _, result = tile_of(tiles_ptr, factors_ptr, program)
@@ -169,7 +192,15 @@ def add_parts(
     factors_ptr, sums_ptr, scores_ptr,
     WIDE_LINES: tl.constexpr, NARROW_LINES: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: layers, whose factors A, B, E follow each other. scores fp32 (Σ r,) = s_E + (mean s_A + mean s_B)."""
+    """scores = s_E + (mean s_A + mean s_B) of every rank, in fp32.
+
+    Grid: layers, whose factors A, B, E follow each other.
+
+    Args:
+        factors_ptr: int64 (all factors, 8), `parts.factor_table`.
+        sums_ptr: What `update_averages` wrote.
+        scores_ptr: fp32 (Σ r,); written.
+    """
     factor = tl.program_id(0) * 3
     r = tl.load(factors_ptr + factor * 8 + 2).to(tl.int32)
     first = tl.load(factors_ptr + factor * 8 + 4)

@@ -190,7 +190,7 @@ def add_gradients(
 ):  # fmt: skip
     """The term, and its gradient (w/n)·M·A/‖M‖_F, or B·M, in fp32.
 
-    Grid: one program that adds up the norms where value is given; then tiles of factors of one dtype.
+    Grid: one program that adds up the norms where value_ptr is there; then tiles of factors of one dtype.
 
     Args:
         tiles_ptr: int32 (tiles, 4), `parts.tile_table`.

@@ -35,12 +35,13 @@ class Block(NamedTuple):
 class Factor(NamedTuple):
     """A factor as the device's table has it.
 
-    start   where its numbers begin in the flat buffer they lie in, in elements, a multiple of 16
-    lines   K for A, N for B, 1 for E
-    r       its ranks
-    wide    1 for A, whose ranks are rows; 0 for B and E
-    first   its first rank among the ranks of all layers
-    result  where its results begin: partial sums (parts, r), or a matrix (r, r)
+    Attributes:
+        start: Where its numbers begin in the flat buffer they lie in, in elements, a multiple of 16.
+        lines: K for A, N for B, 1 for E.
+        r: Its ranks.
+        wide: 1 for A, whose ranks are rows; 0 for B and E.
+        first: Its first rank among the ranks of all layers.
+        result: Where its results begin: partial sums (parts, r), or a matrix (r, r).
     """
 
     start: int

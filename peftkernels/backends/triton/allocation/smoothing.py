@@ -55,7 +55,7 @@ class Smoothing:
         self._summed: tuple[object, ...] = ()
 
     def serves(self, layout: FactorLayout, device: torch.device) -> bool:
-        """Whether this is what a call needs."""
+        """Return True if this is what a call needs."""
         return device == self._device and (layout is self._layout or layout == self._layout)
 
     def update(
@@ -119,7 +119,7 @@ class Smoothing:
         return (*places, sensitivity._version, uncertainty._version, recording)
 
     def _even_for(self, sensitivity: Tensor, uncertainty: Tensor) -> bool:
-        """Whether numbers of these averages come four at a time, at multiples of 16 bytes."""
+        """Return True if numbers of these averages come four at a time, at multiples of 16 bytes."""
         return self._even and (sensitivity.data_ptr() | uncertainty.data_ptr()) % 16 == 0
 
     def _check(self, sensitivity: Tensor, uncertainty: Tensor) -> None:

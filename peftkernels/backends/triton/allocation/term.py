@@ -32,10 +32,15 @@ class _Group(NamedTuple):
 class _Shapes(NamedTuple):
     """All that follows from the factors' shapes and dtypes.
 
-    block, one_block  what a program of the first launch holds, and whether it holds all ranks of a factor
-    even              lines of A and ranks of B come four at a time
-    matrices          numbers of all M
-    gradients         numbers of all gradients side by side, which begin at `starts`
+    Attributes:
+        table: `parts.factor_table`.
+        groups: The factors by dtype.
+        block: What a program of the first launch holds.
+        one_block: True if that is all ranks of a factor.
+        even: True if lines of A and ranks of B come four at a time.
+        matrices: Numbers of all M.
+        gradients: Numbers of all gradients side by side.
+        starts: Where each gradient begins among them.
     """
 
     table: Tensor

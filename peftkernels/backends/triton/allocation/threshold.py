@@ -29,7 +29,7 @@ def ordered_key(score):
 
 @triton.jit
 def score_of_key(key):
-    """The fp32 number that `ordered_key` was given."""
+    """The fp32 number of which this is the `ordered_key`."""
     bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
@@ -46,7 +46,18 @@ def keys_at(scores_ptr, start, count, SCORES: tl.constexpr):
 def keep_above_threshold(
     scores_ptr, budget_ptr, keep_ptr, threshold_ptr, budget, count, EXACT: tl.constexpr, SCORES: tl.constexpr
 ):
-    """One program. keep u8 (count,): 1 where kept; threshold fp32 (1,). budget: on the device, or given."""
+    """Which ranks a budget keeps.
+
+    Grid: one program.
+
+    Args:
+        scores_ptr: fp32 (count,).
+        budget_ptr: One int32 or int64, the budget on the device; or None.
+        keep_ptr: u8 (count,), 1 where a rank is kept; written.
+        threshold_ptr: One fp32; written.
+        budget: The budget where it is a number.
+        count: How many scores there are.
+    """
     if budget_ptr is not None:
         # More than all, or less than none, is all or none.
         budget = tl.minimum(tl.maximum(tl.load(budget_ptr), 0), count).to(tl.int32)

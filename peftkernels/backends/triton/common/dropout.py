@@ -1,8 +1,7 @@
-"""Device code of dropout: Philox4x32-10 recomputed from the seed, and a kernel that keeps its decisions as bits.
+"""Device code of dropout: Philox4x32-10 recomputed from the seed, or its decisions read from bits.
 
 Element i of x, viewed as (M, K), takes word i mod 4 of Philox at counter (i div 4, 0, 0) under the seed, and is kept
-where that word is at least round(p·2³²); see `reference.dropout_factor`. The backward pass looks at each element twice
-(∂A and ∂x), and a word costs some forty integer instructions: it works them out once, for a bit an element.
+where that word is at least round(p·2³²); see `reference.dropout_factor`.
 """
 
 import triton

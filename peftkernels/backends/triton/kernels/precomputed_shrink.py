@@ -22,7 +22,7 @@ def precomputed_shrink(
 ):  # fmt: skip
     """Gate a precomputed S, and pack B.
 
-    Grid: row blocks × blocks of places; then, where right is given, column blocks of B.
+    Grid: row blocks × blocks of places; then, where right_ptr is there, column blocks of B.
 
     Args:
         shrink_ptr: S (M, r) in the order of the factors, rows `stride_shrink` apart, fp32 beside float16 and else in

@@ -23,7 +23,7 @@ def reduce_rows(
 ):  # fmt: skip
     """Add the parts of S or H in fp32, as it is saved and as the next product takes it, and pack A.
 
-    Grid: row blocks × blocks of places; then, where right is given, column blocks of A.
+    Grid: row blocks × blocks of places; then, where right_ptr is there, column blocks of A.
 
     Args:
         slots_ptr: The parts, fp32 (slots, M, WIDTH); the launch before this one writes them.

@@ -36,7 +36,7 @@ def shrink(
 ):  # fmt: skip
     """Make S in fp32, and write it as it is asked for.
 
-    Grid: row blocks × splits of K × blocks of places; then, where right is given, column blocks of B.
+    Grid: row blocks × splits of K × blocks of places; then, where right_ptr is there, column blocks of B.
 
     Args:
         x_ptr: x (M, K), rows `stride_x` apart, in the dtype of computation.

@@ -58,7 +58,7 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        """Whether rows of W, x and G are multiples of 16 elements, which tiles of kind "tma" ask for."""
+        """True if rows of W, x and G are multiples of 16 elements, which tiles of kind "tma" ask for."""
         return self.n % 16 == 0 and self.k % 16 == 0
 
     def distance(self, other: Product) -> float:
