@@ -23,16 +23,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench import adapter_scale_report as report
+from bench.adapter_run import Point, Task, evaluate_weights, load_task, train_point
+from bench.report import PICTURES, RESULTS, ROOT, ReportError
+from bench.results import file_name
 from demo.checkpoint import write_json
 from demo.errors import InputError
 from demo.options import Options
 from peftkernels._files import write_atomically, write_text
 from peftkernels.cli.machine import machine, versions
-
-from . import adapter_scale_report as report
-from .adapter_run import Point, Task, evaluate_weights, load_task, train_point
-from .report import PICTURES, RESULTS, ROOT, ReportError
-from .results import file_name
 
 STEPS = 112
 DOCS = ROOT / "docs" / "learning-rate-and-scale.md"

@@ -13,11 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from bench.adapter_run import Point
+from bench.page_tables import markdown
+from bench.report import ReportError, replace_between
 from peftkernels._files import write_atomically, write_text
-
-from .adapter_run import Point
-from .page_tables import markdown
-from .report import ReportError, replace_between
 
 Run = dict[str, Any]
 Setting = tuple[str, float, float, float, float]

@@ -11,13 +11,12 @@ import peft
 import torch
 from torch import nn
 
+from bench import lineup
+from bench.cases import ORTHOGONALITY, Case
+from bench.peers import frozen_linear
+from bench.verify import WrongResultError
 from peftkernels.allocation import AdaLoraAllocator
 from peftkernels.nn import AdaLoRALinear
-
-from . import lineup
-from .cases import ORTHOGONALITY, Case
-from .peers import frozen_linear
-from .verify import WrongResultError
 
 _ADAPTER = "default"
 # Halfway through a schedule so long that the budget hardly changes while steps are timed: scores and masks are computed

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.cases import DEAD, DTYPES, Case
 from peftkernels import RankPlan, RankState
 from peftkernels.functional.checks import adapter_of
 from peftkernels.ops.call import Call
-
-from .cases import DEAD, DTYPES, Case
 
 SCALING = 2.0
 # More views of an input than this only cost Python's own memory; they are spread over the whole pool.

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from . import lineup
-from .cases import (
+from bench import lineup
+from bench.cases import (
     ALLOCATOR,
     BACKWARD,
     CALLS,
@@ -24,7 +24,7 @@ from .cases import (
     Case,
     all_cases,
 )
-from .results import Row
+from bench.results import Row
 
 # Widths and rows of the prototype's measurements, which the limits come from.
 FORWARD_WIDTHS = ((384, 384), (768, 768), (768, 3072), (1024, 1024), (2048, 2048), (4096, 4096))

@@ -13,17 +13,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from bench import lineup, plan, results, roofline, runner
+from bench.cases import QUICK, Case, select
+from bench.options import NAME, Options
+from bench.plan import Planned
+from bench.replay import replay
+from bench.results import ResultsError
+from bench.runner import Measured, Store
+from bench.table import print_list, print_tables
+from bench.verify import WrongResultError
 from peftkernels.backends.registry import backend_status
-
-from . import lineup, plan, results, roofline, runner
-from .cases import QUICK, Case, select
-from .options import NAME, Options
-from .plan import Planned
-from .replay import replay
-from .results import ResultsError
-from .runner import Measured, Store
-from .table import print_list, print_tables
-from .verify import WrongResultError
 
 QUICK_SECONDS, QUICK_LIMIT = 1.0, 45.0
 LINES_WIDTH = 200

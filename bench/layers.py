@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import data, lineup
+from bench.cases import Case
 from demo.saved import bytes_saved_for_backward
 from peftkernels import lora_linear
-
-from . import data, lineup
-from .cases import Case
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class LayerBench:
         if name == lineup.FROZEN:
             return Contestant(self.frozen, (), self._frozen_tensors())
         if name.startswith("peft "):
-            from .peers import compiled_layer, peft_layer
+            from bench.peers import compiled_layer, peft_layer
 
             layer = peft_layer(name, self)
             call: Callable[[Tensor], Tensor] = layer

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.cases import ALLOCATOR, DEAD, MIDDLES, STRATEGIES, TRAINING, TRAINING_TOKENS, Case
 from peftkernels.allocation.strategies import STRATEGIES as ALLOCATION_STRATEGIES
-
-from .cases import ALLOCATOR, DEAD, MIDDLES, STRATEGIES, TRAINING, TRAINING_TOKENS, Case
 
 OURS = "peftkernels"
 FROZEN = "frozen"

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cases import GROUPS
+from bench.page_tables import markdown
+from bench.results import Row
 from demo.compare.table import cells, columns, sensitivity_cells, sensitivity_columns
 from demo.compare.words import findings
 from demo.timing import FROZEN
-
-from .cases import GROUPS
-from .page_tables import markdown
-from .results import Row
 
 NOTHING = "The comparison of strategies was not run yet."
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .page_tables import markdown
+from bench.page_tables import markdown
 
 NOTHING = "No long run was kept yet: `make attacks`, then `make report`."
 HEADINGS = ("attack", "what is tried", "what came of it", "tried", "faults", "seconds", "seed", "date")

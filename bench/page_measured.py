@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import lineup
-from .cases import BACKWARD, FORWARD, GROUPS
-from .page_tables import TITLES_OF_DTYPES, Figures, markdown
-from .results import Row
+from bench import lineup
+from bench.cases import BACKWARD, FORWARD, GROUPS
+from bench.page_tables import TITLES_OF_DTYPES, Figures, markdown
+from bench.results import Row
 
 HEADINGS = ("time over that of the same work with everything frozen", "peftkernels", "HF peft")
 _DEMO_RUNS = (("LoRA", "lora", "peft-lora"), ("AdaLoRA", "adalora", "peft-adalora"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .page_tables import markdown
+from bench.page_tables import markdown
 
 NOTHING = "HF peft on peftkernels was not measured yet."
 HEADINGS = (

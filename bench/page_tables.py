@@ -7,14 +7,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import lineup
+from bench.cases import BACKWARD, FORWARD, GROUPS, TOKENS, TRAINING_TOKENS, WIDTHS, Case
+from bench.goals import Reached
+from bench.results import CPU, Row
+from bench.table import goal_cells
 from demo.recipe import TITLES
 from demo.timing import FROZEN as DEMO_FROZEN
-
-from . import lineup
-from .cases import BACKWARD, FORWARD, GROUPS, TOKENS, TRAINING_TOKENS, WIDTHS, Case
-from .goals import Reached
-from .results import CPU, Row
-from .table import goal_cells
 
 TITLES_OF_DTYPES = {"fp32": "fp32", "bf16": "bf16", "mixed": "bf16 with fp32 factors"}
 

@@ -10,8 +10,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from . import data, lineup
-from .cases import Case
+from bench import data, lineup
+from bench.cases import Case
 
 _ADAPTER = "default"
 

@@ -35,6 +35,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkernels
+from bench.job import LINES_WIDTH
+from bench.page_peft import HEADINGS, cells
+from bench.report import RESULTS
+from bench.results import commit, file_name
 from demo.batches import collate
 from demo.checkpoint import write_json
 from demo.options import Options
@@ -43,11 +47,6 @@ from demo.runs import copy_of_base
 from peftkernels.cli.load import ForeignLoad
 from peftkernels.cli.machine import machine, versions
 from peftkernels.cli.timing import FEWEST_ROUNDS, samples_of, spread, undisturbed
-
-from .job import LINES_WIDTH
-from .page_peft import HEADINGS, cells
-from .report import RESULTS
-from .results import commit, file_name
 
 KINDS = ("LoRA", "DoRA", "AdaLoRA")
 DROPOUTS = (0.0, 0.1)

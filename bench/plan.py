@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from peftkernels.cli.timing import TURN_SECONDS, WINDOW_SECONDS, Effort
-
-from . import data, lineup
-from .cases import ALLOCATOR, ORTHOGONALITY, STRATEGIES, TRAINING, Case
-from .roofline import ASSUMED, Peaks, work
+from bench import data, lineup
+from bench.cases import ALLOCATOR, ORTHOGONALITY, STRATEGIES, TRAINING, Case
+from bench.roofline import ASSUMED, Peaks, work
+from peftkernels.cli.timing import FEWEST_ROUNDS, TURN_SECONDS, WINDOW_SECONDS, Effort
 
 SECONDS, ROUNDS = 1.2, 5
 # Thirty minutes less what starting up, measuring the peaks and slower moments of the machine may take.
 LIMIT_SECONDS = 27 * 60.0
-FEWEST_ROUNDS = 3
+
 COMPILE_SECONDS = 25.0
 # Seconds for an element of a result, converted to float64 and compared.
 _COMPARED = 40e-9

@@ -13,10 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from peftkernels._files import write_atomically
-
-from . import lineup
-from .cases import (
+from bench import lineup
+from bench.cases import (
     DEAD,
     GROUPS,
     GROWTH_RANKS,
@@ -28,7 +26,8 @@ from .cases import (
     PROBE,
     Case,
 )
-from .results import CPU, Row
+from bench.results import CPU, Row
+from peftkernels._files import write_atomically
 
 # Colours of Okabe and Ito, told apart with every kind of colour vision; markers say the same once more.
 STYLES: dict[str, tuple[str, str]] = {

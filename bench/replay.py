@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
-from .runner import Measured
+from bench.cases import Case
+from bench.runner import Measured
 
 TESTS = Path(__file__).parent / "test_cases.py"
 COLUMNS = "min,median,iqr,max,rounds"

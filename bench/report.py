@@ -19,16 +19,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench import page_allocators, page_attacks, page_measured, page_peft, page_tables, results
+from bench.goals import judge
+from bench.gpu import page as gpu_page
+from bench.gpu import plots as gpu_plots
+from bench.gpu.questions import page as questions
+from bench.plots import Plot, draw_all
+from bench.results import CPU, ResultsError, Row
 from demo.compare.plot import write_plot
 from peftkernels._files import write_text
-
-from . import page_allocators, page_attacks, page_measured, page_peft, page_tables, results
-from .goals import judge
-from .gpu import page as gpu_page
-from .gpu import plots as gpu_plots
-from .gpu.questions import page as questions
-from .plots import Plot, draw_all
-from .results import CPU, ResultsError, Row
 
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS = HERE.parent, HERE / "results"

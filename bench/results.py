@@ -15,12 +15,11 @@ from typing import Any, get_type_hints
 
 import torch
 
+from bench import lineup
+from bench.cases import CALLS, Case, all_cases, group_of
 from peftkernels._files import write_text
 from peftkernels.cli.machine import machine, versions
 from peftkernels.cli.timing import Samples, spread
-
-from . import lineup
-from .cases import CALLS, Case, all_cases, group_of
 
 # The device of every result that was not measured on a GPU.
 CPU = "cpu"

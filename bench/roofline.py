@@ -16,11 +16,10 @@ from functools import partial
 import torch
 
 import peftkernels
+from bench import data, lineup
+from bench.cases import LAYER, Case
 from peftkernels.cli.load import ForeignLoad
 from peftkernels.cli.timing import undisturbed
-
-from . import data, lineup
-from .cases import LAYER, Case
 
 SIZES = (512, 1024, 2048)
 READ_ELEMENTS = 64 << 20

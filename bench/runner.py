@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from peftkernels.cli.timing import Bench, Effort, Samples, interleave, spread
-
-from . import lineup, results, roofline
-from .cases import ALLOCATOR, STRATEGIES, TRAINING, Case
-from .plan import FEWEST_ROUNDS, ROUNDS, Planned
-from .results import Origin, Row
+from bench import lineup, results, roofline
+from bench.cases import ALLOCATOR, STRATEGIES, TRAINING, Case
+from bench.plan import ROUNDS, Planned
+from bench.results import Origin, Row
+from peftkernels.cli.timing import FEWEST_ROUNDS, Bench, Effort, Samples, interleave, spread
 
 
 class CaseBench(Bench, Protocol):
@@ -35,25 +34,25 @@ class Measured:
 def build_and_verify(case: Case, extent: lineup.Extent = lineup.USUAL) -> CaseBench:
     """The case's contestants; raises `verify.WrongResultError` unless they compute the right thing."""
     if case.operator == ALLOCATOR:
-        from .allocators import AllocatorBench
+        from bench.allocators import AllocatorBench
 
         allocators = AllocatorBench(case)
         allocators.verify()
         return allocators
     if case.operator == STRATEGIES:
-        from .strategies import StrategyBench
+        from bench.strategies import StrategyBench
 
         strategies = StrategyBench(case)
         strategies.verify()
         return strategies
     if case.operator == TRAINING:
-        from .training import TrainingBench
+        from bench.training import TrainingBench
 
         training = TrainingBench(case)
         training.verify()
         return training
-    from .layers import LayerBench
-    from .verify import verify
+    from bench.layers import LayerBench
+    from bench.verify import verify
 
     layer = LayerBench(case, extent)
     verify(layer)

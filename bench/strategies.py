@@ -8,14 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from bench import lineup
+from bench.allocators import FACTORS, TOTAL_STEPS, AllocatorBench
+from bench.cases import Case
+from bench.verify import WrongResultError
 from peftkernels.allocation import BudgetAllocator
 from peftkernels.allocation.strategies import STRATEGIES
 from peftkernels.nn import AdaLoRALinear
-
-from . import lineup
-from .allocators import FACTORS, TOTAL_STEPS, AllocatorBench
-from .cases import Case
-from .verify import WrongResultError
 
 
 class StrategyBench(AllocatorBench):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from . import lineup
-from .cases import GROUPS, Case
-from .goals import LARGEST, Reached, judge
-from .results import Row
-from .runner import Measured
+from bench import lineup
+from bench.cases import GROUPS, Case
+from bench.goals import LARGEST, Reached, judge
+from bench.results import Row
+from bench.runner import Measured
 
 
 def print_tables(console: Console, measured: Sequence[Measured], rows: Sequence[Row]) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from . import lineup, results, roofline
-from .cases import Case, all_cases
-from .plan import plan
-from .replay import Recorded, ReplayTimer, extra_info, timer_function
-from .runner import Measured, measure_case
+from bench import lineup, results, roofline
+from bench.cases import Case, all_cases
+from bench.plan import plan
+from bench.replay import Recorded, ReplayTimer, extra_info, timer_function
+from bench.runner import Measured, measure_case
 
 _TIMER = ReplayTimer()
 

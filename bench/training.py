@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bench import lineup
+from bench.cases import Case
+from bench.verify import WrongResultError
 from demo.batches import Batch
 from demo.builders import build
 from demo.model import TextClassifier, adaptable_linears, load_encoder, model_directory
@@ -20,10 +23,6 @@ from demo.recipe import Recipe
 from demo.runs import Run, Start
 from demo.saved import bytes_saved_for_backward
 from demo.timing import FrozenStep, TimedRun
-
-from . import lineup
-from .cases import Case
-from .verify import WrongResultError
 
 RUNS = {
     lineup.OURS_LORA: "lora",

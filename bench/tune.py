@@ -22,19 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import cases, results, verify
+from bench.data import SCALING
+from bench.gpu.cases import SHAPES
+from bench.gpu.device import Cuda, Device, DeviceError, answers, find
+from bench.gpu.layer import copies, normal
+from bench.gpu.verify import poisoned_allocations, sampled_rows
 from peftkernels.backends import registry
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, LIBRARY, Choice, Entry, Product, Table
 from peftkernels.cli.machine import versions
 from peftkernels.cli.timing import Effort, interleave, spread
 from peftkernels.ops.call import Shrink
-
-from . import cases, results, verify
-from .data import SCALING
-from .gpu.cases import SHAPES
-from .gpu.device import Cuda, Device, DeviceError, answers, find
-from .gpu.layer import copies, normal
-from .gpu.verify import poisoned_allocations, sampled_rows
 
 BARE = "bare"
 # Training's rows first, then decoding's, then what lies between and beyond: time may run out.

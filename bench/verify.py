@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import data, lineup
+from bench.cases import Case
+from bench.layers import LayerBench
 from peftkernels.ops import reference
-
-from . import data, lineup
-from .cases import Case
-from .layers import LayerBench
 
 SEED = 20261
 # Relative root mean square by which a peer's y may differ: bfloat16 rounds to 0.4 %, in several places.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..cases import Case
-    from ..results import Row
-    from .device import Device
-    from .job import Lineup
+    from bench.cases import Case
+    from bench.gpu.device import Device
+    from bench.gpu.job import Lineup
+    from bench.results import Row
 
 DEFAULT_OUT = Path("peftkernels-bench-gpu")
 # A limit counts from here: what is imported later takes seconds, too.
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
         return 2
     # Before the first import of transformers: nothing may be looked up on the network.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    from .device import DeviceError
+    from bench.gpu.device import DeviceError
 
     try:
         return _run(options, began)
@@ -119,8 +119,8 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
 
 
 def _run(options: Options, began: float) -> int:
-    from . import cases
-    from .device import find
+    from bench.gpu import cases
+    from bench.gpu.device import find
 
     if options.check:
         groups = {"gpu-check": cases.CHECKED}
@@ -137,7 +137,7 @@ def _run(options: Options, began: float) -> int:
         return 0
     device = find(options.device)
     if options.check:
-        from .check import check
+        from bench.gpu.check import check
 
         return 0 if check(device, options.impl, [case for _, case in ordered], print) else 1
     return _measure(options, ordered, device, _lineup(options), began)
@@ -145,9 +145,8 @@ def _run(options: Options, began: float) -> int:
 
 def _lineup(options: Options) -> Lineup:
     """Who can take part, with a line for whoever cannot."""
+    from bench.gpu.job import Lineup
     from peftkernels.backends.registry import backend_status
-
-    from .job import Lineup
 
     unavailable = backend_status()["triton"]
     if unavailable is not None:
@@ -166,9 +165,9 @@ def _measure(
 ) -> int:
     from rich.console import Console
 
-    from .. import results
-    from . import files, job
-    from .budget import SECONDS, TURN_SECONDS, Budget
+    from bench import results
+    from bench.gpu import files, job
+    from bench.gpu.budget import SECONDS, TURN_SECONDS, Budget
 
     common, peaks = results.origin(device.name), device.peaks()
     print(
@@ -203,7 +202,7 @@ def _draw(rows: Sequence[Row], folder: Path) -> None:
     if reason is not None:
         print(f"plots are left out: matplotlib cannot be imported ({reason})")
         return
-    from .plots import draw_all
+    from bench.gpu.plots import draw_all
 
     drawn = [plot.path.name for plot in draw_all(rows, folder)]
     print(f"plots: {', '.join(drawn) or 'too few cases were measured to draw any'}")

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftkernels.cli.timing import Effort
+from bench.cases import Case
+from bench.gpu.cases import compiles, contestants
+from bench.roofline import Peaks
+from peftkernels.cli.timing import FEWEST_ROUNDS, Effort
 
-from ..cases import Case
-from ..roofline import Peaks
-from .cases import compiles, contestants
-
-SECONDS, ROUNDS, FEWEST_ROUNDS = 0.6, 7, 3
+SECONDS, ROUNDS = 0.6, 7
 # Turns are long beside the microseconds between a device's first event and its first kernel.
 TURN_SECONDS = 6e-3
 LEAST_SECONDS = 0.1

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from .. import lineup
-from ..cases import (
+from bench import lineup
+from bench.cases import (
     ALLOCATOR,
     BACKWARD,
     DEAD,

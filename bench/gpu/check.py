@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bench import data
+from bench.cases import Case
+from bench.gpu.cases import contestants
+from bench.gpu.device import Cuda, Device
+from bench.gpu.layer import DeviceLayer
+from bench.gpu.verify import verify
+from bench.verify import WrongResultError
 from peftkernels.backends import registry
 from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, Choice, Product
 from peftkernels.ops.call import Shrink
-
-from .. import data
-from ..cases import Case
-from ..verify import WrongResultError
-from .cases import contestants
-from .device import Cuda, Device
-from .layer import DeviceLayer
-from .verify import verify
 
 
 def check(device: Device, impl: str, cases: Sequence[Case], say: Callable[[str], None]) -> bool:

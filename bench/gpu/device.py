@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from ..results import CPU
-from ..roofline import Peaks
+from bench.results import CPU
+from bench.roofline import Peaks
 
 # Where the driver does not say how large the L2 is: as large as any so far, so that inputs never fit.
 USUAL_L2_BYTES = 128 << 20

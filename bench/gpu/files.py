@@ -14,17 +14,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import lineup
+from bench.cases import ENQUEUE, Case
+from bench.goals import GPU_GOALS, Reached, judge
+from bench.gpu.device import Cuda, Device
+from bench.gpu.job import Found
+from bench.results import Origin
+from bench.runner import Measured
+from bench.table import goals_table, group_table
 from peftkernels._files import write_text
 from peftkernels.cli.machine import machine, versions
-
-from .. import lineup
-from ..cases import ENQUEUE, Case
-from ..goals import GPU_GOALS, Reached, judge
-from ..results import Origin
-from ..runner import Measured
-from ..table import goals_table, group_table
-from .device import Cuda, Device
-from .job import Found
 
 
 def environment(device: Device) -> dict[str, Any]:

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import torch
 
+from bench import results, roofline
+from bench.cases import ALLOCATOR, CALLS, ENQUEUE, GRAPH, Case
+from bench.gpu.budget import TURN_SECONDS, Budget
+from bench.gpu.cases import contestants
+from bench.gpu.device import Device, answers
+from bench.gpu.layer import DeviceLayer
+from bench.gpu.verify import verify
+from bench.results import Origin, Row
+from bench.runner import Measured
+from bench.verify import WrongResultError
 from peftkernels.backends import registry
 from peftkernels.cli.timing import Effort, Samples, interleave, spread
-
-from .. import results, roofline
-from ..cases import ALLOCATOR, CALLS, ENQUEUE, GRAPH, Case
-from ..results import Origin, Row
-from ..runner import Measured
-from ..verify import WrongResultError
-from .budget import TURN_SECONDS, Budget
-from .cases import contestants
-from .device import Device, answers
-from .layer import DeviceLayer
-from .verify import verify
 
 # Calls of a turn where the host is timed: few enough for a device's queue to take them all without waiting.
 ENQUEUED_CALLS = 32
@@ -104,7 +103,7 @@ def _measure_allocator(
     case: Case, group: str, effort: Effort, device: Device, common: Origin, turn_seconds: float
 ) -> Outcome:
     # HF peft is a contestant, and may not be installed where only layers are measured.
-    from ..allocators import AllocatorBench
+    from bench.allocators import AllocatorBench
 
     bench = AllocatorBench(case, device.place)
     bench.verify()

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import data, lineup
+from bench.cases import GRAPH, Case
+from bench.gpu.device import Device
+from bench.gpu.floor import library_linear
 from demo.saved import bytes_saved_for_backward
 from peftkernels import RankPlan, RankState, lora_linear
-
-from .. import data, lineup
-from ..cases import GRAPH, Case
-from .device import Device
-from .floor import library_linear
 
 # More sets than this only cost memory and time to make.
 MOST_SETS = 64
@@ -106,7 +105,7 @@ class DeviceLayer:
         return Contestant(calls, adapter.trainable(), (*frozen, *adapter.trainable()))
 
     def _peft(self, name: str) -> Contestant:
-        from ..peers import frozen_linear, peft_layer
+        from bench.peers import frozen_linear, peft_layer
 
         # Compiled, too, with factors in the layer's own dtype: peft's faster setting.
         kind = lineup.PEFT_LORA_BF16 if name == lineup.COMPILED else name

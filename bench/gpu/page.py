@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from .. import lineup
-from ..cases import CALLS, GRAPH, PASSES, Case
-from ..goals import GPU_GOALS, judge
-from ..page_tables import Figures, goals, markdown, provenance
-from ..results import Row
-from .cases import GRAPH_SHAPES, GRAPH_TOKENS, GROUPS, LIVE_RANK, SHAPES, TOKENS, in_order
+from bench import lineup
+from bench.cases import CALLS, GRAPH, PASSES, Case
+from bench.goals import GPU_GOALS, judge
+from bench.gpu.cases import GRAPH_SHAPES, GRAPH_TOKENS, GROUPS, LIVE_RANK, SHAPES, TOKENS, in_order
+from bench.page_tables import Figures, goals, markdown, provenance
+from bench.results import Row
 
 NOTHING = "Nothing was measured on a GPU yet."
 _PEER = lineup.PEFT_LORA_BF16

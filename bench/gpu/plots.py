@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .. import lineup
-from ..cases import DEAD, PASSES, PROBE, RANK, Case
-from ..plots import Plot, RatioLines, draw_ratios, provenance
-from ..results import Row
-from .cases import LIVE_RANK, LIVE_SHARES, MIDDLE, MIDDLE_TOKENS, RANKS, TOKENS
+from bench import lineup
+from bench.cases import DEAD, PASSES, PROBE, RANK, Case
+from bench.gpu.cases import LIVE_RANK, LIVE_SHARES, MIDDLE, MIDDLE_TOKENS, RANKS, TOKENS
+from bench.plots import Plot, RatioLines, draw_ratios, provenance
+from bench.results import Row
 
 _PEFT = (lineup.PEFT_LORA_BF16, lineup.PEFT_LORA_FP32, lineup.PEFT_ADALORA_BF16)
 _EVERYONE = (lineup.OURS, lineup.FLOOR, *_PEFT, lineup.COMPILED)

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bench import data, lineup
+from bench.gpu.layer import DeviceLayer
+from bench.verify import SEED, Results, WrongResultError, check, check_peer, differentiated, fused, plain
 from peftkernels.ops import reference
-
-from .. import data, lineup
-from ..verify import SEED, Results, WrongResultError, check, check_peer, differentiated, fused, plain
-from .layer import DeviceLayer
 
 # Multiply-adds from which on y and ∂x are compared in a sample of their rows, and how many rows that are.
 LARGE_PRODUCT = 2**36

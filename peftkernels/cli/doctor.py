@@ -22,11 +22,14 @@ _TOLERANCE = 2 * (_WIDTH_IN + _RANK) * torch.finfo(torch.float32).eps
 
 
 def run_doctor(*, as_json: bool, with_speed: bool = False) -> int:
-    """Print the report; returns 0 when the package can serve calls, else 1.
+    """Print the report.
 
     Args:
         as_json: print JSON.
         with_speed: where it can serve calls, time it as well (`speed.measure`).
+
+    Returns:
+        The exit code: 0 when the package can serve calls, else 1.
     """
     try:
         found = examine()
@@ -47,12 +50,14 @@ def run_doctor(*, as_json: bool, with_speed: bool = False) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, machine, GPU, backends and pack cache, as JSON values.
+    """Find out what can run, by running it.
 
-    ``disagreements`` names libraries that do not take the installed release of another (`agreement.disagreements`).
-    ``backends`` maps each name to ``usable``, ``reason`` (why it is not, else None) and ``error`` (greatest difference
-    of a small call's output and gradients to the float64 reference, relative to the greatest value; None where it was
-    not run). ``ok`` is true when every backend that says it can run computes right.
+    Returns:
+        JSON values: versions, machine, GPU, backends and pack cache. ``disagreements`` names libraries that do not take
+        the installed release of another (`agreement.disagreements`). ``backends`` maps each name to ``usable``,
+        ``reason`` (why it is not, else None) and ``error`` (greatest difference of a small call's output and gradients
+        to the float64 reference, relative to the greatest value; None where it was not run). ``ok`` is true when every
+        backend that says it can run computes right.
     """
     status = backend_status()
     backends = {name: _examine_backend(name, reason) for name, reason in status.items()}
@@ -83,10 +88,11 @@ def _examine_backend(name: str, reason: str | None) -> dict[str, Any]:
 
 
 def small_call_error(impl: str) -> float:
-    """Run forward and backward once on ``impl`` in float32, with active, probe and dead ranks.
+    """Run forward and backward once on ``impl`` in float32, with ACTIVE, PROBE and DEAD ranks.
 
-    Returns the greatest difference to the float64 reference over the output and all gradients, each relative to the
-    greatest value of its tensor.
+    Returns:
+        The greatest difference to the float64 reference over the output and all gradients, each relative to the
+        greatest value of its tensor.
     """
     device = "cuda" if impl in _GPU_BACKENDS and not triton.interpreting() else "cpu"
     exact = _small_call("reference", torch.float64, "cpu")

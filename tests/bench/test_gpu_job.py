@@ -289,7 +289,7 @@ def test_check_leaves_out_what_is_not_served_and_demands_something(
 ) -> None:
     assert command.main(["--check", "--device", "cpu", "--impl", "eager"]) == 0
     assert capsys.readouterr().out.count("right: ") == len(registry.CHECKED)
-    monkeypatch.setattr(check.registry, "refusal", lambda impl, x, weight: "not here")
+    monkeypatch.setattr(check.registry, "refusal", lambda impl, request: "not here")
     assert command.main(["--check", "--device", "cpu", "--impl", "triton"]) == 1
     out = capsys.readouterr().out
     assert out.count(": not here") == len(registry.CHECKED) and "no case was checked" in out

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bench.gpu.device import Device
+    from bench.gpu.questions import parts, steps
     from peftkernels.backends.triton.linear.routes import Product
-
-    from ..device import Device
-    from . import parts, steps
 
 PRODUCTS, STEPS = TOPICS = ("products", "steps")
 # A limit counts from here: what is imported later takes seconds, too.
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
         os.environ["TRITON_INTERPRET"] = "1"
     # Before the first import of transformers: nothing may be looked up on the network.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    from ..device import DeviceError, find
+    from bench.gpu.device import DeviceError, find
 
     try:
         device = find(options.device)
@@ -101,8 +100,8 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
 
 
 def _facts(device: Device) -> dict[str, Any]:
-    from ... import results
-    from .. import files
+    from bench import results
+    from bench.gpu import files
 
     return {
         "slug": results.slug(device.name),
@@ -114,9 +113,8 @@ def _facts(device: Device) -> dict[str, Any]:
 def _ask_steps(device: Device, smoke: bool, clock: Clock, answers: Answers) -> None:
     import torch
 
+    from bench.gpu.__main__ import missing
     from peftkernels.cli.timing import Effort
-
-    from ..__main__ import missing
 
     for package in ("peft", "transformers"):
         reason = missing(package)
@@ -124,7 +122,7 @@ def _ask_steps(device: Device, smoke: bool, clock: Clock, answers: Answers) -> N
             answers.left_out[STEPS] = f"{package} cannot be imported ({reason})"
             print(f"{STEPS}: left out, {answers.left_out[STEPS]}")
             return
-    from . import steps
+    from bench.gpu.questions import steps
 
     dtype = torch.float32 if smoke else torch.bfloat16
     effort = Effort(0.0, 1, 0.1) if smoke else Effort(3.0, 7, 8.0)
@@ -156,9 +154,9 @@ def _step_record(found: steps.Found) -> dict[str, Any]:
 
 
 def _ask_products(device: Device, smoke: bool, clock: Clock, answers: Answers, keep: Callable[[], None]) -> None:
-    from .. import device as devices
-    from ..cases import MIDDLE_TOKENS, SHAPES
-    from . import parts
+    from bench.gpu import device as devices
+    from bench.gpu.cases import MIDDLE_TOKENS, SHAPES
+    from bench.gpu.questions import parts
 
     wanted = (
         parts.products(((64, 48),), (33,), "float16") if smoke else parts.products(SHAPES, MIDDLE_TOKENS, "bfloat16")
@@ -210,7 +208,7 @@ def _write(path: Path, facts: dict[str, Any], answers: Answers) -> None:
 
 
 def _print(path: Path) -> None:
-    from . import page
+    from bench.gpu.questions import page
 
     print(page.page(json.loads(path.read_text())))
     print(f"written: {path}")

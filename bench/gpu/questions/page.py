@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...page_tables import markdown
-from .names import (
+from bench.gpu.questions.names import (
     AFTER,
     FIRST,
     FROZEN,
@@ -19,6 +18,7 @@ from .names import (
     WITHOUT_OVERLAP,
     training,
 )
+from bench.page_tables import markdown
 
 NOTHING = "Not measured: no GPU was available so far, and nothing on this page says how fast anything is on one."
 Ratios = Mapping[str, Mapping[str, float]]

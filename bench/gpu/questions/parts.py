@@ -21,6 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import cases
+from bench.data import SCALING
+from bench.gpu.device import Cuda, Device
+from bench.gpu.layer import copies, normal
+from bench.gpu.questions import specialised
+from bench.gpu.questions.names import AFTER, FIRST, LIBRARY_SHRINK, PLAIN, SHRINK, SPECIALISED, WITHOUT_OVERLAP
+from bench.gpu.verify import poisoned_allocations, sampled_rows
+from bench.verify import WrongResultError, check
 from peftkernels.backends.triton.common import launch, tiles
 from peftkernels.backends.triton.common.arguments import Frozen, LowRank, Sizes
 from peftkernels.backends.triton.common.kinds import Kinds
@@ -29,15 +37,6 @@ from peftkernels.backends.triton.linear import routes
 from peftkernels.backends.triton.linear.frozen_product import TailProduct, plan_tail
 from peftkernels.backends.triton.linear.routes import BACKWARD, FORWARD, SINGLE, TAIL, Choice, Product
 from peftkernels.cli.timing import Effort, Spread, interleave, spread
-
-from ... import cases
-from ...data import SCALING
-from ...verify import WrongResultError, check
-from ..device import Cuda, Device
-from ..layer import copies, normal
-from ..verify import poisoned_allocations, sampled_rows
-from . import specialised
-from .names import AFTER, FIRST, LIBRARY_SHRINK, PLAIN, SHRINK, SPECIALISED, WITHOUT_OVERLAP
 
 BARE = "F.linear"
 BRIEF, LONG = Effort(0.0, 3, 1.0), Effort(0.3, 7, 2.0)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.gpu.device import Cuda, Device
+from bench.gpu.questions.names import FROZEN, KINDS, LIBRARIES, training
+from bench.verify import WrongResultError
 from peftkernels import apply_to_peft
 from peftkernels.cli.timing import Effort, Spread, interleave, spread
-
-from ...verify import WrongResultError
-from ..device import Cuda, Device
-from .names import FROZEN, KINDS, LIBRARIES, training
 
 STEP = "a whole training step"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
