@@ -1,6 +1,6 @@
 // The arguments of the layer's operators, listed once for C++: checks, autograd, the direct call, the dispatcher's
 // entries and the kernels take a record whole. `arguments` gives a record's fields in the order of the operator's schema,
-// which `peftkernels/ops/schemas.py` declares.
+// which `peftkernels/ops/call.py` declares. A new optional argument is a field and a place at the end of both lists.
 #pragma once
 
 #include <ATen/core/Tensor.h>
