@@ -1,7 +1,7 @@
 """Rank budgets: deciding, while a model is fine-tuned, which ranks of its adapters are kept.
 
-Of the folders, policies/ imports from run/, run/ and search/ from strategies/, and all of them from budget/, layers/ and
-logs/; none imports the other way.
+Of the folders, policies/ imports from run/, run/ and search/ from strategies/, and any of them from budget/, layers/
+and logs/; none imports the other way.
 """
 
 from peftkernels.allocation.budget.budgets import Budget, Group
