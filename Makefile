@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PIP_INSTALL) --no-build-isolation --editable ".[test,lint]" $(HOLD)
 	touch $@
 
-check: lint  ## lint, and the tests that a change is most likely to break (under two minutes on two cores)
+check: lint house  ## lint, structure, and the tests that a change is most likely to break (under two minutes on two cores)
 	$(PYTEST) -q -n $(PROCESSES) --dist loadfile -m "not alone" -k "not triton" $(QUICK)
 
 test: install  ## run every test, those that need the machine for themselves at the end

@@ -42,11 +42,13 @@ class Growth:
     """Measures one run as it trains; made before its first step.
 
     Numbers are medians over the adapted layers:
-        A, B, E              root mean square of the factors' entries (E over gates that are not zero)
-        moved_A, moved_B     root mean square of the distance of A's and B's entries from where they began
-        delta                ‖ΔW‖_F
-        relative             ‖ΔW‖_F / ‖W‖_F
-        outputs              ‖ΔW·x‖ / ‖W·x‖ over the tokens of one batch, x being the layer's own input
+
+    - A, B, E: root mean square of the factors' entries (E over gates that are not zero).
+    - moved_A, moved_B: root mean square of the distance of A's and B's entries from where they began.
+    - delta: ‖ΔW‖_F.
+    - relative: ‖ΔW‖_F / ‖W‖_F.
+    - outputs: ‖ΔW·x‖ / ‖W·x‖ over the tokens of one batch, x being the layer's own input.
+
     and `embedding`, ‖h - h0‖/‖h0‖ of the pooled output h on that batch, h0 that of the model without adapters.
     """
 
