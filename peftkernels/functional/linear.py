@@ -132,14 +132,15 @@ def run(call: Call, impl: str) -> Tensor:
     if isinstance(weight, FrozenWeight):
         source, weight = weight, weight.materialize()
     gate, lora_B = call.adapter.gate, call.adapter.lora_B
-    forward = call.forward(weight, lora_B.requires_grad or (gate is not None and gate.requires_grad))
+    saves_shrink = lora_B.requires_grad or (gate is not None and gate.requires_grad)
     recorded = torch.is_grad_enabled() and (
-        forward.save_shrink
+        saves_shrink
         or call.x.requires_grad
         or weight.requires_grad
         or call.adapter.lora_A.requires_grad
         or (call.bias is not None and call.bias.requires_grad)
     )
+    forward = call.forward(weight, recorded and saves_shrink)
     transform = _transform(call)
     if transform is not None:
         if unserved := call.later_arguments() - composition.SERVES:
@@ -152,8 +153,8 @@ def run(call: Call, impl: str) -> Tensor:
                 "follow; impl='auto' runs it as operations of torch"
             )
     if not recorded:
-        return forward_of(chosen, forward._replace(save_shrink=False))[0]
-    return LoraLinearFunction.apply(*forward, chosen, source)[0]
+        return forward_of(chosen, forward)[0]
+    return LoraLinearFunction.record(*forward, chosen, source)[0]
 
 
 def _in_dtype_of_computation(call: Call) -> Call:

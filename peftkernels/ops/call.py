@@ -9,7 +9,7 @@ end, and a line in `Call.forward`, `Forward.backward` and `_adapter`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -280,16 +280,17 @@ _SPOKEN = {
 }
 
 
-def named_tensors(record: Adapter | Call | Record) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(record: Adapter | Call | Record) -> list[tuple[str, Tensor]]:
     """Every tensor of a call, by the name that errors give it."""
+    found: list[tuple[str, Tensor]] = []
     for name, value in zip(record._fields, record, strict=True):
         if isinstance(value, Tensor):
-            yield _SPOKEN.get(name, name), value
+            found.append((_SPOKEN.get(name, name), value))
         elif isinstance(value, Adapter):
-            yield from named_tensors(value)
+            found += named_tensors(value)
         elif isinstance(record, Shrink):
-            for place, factor in enumerate(record.lora_A):
-                yield f"lora_A[{place}]", factor
+            found += [(f"lora_A[{place}]", factor) for place, factor in enumerate(record.lora_A)]
+    return found
 
 
 _TYPES = {
