@@ -70,7 +70,7 @@ bench: install  ## measure all cases, or CASE=..., into bench/results/ (under ha
 	$(BIN)/python -m bench $(foreach case,$(CASE),'$(case)') --out bench/results $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation site into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.docs: $(INSTALLED)
 	$(PIP_INSTALL) "peftkernels[docs]"
