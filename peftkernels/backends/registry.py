@@ -159,7 +159,7 @@ def refusal(impl: str, request: Request) -> str | None:
     backend = _BACKENDS[impl]
     if isinstance(request, Shrink) and backend.forward is not None and backend.shrink is None:
         return f"{impl!r} makes no S of several adapters at once"
-    if isinstance(request, Call) and (unserved := request.later_arguments() - backend.serves):
+    if isinstance(request, Call) and (later := request.later_arguments()) and (unserved := later - backend.serves):
         return f"it does not serve {', '.join(sorted(unserved))}"
     return backend.refusal(request)
 
@@ -186,7 +186,8 @@ def choose(impl: str, request: Request) -> str:
             if (devices is None or device in devices) and disadvantage(name, request) is None:
                 return name
         raise AssertionError("the eager backend serves every call")
-    check_name(impl)
+    if not isinstance(impl, str) or impl not in _BACKENDS:
+        check_name(impl)
     reason = refusal(impl, request)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot serve this call: {reason}")

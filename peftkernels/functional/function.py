@@ -12,13 +12,14 @@ from torch.compiler import is_dynamo_compiling
 
 from peftkernels.backends import registry
 from peftkernels.ops import composition
-from peftkernels.ops.call import Backward, Forward, Needs
+from peftkernels.ops.call import TENSOR_FIELDS, Backward, Forward, Needs
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_X, _WEIGHT, _LORA_B, _SHRINK = (Forward._fields.index(name) for name in ("x", "weight", "lora_B", "given_shrink"))
-_TENSORS = tuple(
-    place for place, kind in enumerate(Forward.__annotations__.values()) if "Tensor" in kind.__forward_arg__
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_X, _WEIGHT, _LORA_A, _LORA_B, _SHRINK, _SAVE_SHRINK = map(
+    Forward._fields.index, ("x", "weight", "lora_A", "lora_B", "given_shrink", "save_shrink")
 )
+_TENSORS = tuple(place for _, place in TENSOR_FIELDS[Forward])
+_NUMBERS = tuple(place for place in range(len(Forward._fields)) if place not in _TENSORS)
 
 
 def _in_transform() -> bool:
@@ -38,7 +39,11 @@ def _watched(call: Forward | Backward) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return True
-    return any(isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_neg()) for value in call)
+    for _, place in TENSOR_FIELDS[type(call)]:
+        value: Any = call[place]
+        if value is not None and (type(value) not in _PLAIN or value.is_neg()):
+            return True
+    return False
 
 
 def forward_of(impl: str, call: Forward) -> tuple[Tensor, Tensor | None]:
@@ -98,19 +103,19 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *fields, ctx.impl, ctx.source = inputs
-        needs, saves_shrink = Needs(*ctx.needs_input_grad[: len(Needs._fields)]), Forward(*fields).save_shrink
+        needs = ctx.needs_input_grad
         if output[1] is not None:
             ctx.mark_non_differentiable(output[1])
             fields[_SHRINK] = output[1]
         # What no gradient is made of, and what is made again, is not kept.
-        if not saves_shrink:
+        if not fields[_SAVE_SHRINK]:
             fields[_SHRINK] = None
-        if not (needs.lora_A or needs.weight):
+        if not (needs[_LORA_A] or needs[_WEIGHT]):
             fields[_X] = None
         if ctx.source is not None:
             fields[_WEIGHT] = None
-        ctx.save_for_backward(*(fields[place] for place in _TENSORS))
-        ctx.others = [None if place in _TENSORS else value for place, value in enumerate(fields)]
+        ctx.save_for_backward(*[fields[place] for place in _TENSORS])
+        ctx.numbers = [fields[place] for place in _NUMBERS]
         # S has no gradient, and no zeros are made for one.
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
@@ -118,9 +123,9 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Any, _: Any) -> Any:
         unused = (None,) * (len(Forward._fields) - len(Needs._fields) + 2)
-        fields = list(ctx.others)
-        for place, tensor in zip(_TENSORS, ctx.saved_tensors, strict=True):
-            fields[place] = tensor
+        fields: list[Any] = [None] * len(Forward._fields)
+        for place, value in zip((*_TENSORS, *_NUMBERS), (*ctx.saved_tensors, *ctx.numbers), strict=True):
+            fields[place] = value
         if grad_y is None:
             grad_y = fields[_LORA_B].new_zeros(ctx.shape, dtype=ctx.dtype)
         needs = list(ctx.needs_input_grad[: len(Needs._fields)])

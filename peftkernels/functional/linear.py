@@ -131,16 +131,18 @@ def run(call: Call, impl: str) -> Tensor:
     source, weight = None, call.weight
     if isinstance(weight, FrozenWeight):
         source, weight = weight, weight.materialize()
-    gate, lora_B = call.adapter.gate, call.adapter.lora_B
-    saves_shrink = lora_B.requires_grad or (gate is not None and gate.requires_grad)
-    recorded = torch.is_grad_enabled() and (
-        saves_shrink
-        or call.x.requires_grad
-        or weight.requires_grad
-        or call.adapter.lora_A.requires_grad
-        or (call.bias is not None and call.bias.requires_grad)
-    )
-    forward = call.forward(weight, recorded and saves_shrink)
+    adapter, gate, bias = call.adapter, call.adapter.gate, call.bias
+    saves = recorded = False
+    if torch.is_grad_enabled():
+        saves = adapter.lora_B.requires_grad or (gate is not None and gate.requires_grad)
+        recorded = (
+            saves
+            or call.x.requires_grad
+            or weight.requires_grad
+            or adapter.lora_A.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+    forward = call.forward(weight, saves)
     transform = _transform(call)
     if transform is not None:
         if unserved := call.later_arguments() - composition.SERVES:

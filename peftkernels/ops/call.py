@@ -9,7 +9,7 @@ end, and a line in `Call.forward`, `Forward.backward` and `_adapter`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -67,10 +67,12 @@ class Call(NamedTuple):
     bias: Tensor | None = None
     shrink: Tensor | None = None
 
-    def later_arguments(self) -> set[str]:
+    def later_arguments(self) -> frozenset[str]:
         """Names of what was given of the optional arguments that not every backend serves."""
+        if not _LATER_OF_CALL and not _LATER_OF_ADAPTER:
+            return frozenset()
         given = {name for name in _LATER_OF_CALL if getattr(self, name) is not None}
-        return given | {name for name in _LATER_OF_ADAPTER if getattr(self.adapter, name) is not None}
+        return frozenset(given | {name for name in _LATER_OF_ADAPTER if getattr(self.adapter, name) is not None})
 
     def forward(self, weight: Tensor, save_shrink: bool) -> Forward:
         """The call for the operator, with its weight as a tensor."""
@@ -280,17 +282,30 @@ _SPOKEN = {
 }
 
 
-def named_tensors(record: Adapter | Call | Record) -> list[tuple[str, Tensor]]:
+def _tensor_fields(record: type[NamedTuple]) -> tuple[tuple[str, int], ...]:
+    """The fields that may hold tensors, by the names that errors give them, with their places."""
+    kinds = (annotation.__forward_arg__ for annotation in record.__annotations__.values())
+    return tuple(
+        (_SPOKEN.get(name, name), place)
+        for place, (name, kind) in enumerate(zip(record._fields, kinds, strict=True))
+        if kind in ("Weight", "Tensor") or kind.startswith("Tensor |")
+    )
+
+
+TENSOR_FIELDS = {record: _tensor_fields(record) for record in (Adapter, Call, Forward, Backward)}
+
+
+def named_tensors(call: Call | Record) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a call, by the name that errors give it."""
-    found: list[tuple[str, Tensor]] = []
-    for name, value in zip(record._fields, record, strict=True):
-        if isinstance(value, Tensor):
-            found.append((_SPOKEN.get(name, name), value))
-        elif isinstance(value, Adapter):
-            found += named_tensors(value)
-        elif isinstance(record, Shrink):
-            found += [(f"lora_A[{place}]", factor) for place, factor in enumerate(record.lora_A)]
-    return found
+    if isinstance(call, Shrink):
+        yield "x", call.x
+        yield from ((f"lora_A[{place}]", factor) for place, factor in enumerate(call.lora_A))
+        return
+    for record in (call, call.adapter) if isinstance(call, Call) else (call,):
+        for name, place in TENSOR_FIELDS[type(record)]:
+            value = record[place]
+            if value is not None and isinstance(value, Tensor):
+                yield name, value
 
 
 _TYPES = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftkernels.ops import rules
-from peftkernels.ops.call import Adapter, Backward, Call, Forward, Needs, Shrink, named_tensors
+from peftkernels.ops.call import Adapter, Backward, Call, Forward, Needs, Record, Shrink, named_tensors
 from peftkernels.ops.rank_plan import check_plan, check_values
 from peftkernels.ops.weights import Weight
 
@@ -64,7 +64,7 @@ def check_precomputed_shrink(
         raise ValueError(f"shrink: found one beside dropout_p = {dropout_p}, expected dropout_p = 0: it has no mask")
 
 
-def check_memory(call: Adapter | Call | Forward | Backward | Shrink) -> None:
+def check_memory(call: Call | Record) -> None:
     """Raise ValueError where a tensor's memory was freed, or a plan on the CPU, which costs nothing to read, is none.
 
     Nothing is looked at where tensors are stand-ins, as a tracer's are.
@@ -73,12 +73,10 @@ def check_memory(call: Adapter | Call | Forward | Backward | Shrink) -> None:
         return
     for name, tensor in named_tensors(call):
         rules.backed(name, tensor)
-    if isinstance(call, Shrink):
-        return
-    adapter = call if isinstance(call, Adapter) else call.adapter
-    if adapter.rank_state is not None:
-        assert adapter.rank_order is not None and adapter.rank_counts is not None
-        check_values(adapter.rank_state, adapter.rank_order, adapter.rank_counts)
+    plan = None if isinstance(call, Shrink) else call.adapter if isinstance(call, Call) else call
+    if plan is not None and plan.rank_state is not None:
+        assert plan.rank_order is not None and plan.rank_counts is not None
+        check_values(plan.rank_state, plan.rank_order, plan.rank_counts)
 
 
 def _check_seed(adapter: Adapter) -> None:

@@ -79,14 +79,12 @@ def backed(name: str, value: Tensor) -> None:
 def matrices(name: str, first: Any, side: int, weight: Any, lora_A: Any, lora_B: Any) -> None:
     """``first``, x (..., K) or y's gradient (..., N), by the ``side`` of weight that it meets, and the matrices."""
     for named, value in ((name, first), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if value is weight and isinstance(weight, FrozenWeight):
-            continue
         if (
             not isinstance(value, Tensor)
             or value.dtype not in FLOATS
             or value.layout is not torch.strided
             or value.is_nested
-        ):
+        ) and not (named == "weight" and isinstance(value, FrozenWeight)):
             float_tensor(named, value)
     found = first.shape
     letter = "NK"[side]
