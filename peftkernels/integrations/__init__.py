@@ -1,1 +1,1 @@
-"""What plugs peftkernels into other libraries, one file a library."""
+"""What plugs peftkernels into other libraries, one folder a library."""
