@@ -17,7 +17,8 @@ PYTEST := $(BIN)/python -m pytest $(ARGS)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # What a change is most likely to break. A file belongs here while its tests take a few seconds.
 QUICK := $(addprefix tests/, test_constraints.py test_house.py test_messages.py test_repository.py \
-    $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py gradcheck.py pack_cache.py rank_plan.py) \
+    $(addprefix operators/test_, budgets.py direct_call.py dispatch.py errors.py function.py gradcheck.py \
+        own_backend.py pack_cache.py rank_plan.py) \
     $(addprefix allocation/test_, adalora.py rank_budgets.py selection_and_plans.py) \
     $(addprefix integrations/test_, peft_backend.py quantised.py) nn \
     $(addprefix cli/test_, doctor.py main.py timing.py) $(addprefix demo/test_, checkpoint.py demo_report.py))

@@ -20,7 +20,7 @@ def _knows_autocast(device_type: str) -> bool:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for a device type; False for types that know no autocast, such as "meta"."""
+    """Return True if autocast is on for a device type; False for types that know no autocast, such as "meta"."""
     return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -86,7 +86,7 @@ def check_not_below_zero(value: Any, where: str) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number that float64 holds."""
+    """Return True if `value` is a finite number that float64 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:

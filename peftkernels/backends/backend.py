@@ -12,20 +12,12 @@ from peftkernels.ops.allocation_kernels import AllocationKernels
 from peftkernels.ops.call import Backward, Call, Forward, Request, Shrink
 
 
-def _available() -> None:
-    return None
-
-
-def _serves_all(request: Request) -> None:
-    return None
+def _nothing_against(*asked: object) -> None:
+    """Answer every "why not" with None."""
 
 
 def _no_words(call: Call) -> dict[str, str]:
     return {}
-
-
-def _not_worth_sharing(request: Shrink) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -72,9 +64,9 @@ class Backend:
     forward: Callable[[Forward], tuple[Tensor, Tensor | None]] | None = None
     backward: Callable[[Backward], tuple[Tensor, ...]] | None = None
     shrink: Callable[[Shrink], Tensor] | None = None
-    unavailable_reason: Callable[[], str | None] = _available
-    refusal: Callable[[Request], str | None] = _serves_all
-    sharing_disadvantage: Callable[[Shrink], str | None] = _not_worth_sharing
+    unavailable_reason: Callable[[], str | None] = _nothing_against
+    refusal: Callable[[Request], str | None] = _nothing_against
+    sharing_disadvantage: Callable[[Shrink], str | None] = _nothing_against
     routes: Callable[[Call], dict[str, str]] = _no_words
     allocation: Allocation | None = None
     devices: tuple[str, ...] | None = None

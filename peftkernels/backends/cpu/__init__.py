@@ -56,7 +56,7 @@ def _extension() -> ModuleType:
 
 @functools.cache
 def has_bf16_kernels() -> bool:
-    """Whether this processor has matrix instructions for bf16 that ATen's kernels use.
+    """Return True if this processor has matrix instructions for bf16 that ATen's kernels use.
 
     It is computed all the same, in a loop slower than the library's own matmul.
     """
@@ -64,7 +64,7 @@ def has_bf16_kernels() -> bool:
 
 
 def keeps_packs() -> bool:
-    """Whether the packed copies of frozen weights outlive a call."""
+    """Return True if the packed copies of frozen weights outlive a call."""
     return _mode != "off"
 
 

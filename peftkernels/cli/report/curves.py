@@ -28,9 +28,11 @@ def draw_budget(history: History, losses: tuple[Sequence[int], Sequence[float]],
     steps = np.concatenate([[begin], log.steps, [end]])
     spent = np.concatenate([[history.spent_at_first], history.spent])
     if log.first_step > 0 and len(history.spent):
-        # What was live before the log began is not known.
+        # What was ACTIVE before the log began is not known.
         spent[0] = spent[1]
-    axes[0].step(steps, np.concatenate([spent, spent[-1:]]), where="post", color=look.live, linewidth=2.6, label="live")
+    axes[0].step(
+        steps, np.concatenate([spent, spent[-1:]]), where="post", color=look.active, linewidth=2.6, label="ACTIVE"
+    )
     if len(log.steps):
         axes[0].step(
             log.steps, log.budgets, where="post", color=look.budget, linestyle="--", linewidth=1.2, label="budget"
@@ -96,12 +98,12 @@ def draw_together(histories: dict[str, History], look: Look) -> Figure:
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axis = figure.subplots()
     for index, (name, history) in enumerate(histories.items()):
-        live, (left, right) = history.over_time()
+        active, (left, right) = history.over_time()
         colour = look.others[index % len(look.others)]
         # Runs under one schedule lie upon one another: the later ones show through as dashes.
         style = ("-", (0, (4, 4)), (2, (2, 6)), (0, (1, 5)))[index % 4]
-        times = np.linspace(left, right, len(live) + 1)[:-1]
-        share = 100 * live.sum(1) / history.log.total_ranks
+        times = np.linspace(left, right, len(active) + 1)[:-1]
+        share = 100 * active.sum(1) / history.log.total_ranks
         axis.step(times, share, where="post", color=colour, linestyle=style, linewidth=1.8, label=name)
     axis.set_ylim(0, 104)
     axis.set_ylabel("ACTIVE ranks, %")
@@ -116,7 +118,7 @@ def _finish(axes: Sequence[Any], history: History, look: Look) -> None:
     """Grid, marks at what happened, legend, label of the last axis."""
     marks = {
         "skipped": (look.masked, ":", 1.0),
-        "frozen": (look.live, "-.", 1.0),
+        "frozen": (look.active, "-.", 1.0),
         "rollback": (look.trouble, "-", 1.4),
     }
     for axis in axes:

@@ -50,7 +50,7 @@ class RankHistory:
 
     Args:
         modules: names of the adapted modules.
-        live: ACTIVE ranks, times × modules.
+        active: ACTIVE ranks, times × modules.
 
     Attributes:
         projections: in order of first appearance; "all modules" alone where the names give more than 18 of them.
@@ -58,8 +58,8 @@ class RankHistory:
             modules' own numbers, from 0.
     """
 
-    def __init__(self, modules: Sequence[str], live: Sequence[Sequence[int]] | np.ndarray) -> None:
-        self.live = np.asarray(live, dtype=float).reshape(-1, len(modules))  # [times, modules]
+    def __init__(self, modules: Sequence[str], active: Sequence[Sequence[int]] | np.ndarray) -> None:
+        self.active = np.asarray(active, dtype=float).reshape(-1, len(modules))  # [times, modules]
         places = layers_and_projections(modules)
         # Two modules in one place would hide one another: nothing to arrange by.
         if len({projection for _, projection in places}) > MOST_MAPS or len(set(places)) < len(places):
@@ -75,9 +75,9 @@ class RankHistory:
 
     def over_time(self, projection: str) -> np.ndarray:
         """Layers × steps; NaN where a layer has no such projection."""
-        missing = np.full(len(self.live), np.nan)
+        missing = np.full(len(self.active), np.nan)
         rows = [self._column.get((projection, layer)) for layer in self.layers]
-        return np.stack([missing if column is None else self.live[:, column] for column in rows])
+        return np.stack([missing if column is None else self.active[:, column] for column in rows])
 
     def final(self) -> np.ndarray:
         """Projections × layers after the last step."""
@@ -85,13 +85,13 @@ class RankHistory:
 
     def totals(self) -> np.ndarray:
         """ACTIVE ranks altogether after each step."""
-        return self.live.sum(1)
+        return self.active.sum(1)
 
 
 def write_heatmap(
     path: Path,
     modules: Sequence[str],
-    live: Sequence[Sequence[int]],
+    active: Sequence[Sequence[int]],
     *,
     most: int,
     title: str,
@@ -103,14 +103,14 @@ def write_heatmap(
     Args:
         path: the PNG.
         modules: names in the order of computation.
-        live: ranks that contribute, steps × modules, in that order.
+        active: ACTIVE ranks, steps × modules, in that order.
         most: ranks of a matrix at the start, the top of the colour scale.
         title: above the maps.
         budget: ranks allowed altogether after each step.
         schedule: the steps between which the budget falls.
     """
-    history = RankHistory(modules, live)
-    span = (0.5, len(history.live) + 0.5)
+    history = RankHistory(modules, active)
+    span = (0.5, len(history.active) + 0.5)
 
     def draw(look: Look) -> Figure:
         figure, bottom = _draw_maps(history, most, title, span)
@@ -176,9 +176,9 @@ def _draw_maps(history: RankHistory, most: int, title: str | None, span: tuple[f
 
 
 def _draw_totals(axis: Any, history: RankHistory, budget: Sequence[int], schedule: tuple[int, int], look: Look) -> None:
-    steps = np.arange(1, len(history.live) + 1)
+    steps = np.arange(1, len(history.active) + 1)
     axis.axvspan(*schedule, color=look.band, label="budget falls")
-    axis.plot(steps, history.totals(), color=look.live, linewidth=3.0, alpha=0.7, label="live")
+    axis.plot(steps, history.totals(), color=look.active, linewidth=3.0, alpha=0.7, label="ACTIVE")
     axis.plot(steps, budget, color=look.budget, linestyle="--", linewidth=1.0, label="budget")
     axis.set_xlim(1, len(steps))
     axis.set_ylim(0, None)

@@ -53,16 +53,16 @@ class History:
     """A log's standing decisions (D of them, over M modules) counted.
 
     Attributes:
-        live: (D, M) ACTIVE ranks by module.
+        active: (D, M) ACTIVE ranks by module.
         masked, revived: (D,) ranks masked, and brought back, since the decision before. The first decision is compared
-            with all ranks live; of a log that begins in the middle of a run it has nothing to be compared with: zero.
+            with all ranks ACTIVE; of a log that begins in the middle of a run it has nothing to be compared with: zero.
     """
 
     def __init__(self, log: RunLog) -> None:
         self.log = log
         kept = log.kept
         starts = np.cumsum([0, *(module.rank for module in log.modules[:-1])])
-        self.live = np.add.reduceat(kept.astype(np.int64), starts, axis=1)
+        self.active = np.add.reduceat(kept.astype(np.int64), starts, axis=1)
         whole = log.first_step == 0 or not len(kept)
         first = np.ones((1, log.total_ranks), dtype=bool) if whole else kept[:1]
         before = np.concatenate([first, kept])[:-1]
@@ -76,15 +76,15 @@ class History:
         return self.masked + self.revived
 
     @property
-    def live_now(self) -> int:
+    def active_now(self) -> int:
         """ACTIVE ranks at the end of the log."""
-        return int(self.live[-1].sum()) if len(self.live) else self.log.total_ranks
+        return int(self.active[-1].sum()) if len(self.active) else self.log.total_ranks
 
     @cached_property
     def spent(self) -> np.ndarray:
         """(D,) what the ACTIVE ranks take of the budget, in its unit."""
         costs = np.array([module.cost for module in self.log.modules])
-        return np.asarray(self.live @ costs)
+        return np.asarray(self.active @ costs)
 
     @property
     def spent_at_first(self) -> float:
@@ -93,12 +93,12 @@ class History:
 
     def over_time(self) -> tuple[np.ndarray, tuple[float, float]]:
         """ACTIVE ranks at evenly spaced steps (times × M, at most 1200 times), and the steps at the edges of the first
-        and last; between decisions they stay, before the first all are live."""
+        and last; between decisions they stay, before the first all are ACTIVE."""
         first, last = self.log.first_step + 1, max(self.log.last_step, self.log.first_step + 1)
         columns = min(MOST_COLUMNS, last - first + 1)
         times = np.linspace(first, last, columns)
         at_start = np.array([[module.rank for module in self.log.modules]])
-        rows = np.concatenate([at_start, self.live])
+        rows = np.concatenate([at_start, self.active])
         half = 0.5 * (last - first) / max(1, columns - 1) if columns > 1 else 0.5
         return rows[np.searchsorted(self.log.steps, times, side="right")], (first - half, last + half)
 
@@ -152,8 +152,8 @@ class History:
         """ACTIVE ranks and all ranks of each group."""
         sums: dict[str, tuple[int, int]] = {}
         for row in self.rows:
-            live, total = sums.get(row.group, (0, 0))
-            sums[row.group] = (live + row.kept, total + row.rank)
+            active, total = sums.get(row.group, (0, 0))
+            sums[row.group] = (active + row.kept, total + row.rank)
         return sums
 
     def events(self, kind: str) -> list[LoggedEvent]:
@@ -175,7 +175,7 @@ class History:
             "first_step": log.first_step,
             "last_step": log.last_step,
             "torn": log.torn,
-            "ranks": {"live": self.live_now, "total": log.total_ranks},
+            "ranks": {"live": self.active_now, "total": log.total_ranks},
             "decisions": {
                 "step": log.steps.tolist(),
                 "budget": log.budgets.tolist(),
@@ -183,12 +183,12 @@ class History:
                 "threshold": {
                     group: [_finite(value) for value in values.tolist()] for group, values in self.thresholds.items()
                 },
-                "live": self.live.sum(1).tolist(),
+                "live": self.active.sum(1).tolist(),
                 "masked": self.masked.tolist(),
                 "revived": self.revived.tolist(),
             },
             "modules": [{**vars(row), "scores": [_finite(score) for score in row.scores]} for row in self.rows],
-            "groups": {group: {"live": live, "total": total} for group, (live, total) in self.groups().items()},
+            "groups": {group: {"live": active, "total": total} for group, (active, total) in self.groups().items()},
             "events": [vars(event) for event in log.events if event.kind != "loss"],
         }
 

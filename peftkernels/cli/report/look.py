@@ -22,7 +22,7 @@ class Look:
     text: str
     grid: str
     band: str
-    live: str
+    active: str
     budget: str
     masked: str
     revived: str
@@ -46,7 +46,7 @@ LIGHT = Look(
     text="#1d232b",
     grid="#e3e6ea",
     band="#eceff3",
-    live="#2563b0",
+    active="#2563b0",
     budget="#1d232b",
     masked="#8a94a3",
     revived="#c2680c",
@@ -59,7 +59,7 @@ DARK = Look(
     text="#d9dee5",
     grid="#2c333c",
     band="#212730",
-    live="#6ea8fe",
+    active="#6ea8fe",
     budget="#e6eaf0",
     masked="#7d8896",
     revived="#f0a04b",

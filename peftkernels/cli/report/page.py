@@ -119,7 +119,7 @@ def _warning(history: History) -> str | None:
 
 def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, str]]:
     log = history.log
-    figures = [("ACTIVE ranks", f"{history.live_now:,} of {log.total_ranks:,}")]
+    figures = [("ACTIVE ranks", f"{history.active_now:,} of {log.total_ranks:,}")]
     if log.standing:
         last = log.standing[-1]
         figures.append(("budget", f"{last.budget:,.6g} {log.unit}"))
@@ -141,8 +141,8 @@ def _figures(history: History, outcome: Mapping[str, Any]) -> list[tuple[str, st
 
 def _pictures(stem: str, history: History, losses: Any) -> list[Picture]:
     log = history.log
-    live, span = history.over_time()
-    ranks = RankHistory([module.name for module in log.modules], live)
+    active, span = history.over_time()
+    ranks = RankHistory([module.name for module in log.modules], active)
     most = max(module.rank for module in log.modules)
     return [
         Picture(
@@ -177,7 +177,7 @@ def _together(histories: Mapping[str, History], anchors: Mapping[str, str], coll
                 "name": name,
                 "anchor": anchors[name],
                 "strategy": words.strategy_name(history.log.strategy),
-                "live": history.live_now,
+                "live": history.active_now,
                 "total": history.log.total_ranks,
                 "decisions": len(history.log.standing),
                 "churn": int(history.churn.sum()),

@@ -42,9 +42,9 @@ def summary(history: History) -> str:
     decisions = _count(len(log.standing), "decision")
     steps = log.steps
     when = f"at step {steps[0]}" if len(steps) == 1 else f"between step {steps[0]} and {steps[-1]}"
-    share = history.live_now / log.total_ranks
+    share = history.active_now / log.total_ranks
     first = (
-        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.live_now:,} "
+        f"Of {_count(log.total_ranks, 'rank')} in {modules}, {name} kept {history.active_now:,} "
         f"({_percent(share)}) after {last} steps, in {decisions} {when}."
     )
     return f"{first} {_where(history.rows)}{_revivals(history)}{_trouble(history)}."
@@ -60,7 +60,7 @@ def comparison(
         shares: for each pair of runs, the ranks kept by both over those kept by either.
         accuracies: of the runs that have one.
     """
-    parts = [h.live_now / h.log.total_ranks for h in histories.values()]
+    parts = [h.active_now / h.log.total_ranks for h in histories.values()]
     names = dict.fromkeys(strategy_name(history.log.strategy) for history in histories.values())
     text = f"{len(histories)} runs under {_listed(list(names))} keep {_span(parts)} of their ranks."
     pairs = [share for i, row in enumerate(shares) for share in row[:i] if share is not None]
