@@ -48,16 +48,14 @@ def without_direct_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_direct_call", linear._leave_to_python)
 
 
-@pytest.fixture(params=[*ALL, "cpu-without_direct_call"])
+@pytest.fixture(params=ALL)
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every implementation there is, and the C++ kernels on both ways to them.
+    """Every implementation there is, and the C++ kernels by the direct call: test_direct_results.py compares the ways.
 
     The test's tensors are made on the implementation's device.
     """
-    name, _, fixture = request.param.partition("-")
+    name: str = request.param
     skip_unless_served(name, _dtype(request.node))
-    if fixture:
-        request.getfixturevalue(fixture)
     device = device_of(name)
     # A device as a context is a mode that overrides functions, and the direct call leaves such calls to Python.
     with nullcontext() if device == CPU else device:

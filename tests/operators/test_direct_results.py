@@ -47,12 +47,19 @@ on_both_ways = pytest.mark.usefixtures("_both_ways")
     plan=st.booleans(),
     scaling=st.sampled_from([1.7, "tensor"]),
     dropout=st.sampled_from(["none", "drawn", "int", "tensor"]),
+    strided=st.booleans(),
+    precomputed=st.booleans(),
     needs=st.sets(st.sampled_from(TRAINABLE)),
 )
 def test_both_ways_give_the_same_bits(
-    seed: int, dtype: str, dropout: str, needs: set[str], bias: bool, gate: bool, **shape: Any
+    seed: int, dtype: str, dropout: str, strided: bool, precomputed: bool, needs: set[str], **shape: Any
 ) -> None:
-    call = make_call(seed, dtype=dtype, bias=bias, gate=gate, dropout_p=0.0 if dropout == "none" else 0.4, **shape)
+    call = make_call(seed, dtype=dtype, dropout_p=0.0 if dropout == "none" else 0.4, **shape)
+    if strided:
+        tensors = {name: torch.stack((value, value), -1)[..., 0] for name, value in call.tensors().items()}
+        call = call.replace(**tensors, grad_y=torch.stack((call.grad_y, call.grad_y), -1)[..., 0])
+    if precomputed and dropout == "none":
+        call = call.replace(shrink=torch.randn(call.x.shape[:-1].numel(), call.r).to(call.x.dtype))
     if dropout != "none":
         seeds = {"drawn": None, "int": seed - 2**30, "tensor": torch.tensor(seed)}
         call = call.replace(dropout_seed=seeds[dropout])
