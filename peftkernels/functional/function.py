@@ -93,8 +93,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *fields, impl, _ = arguments
-        call = Forward(*fields)
+        call, impl = Forward(*arguments[:-2]), arguments[-2]
         if _in_transform():
             y, shrink = composition.forward(call)
             return y, shrink if call.saves_shrink else None
