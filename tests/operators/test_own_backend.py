@@ -10,6 +10,7 @@ import torch
 from support.cases import Call, make_call, run
 from support.checks import within_budget
 from torch import Tensor
+from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftkernels import Backend, explain, lora_linear, nn, register_backend, shared_shrink
@@ -110,6 +111,29 @@ def test_its_operations_are_counted(impl: str, seed: int) -> None:
     with FlopCounterMode(display=False) as counter:
         lora_linear(call.x, call.weight, call.lora_A, call.lora_B, impl=impl)
     assert counter.get_total_flops() == 2 * 6 * (33 * 29 + 5 * (33 + 29))
+
+
+def test_an_argument_that_joins_later_is_served_by_those_that_name_it(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if `shrink` had joined after the backends were written."""
+    monkeypatch.setattr(records, "_LATER_OF_CALL", ("shrink",))
+    call = make_call(seed)
+    shrink = call.x.reshape(-1, call.x.shape[-1]) @ call.lora_A.T
+    arguments = (call.x, call.weight, call.lora_A, call.lora_B)
+    for impl in ("mine", "eager"):
+        with pytest.raises(RuntimeError, match=f"^impl='{impl}' cannot serve this call: it does not serve shrink"):
+            lora_linear(*arguments, shrink=shrink, impl=impl)
+        lora_linear(*arguments, impl=impl)
+    serving = register_backend(dataclasses.replace(MINE, name="another", serves=frozenset(("shrink",))))
+    try:
+        made.clear()
+        lora_linear(*arguments, shrink=shrink, impl="another")
+        assert made == ["forward"]
+        with pytest.raises(RuntimeError, match=r"^shrink: found beside a transform of torch.func"):
+            vmap(lambda x: lora_linear(x, *arguments[1:], shrink=shrink[:1], impl="another"))(call.x.reshape(-1, 1, 29))
+    finally:
+        serving.remove()
 
 
 def test_layers_take_it(seed: int) -> None:
