@@ -69,8 +69,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     wanted = "*" if name is None else escape(name)
     for partial in folder.glob(f".{wanted}.*{PARTIAL}"):
         with suppress(OSError):
-            if _is_abandoned(partial):
-                partial.unlink()
+            _remove_if_abandoned(partial)
 
 
 def _created_beside(path: Path) -> tuple[Path, BinaryIO]:
@@ -88,14 +87,18 @@ def _created_beside(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _is_abandoned(partial: Path) -> bool:
+def _remove_if_abandoned(partial: Path) -> None:
     if fcntl is not None:
         with partial.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
             except BlockingIOError:
-                return False
+                return
             except OSError:
                 pass
-    return time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS
+            else:
+                # Still locked: a writer that has opened it and is about to lock it waits, and finds it gone.
+                partial.unlink()
+                return
+    if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+        partial.unlink()

@@ -49,6 +49,25 @@ def test_threads_that_write_one_file_never_tear_it(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
+def test_a_file_is_locked_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that has opened its file and not locked it yet must not get the lock before the file is gone."""
+    fcntl = pytest.importorskip("fcntl")
+    partial = tmp_path / f".state.0123{PARTIAL}"
+    partial.write_bytes(b"")
+    unlink, locked = Path.unlink, []
+
+    def watched(self: Path, missing_ok: bool = False) -> None:
+        if self == partial:
+            with partial.open("rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(True)
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    _write(tmp_path / "state", _whole(1))
+    assert locked and not partial.exists()
+
+
 def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "state [1]"
     program = (
