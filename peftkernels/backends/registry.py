@@ -88,12 +88,13 @@ class Registration:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self._stands = True
 
     def remove(self) -> None:
         """Take the backend out of the registry; does nothing when it is out."""
-        name = self.backend.name
-        if _BACKENDS.get(name) is not self.backend:
+        if not self._stands:
             return
+        self._stands, name = False, self.backend.name
         del _BACKENDS[name], OPERATORS[name]
         _AUTOMATIC.remove(name)
         _renew_direct_call()

@@ -151,7 +151,8 @@ def test_once_removed_it_is_unknown(seed: int) -> None:
         run(call, "another")
     with pytest.raises(RuntimeError, match=r"^impl='another' cannot serve this call: it was taken out of the registry"):
         torch.ops.peftkernels.lora_linear_fwd.another(*call.record())
-    again = register_backend(dataclasses.replace(MINE, name="another"))
+    again = register_backend(registration.backend)
+    registration.remove()
     run(call, "another")
     again.remove()
 
